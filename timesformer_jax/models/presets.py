@@ -1,0 +1,58 @@
+"""Named models: `create("timesformer_base", num_classes=174)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from flax import nnx
+
+from timesformer_jax.errors import InputError
+from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig
+
+_BASE = TimeSformerConfig()
+
+PRESETS = {
+    # The paper's three (table 2): clips of 8 x 224, 16 x 448 and 96 x 224.
+    "timesformer_base": _BASE,
+    "timesformer_hr": dataclasses.replace(_BASE, num_frames=16, image_size=448),
+    "timesformer_l": dataclasses.replace(_BASE, num_frames=96),
+    # Learns the embedded data set from scratch on a laptop's CPU.
+    "timesformer_tiny": dataclasses.replace(
+        _BASE, image_size=32, patch_size=8, hidden_size=64, depth=3, num_heads=4,
+        drop_path=0.0, init="width_scaled",
+    ),
+}  # fmt: skip
+
+
+def preset(name: str, **overrides) -> TimeSformerConfig:
+    """The config of a preset, with fields replaced.
+
+    Raises:
+      InputError: if there is no such preset, or no such field.
+    """
+    if name not in PRESETS:
+        raise InputError(
+            f"no preset {name!r}{_nearest(name, PRESETS)}; there are: {_list(PRESETS)}"
+        )
+    fields = [field.name for field in dataclasses.fields(TimeSformerConfig)]
+    for key in overrides:
+        if key not in fields:
+            raise InputError(
+                f"no model field {key!r}{_nearest(key, fields)}; there are: {_list(fields)}"
+            )
+    return dataclasses.replace(PRESETS[name], **overrides)
+
+
+def create(name: str, *, seed: int = 0, **overrides) -> TimeSformer:
+    """A preset's model with random parameters drawn from `seed`."""
+    return TimeSformer(preset(name, **overrides), rngs=nnx.Rngs(seed))
+
+
+def _nearest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _list(known) -> str:
+    return ", ".join(known)

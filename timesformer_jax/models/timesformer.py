@@ -1,0 +1,398 @@
+"""TimeSformer (arXiv 2102.05095): configuration, embedding, block and model, in Flax NNX.
+
+Modules hold parameters and say the forward pass; which tokens attend to which is in `attention`.
+Every quirk of the authors' release that its checkpoints need is named where it lives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from timesformer_jax.errors import InputError
+from timesformer_jax.models.attention import SCHEMES, Scheme, Step, Tokens
+
+POSITION_EMBEDDINGS = ("none", "space", "space_time")
+INITS = ("release", "width_scaled")
+REMATS = ("none", "block")
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeSformerConfig:
+    """What a TimeSformer is. The defaults are the paper's TimeSformer on K400 (8 x 224).
+
+    Attributes:
+      num_classes: classes of the head.
+      image_size: height and width, in pixels, that the spatial position embedding is made for.
+      num_frames: frames that the temporal position embedding is made for. Clips of another size
+        or length are accepted: the embeddings are resized to them.
+      patch_size: side of a patch, in pixels.
+      hidden_size: channels of a token.
+      depth: blocks.
+      num_heads: attention heads; they share hidden_size evenly.
+      mlp_ratio: hidden width of the MLP over hidden_size.
+      attention: a scheme of `attention.SCHEMES`: "divided", "space" or "joint".
+      position_embedding: "none", "space" or "space_time" (table 4).
+      drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
+      init: "release" draws every weight from N(0, 0.02), as the authors do; "width_scaled" draws
+        from N(0, 1 / inputs), which a small model trained from scratch needs.
+      dtype: of the computation, "float32" or "bfloat16"; parameters are float32 always.
+      remat: "none", or "block" to keep only each block's input for the backward pass.
+    """
+
+    num_classes: int = 400
+    image_size: int = 224
+    num_frames: int = 8
+    patch_size: int = 16
+    hidden_size: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    attention: str = "divided"
+    position_embedding: str = "space_time"
+    drop_path: float = 0.1
+    init: str = "release"
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        for field, known in {
+            "attention": SCHEMES,
+            "position_embedding": POSITION_EMBEDDINGS,
+            "init": INITS,
+            "remat": REMATS,
+            "dtype": ("float32", "bfloat16"),
+        }.items():
+            if (value := getattr(self, field)) not in known:
+                near = difflib.get_close_matches(str(value), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InputError(f"{field} must be one of {', '.join(known)}, not {value!r}{hint}")
+        for field in (
+            "num_classes", "image_size", "num_frames", "patch_size", "hidden_size", "depth",
+            "num_heads",
+        ):  # fmt: skip
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.hidden_size % self.num_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise InputError(f"drop_path must be in [0, 1), not {self.drop_path}")
+
+    @property
+    def scheme(self) -> Scheme:
+        return SCHEMES[self.attention]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across that the position embedding is made for."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+def _linear(
+    config: TimeSformerConfig, inputs: int, outputs: int, rngs: nnx.Rngs, *, zero: bool = False
+) -> nnx.Linear:
+    if zero:
+        init = nnx.initializers.zeros
+    elif config.init == "release":
+        init = nnx.initializers.normal(0.02)
+    else:
+        init = nnx.initializers.normal(inputs**-0.5)
+    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def _norm(config: TimeSformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=1e-6,
+        use_fast_variance=False,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
+
+
+def drop_path(x: Tokens, rate: float, sequences: tuple[int, ...], key: jax.Array | None) -> Tokens:
+    """Stochastic depth: zero a sequence's residual with probability `rate`, scale the others up.
+
+    Args:
+      x: the residuals, (B, T, N, D) patches and, where it takes part, one token a sequence.
+      rate: probability of dropping.
+      sequences: axes of (B, T, N) that number the sequences; one draw for each.
+      key: None outside training: nothing is dropped.
+    """
+    if key is None or rate == 0:
+        return x
+    shape = [size if axis in sequences else 1 for axis, size in enumerate(x.patches.shape[:3])]
+    factor = jax.random.bernoulli(key, 1 - rate, shape).astype(x.patches.dtype) / (1 - rate)
+    cls = None if x.cls is None else x.cls * factor.reshape(*x.cls.shape[:-1], 1)
+    return Tokens(cls, x.patches * factor[..., None])
+
+
+class Attention(nnx.Module):
+    """One residual attention: norm, qkv, the scheme's mixing, projection, drop path.
+
+    `fc` is the further linear layer of every attention but a block's last; it starts at zero.
+    """
+
+    def __init__(
+        self, config: TimeSformerConfig, step: Step, *, last: bool, rate: float, rngs: nnx.Rngs
+    ):
+        width = config.hidden_size
+        self.step, self.rate, self.heads = step, rate, config.num_heads
+        self.norm = _norm(config, rngs)
+        self.qkv = _linear(config, width, 3 * width, rngs)
+        self.proj = _linear(config, width, width, rngs)
+        self.fc = None if last else _linear(config, width, width, rngs, zero=True)
+
+    def __call__(self, x: Tokens, key: jax.Array | None = None) -> Tokens:
+        """Returns the update of `x`; its cls is None where the token takes no part."""
+        y = jax.tree.map(self._project_in, x)
+        y = self.step.mix(y)
+        y = jax.tree.map(self.proj, y)
+        # The release drops before temporal_fc, so a dropped row still gets that layer's bias.
+        y = drop_path(y, self.rate, self.step.sequences, key)
+        y = y if self.fc is None else jax.tree.map(self.fc, y)
+        if y.cls is not None and y.cls.ndim > x.cls.ndim:
+            y = y._replace(cls=y.cls.mean(axis=1))
+        return y
+
+    def _project_in(self, x: jax.Array) -> jax.Array:
+        qkv = self.qkv(self.norm(x))
+        return qkv.reshape(*x.shape[:-1], 3, self.heads, -1)  # ... (3 h d) -> ... 3 h d
+
+
+class MLP(nnx.Module):
+    """The residual MLP on every token; drop path draws once a clip (a frame, for space only)."""
+
+    def __init__(self, config: TimeSformerConfig, *, rate: float, rngs: nnx.Rngs):
+        self.rate = rate
+        self.sequences = (0, 1) if config.scheme.token_per_frame else (0,)
+        self.norm = _norm(config, rngs)
+        self.fc1 = _linear(config, config.hidden_size, config.mlp_size, rngs)
+        self.fc2 = _linear(config, config.mlp_size, config.hidden_size, rngs)
+
+    def __call__(self, x: Tokens, key: jax.Array | None = None) -> Tokens:
+        y = jax.tree.map(
+            lambda t: self.fc2(jax.nn.gelu(self.fc1(self.norm(t)), approximate=False)), x
+        )
+        return drop_path(y, self.rate, self.sequences, key)
+
+
+class Block(nnx.Module):
+    """One encoder block: the scheme's attentions in order, then the MLP, each a residual."""
+
+    def __init__(self, config: TimeSformerConfig, *, rate: float, rngs: nnx.Rngs):
+        steps = config.scheme.steps
+        self.order = tuple(step.name for step in steps)  # an nnx.Dict sorts its keys
+        self.attention = nnx.Dict(
+            {
+                step.name: Attention(config, step, last=step is steps[-1], rate=rate, rngs=rngs)
+                for step in steps
+            }
+        )
+        self.mlp = MLP(config, rate=rate, rngs=rngs)
+
+    def __call__(self, x: Tokens, key: jax.Array | None = None) -> Tokens:
+        for i, name in enumerate(self.order):
+            x = _add(x, self.attention[name](x, _fold(key, i)))
+        return _add(x, self.mlp(x, _fold(key, len(self.order))))
+
+
+def _add(x: Tokens, update: Tokens) -> Tokens:
+    cls = x.cls if update.cls is None else x.cls + update.cls
+    return Tokens(cls, x.patches + update.patches)
+
+
+def _fold(key: jax.Array | None, data: int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, data)
+
+
+def _nearest(table: jax.Array, axis: int, size: int) -> jax.Array:
+    """Resizes one axis to `size` by nearest neighbour, index floor(i * old / new)."""
+    old = table.shape[axis]
+    # In float32 as PyTorch does it, which at a few sizes (26 to 22) is one off the exact rule.
+    index = np.floor(np.arange(size, dtype=np.float32) * (np.float32(old) / np.float32(size)))
+    return jnp.take(table, np.minimum(index.astype(np.int32), old - 1), axis=axis)
+
+
+class Embedding(nnx.Module):
+    """Frames to tokens (equation 1): P x P patches through a linear layer, plus positions.
+
+    Parameters: patch.kernel (P * P * 3, D), rows ordered by (y, x, channel); cls (D,);
+    space (1 + N, D), whose row 0 belongs to the classification token; time (T, D).
+    """
+
+    def __init__(self, config: TimeSformerConfig, rngs: nnx.Rngs):
+        self.config = config
+        width, inputs = config.hidden_size, 3 * config.patch_size**2
+
+        def conv2d_default(key, shape, dtype=jnp.float32):
+            # The release leaves its patch convolution at PyTorch's default, +-1 / sqrt(inputs).
+            bound = inputs**-0.5
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        self.patch = nnx.Linear(
+            inputs,
+            width,
+            kernel_init=conv2d_default,
+            bias_init=conv2d_default,
+            dtype=jnp.dtype(config.dtype),
+            rngs=rngs,
+        )
+        normal = nnx.initializers.normal(0.02)
+        self.cls = nnx.Param(normal(rngs.params(), (width,)))
+        has_space = config.position_embedding != "none"
+        has_time = config.position_embedding == "space_time" and config.scheme.time_embedding
+        positions = 1 + math.prod(config.grid)
+        self.space = nnx.Param(normal(rngs.params(), (positions, width))) if has_space else None
+        self.time = nnx.Param(jnp.zeros((config.num_frames, width))) if has_time else None
+
+    def __call__(self, video: jax.Array) -> Tokens:
+        """(B, T, H, W, 3) to cls (B, D), or (B, T, D) for space only, and patches (B, T, N, D)."""
+        b, t, height, width, _ = video.shape
+        p = self.config.patch_size
+        grid = height // p, width // p
+        dtype = jnp.dtype(self.config.dtype)
+
+        x = video.reshape(b, t, grid[0], p, grid[1], p, 3)
+        x = x.transpose(0, 1, 2, 4, 3, 5, 6)  # b t y p x q c -> b t y x p q c
+        patches = self.patch(x.reshape(b, t, grid[0] * grid[1], p * p * 3))
+        cls = self.cls[...].astype(dtype)
+        if self.space is not None:
+            space = self._space(grid).astype(dtype)
+            cls, patches = cls + space[0], patches + space[1:]
+        if self.time is not None:
+            time = _nearest(self.time[...], 0, t).astype(dtype)
+            patches = patches + time[:, None]
+        one_a_frame = (t,) if self.config.scheme.token_per_frame else ()
+        return Tokens(jnp.broadcast_to(cls, (b, *one_a_frame, cls.shape[-1])), patches)
+
+    def _space(self, grid: tuple[int, int]) -> jax.Array:
+        """The table resized to `grid`; the classification token's row stays as it is."""
+        table = self.space[...]
+        if grid == self.config.grid:
+            return table
+        patches = table[1:].reshape(*self.config.grid, -1)
+        patches = _nearest(_nearest(patches, 0, grid[0]), 1, grid[1])
+        return jnp.concatenate([table[:1], patches.reshape(grid[0] * grid[1], -1)])
+
+
+class TimeSformer(nnx.Module):
+    """The video transformer of the paper, from a normalised clip to class logits.
+
+    Args:
+      config: its shape and scheme.
+      rngs: `nnx.Rngs(seed)`, used for the initial parameters only and not kept.
+    """
+
+    def __init__(self, config: TimeSformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = Embedding(config, rngs)
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nnx.List([Block(config, rate=rate, rngs=rngs) for rate in rates])
+        self.norm = _norm(config, rngs)
+        self.head = _linear(config, config.hidden_size, config.num_classes, rngs)
+
+    def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """Class logits of clips.
+
+        Args:
+          video: (B, T, H, W, 3) float, normalised RGB; H and W multiples of the patch size.
+          key: randomness of drop path in training; None for inference.
+
+        Returns:
+          (B, num_classes) float32.
+
+        Raises:
+          InputError: if the video is not of that shape.
+        """
+        return self.head(self.features(video, key=key)).astype(jnp.float32)
+
+    def features(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """(B, T, H, W, 3) to (B, D): the classification token after the final norm."""
+        self._check(video)
+        x = self.embedding(video)
+        for i, block in enumerate(self.blocks):
+            forward = jax.checkpoint(block) if self.config.remat == "block" else block
+            x = forward(x, _fold(key, i))
+        cls = x.cls.mean(axis=1) if self.config.scheme.token_per_frame else x.cls
+        return self.norm(cls)
+
+    def _check(self, video: jax.Array) -> None:
+        p = self.config.patch_size
+        shape = tuple(video.shape)
+        if len(shape) != 5 or shape[-1] != 3:
+            raise InputError(
+                f"video has shape {shape}; it must be (batch, frames, height, width, 3)"
+            )
+        if shape[1] < 1 or shape[2] < p or shape[3] < p or shape[2] % p or shape[3] % p:
+            raise InputError(
+                f"a clip of {shape[1]} frames of {shape[2]} x {shape[3]} cannot be cut into "
+                f"patches; height and width must be multiples of patch_size {p}"
+            )
+
+
+def parameters(model: TimeSformer) -> dict:
+    """The model's parameters as plain nested dicts of arrays, keyed by layer.
+
+    This is what is trained, saved and converted: `{"blocks": {"0": {"mlp": {...}}}, ...}`.
+    """
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return traverse_util.unflatten_dict({_path(path): leaf.get_value() for path, leaf in flat})
+
+
+def new_head(config: TimeSformerConfig, seed: int = 0) -> dict:
+    """Fresh parameters for the head: kernel (D, num_classes) and bias (num_classes,)."""
+    head = _linear(config, config.hidden_size, config.num_classes, nnx.Rngs(seed))
+    return {"kernel": head.kernel[...], "bias": head.bias[...]}
+
+
+def abstract(config: TimeSformerConfig) -> TimeSformer:
+    """A model whose parameters are shapes and dtypes only; costs no memory."""
+    return nnx.eval_shape(lambda: TimeSformer(config, rngs=nnx.Rngs(0)))
+
+
+def with_parameters(config: TimeSformerConfig, params: dict) -> TimeSformer:
+    """The model of `config` that holds `params`, as `parameters` gives them (tracers too).
+
+    Raises:
+      InputError: naming the parameter that is missing, left over, or of another shape.
+    """
+    graph, state = nnx.split(abstract(config))
+    flat = traverse_util.flatten_dict(params)
+    leaves = []
+    for path, variable in nnx.to_flat_state(state):
+        name = "/".join(_path(path))
+        if _path(path) not in flat:
+            raise InputError(f"the parameters lack {name}, which a {config.attention} model needs")
+        value = flat.pop(_path(path))
+        if value.shape != variable.shape:
+            raise InputError(
+                f"parameter {name} has shape {value.shape}, the model needs {variable.shape}"
+            )
+        leaves.append((path, variable.replace(value)))
+    if flat:
+        raise InputError(
+            f"a {config.attention} model has no parameter {'/'.join(next(iter(flat)))}"
+        )
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def _path(path: tuple) -> tuple[str, ...]:
+    return tuple(str(part) for part in path)
