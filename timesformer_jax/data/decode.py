@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 
 # Bicubic is what `ffmpeg -vf scale` does, so frames equal those of copies that people have scaled
 # with ffmpeg; swscale widens its support when it shrinks, so it does not alias. The flags choose
@@ -121,6 +121,8 @@ class VideoFile:
     def __init__(self, path: str | os.PathLike, threads: int = 1):
         self._path = os.fspath(path)
         self._threads = threads
+        # One for all frames: setting swscale up takes longer than scaling a small frame.
+        self._scaler = VideoReformatter()
 
     def __enter__(self):
         if not os.path.isfile(self._path):
@@ -183,9 +185,9 @@ class VideoFile:
             scale = short_side / min(width, height)
             width, height = (max(short_side, round(scale * side)) for side in (width, height))
         with _reasons():
-            array = frame.to_ndarray(
-                format="rgb24", width=width, height=height, interpolation=SCALING
-            )
+            array = self._scaler.reformat(
+                frame, width, height, "rgb24", interpolation=SCALING, threads=1
+            ).to_ndarray()
         # FFmpeg and NumPy both count degrees counter-clockwise.
         return np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90)))
 

@@ -213,19 +213,19 @@ def _crop(rng, photograph: Image.Image, width: int, height: int, level: float) -
 def _paste(background: np.ndarray, patch: np.ndarray, x: float, y: float) -> np.ndarray:
     """The background with the patch at a place between pixels, interpolated linearly."""
     column, row = math.floor(x), math.floor(y)
-    size = len(patch) + 1
-    columns, rows = _shift(len(patch), x - column), _shift(len(patch), y - row)
-    moved = np.einsum("ai,bj,ijc->abc", rows, columns, patch)
-    cover = np.outer(rows.sum(1), columns.sum(1))[..., None]
-    frame = np.pad(background, ((0, 1), (0, 1), (0, 0)), mode="edge")
-    region = frame[row : row + size, column : column + size]
-    region[:] = moved + (1 - cover) * region
+    opaque = np.ones((*patch.shape[:2], 1), np.float32)
+    moved = _move(np.concatenate([patch, opaque], axis=2), x - column, y - row)
+    frame = np.pad(background, ((0, 1), (0, 1), (0, 0)))
+    region = frame[row : row + len(moved), column : column + len(moved)]
+    region[:] = moved[..., :3] + (1 - moved[..., 3:]) * region
     return np.clip(np.rint(frame[:-1, :-1]), 0, 255).astype(np.uint8)
 
 
-def _shift(size: int, fraction: float) -> np.ndarray:
-    """(size + 1, size): moves a row of pixels by a fraction of a pixel."""
-    return np.eye(size + 1, size) * (1 - fraction) + np.eye(size + 1, size, -1) * fraction
+def _move(image: np.ndarray, x: float, y: float) -> np.ndarray:
+    """Moves an image right and down by fractions of a pixel; it grows by a row and a column."""
+    image = np.pad(image, ((1, 1), (1, 1), (0, 0)))
+    image = (1 - y) * image[1:] + y * image[:-1]
+    return (1 - x) * image[:, 1:] + x * image[:, :-1]
 
 
 def _encode(images: Iterator[np.ndarray]) -> bytes:

@@ -12,6 +12,7 @@ lies an index, so that one record can be read without the ones before it:
 
 import errno
 import io
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -244,15 +245,16 @@ def write_metadata(
         )
         for split, lengths in shard_lengths.items()
     ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=directory,
-        features=features(label_names),
-        split_infos=splits,
-        filename_template=None,
-        # It would decode a record with TensorFlow, and print that it does.
-        check_data=False,
-        description="Clips of video, a JPEG a frame, prepared by timesformer_jax.",
-    )
+    with _os_errors(), _quiet_tfds():
+        tfds.folder_dataset.write_metadata(
+            data_dir=directory,
+            features=features(label_names),
+            split_infos=splits,
+            filename_template=None,
+            # It would decode a record with TensorFlow, and print that it does.
+            check_data=False,
+            description="Clips of video, a JPEG a frame, prepared by timesformer_jax.",
+        )
 
 
 @contextmanager
@@ -264,6 +266,18 @@ def _os_errors() -> Iterator[None]:
         raise OSError(errno.ENOSPC, error.message) from error
     except tf.errors.OpError as error:
         raise OSError(errno.EIO, error.message) from error
+
+
+@contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keeps back TFDS's warning that it uses a deprecated name of its own."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _index_path(directory: str, split: str) -> str:
