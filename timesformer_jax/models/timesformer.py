@@ -1,4 +1,4 @@
-"""TimeSformer (arXiv 2102.05095): configuration, embedding, block and model, in Flax NNX.
+"""TimeSformer (arXiv 2102.05095): embedding, block and model, in Flax NNX.
 
 Modules hold parameters and say the forward pass; which tokens attend to which is in `attention`.
 Every quirk of the authors' release that its checkpoints need is named where it lives.
@@ -6,8 +6,6 @@ Every quirk of the authors' release that its checkpoints need is named where it 
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 
 import jax
@@ -16,93 +14,8 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from timesformer_jax.errors import InputError
-from timesformer_jax.models.attention import SCHEMES, Scheme, Step, Tokens
-
-POSITION_EMBEDDINGS = ("none", "space", "space_time")
-INITS = ("release", "width_scaled")
-REMATS = ("none", "block")
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeSformerConfig:
-    """What a TimeSformer is. The defaults are the paper's TimeSformer on K400 (8 x 224).
-
-    Attributes:
-      num_classes: classes of the head.
-      image_size: height and width, in pixels, that the spatial position embedding is made for.
-      num_frames: frames that the temporal position embedding is made for. Clips of another size
-        or length are accepted: the embeddings are resized to them.
-      patch_size: side of a patch, in pixels.
-      hidden_size: channels of a token.
-      depth: blocks.
-      num_heads: attention heads; they share hidden_size evenly.
-      mlp_ratio: hidden width of the MLP over hidden_size.
-      attention: a scheme of `attention.SCHEMES`: "divided", "space" or "joint".
-      position_embedding: "none", "space" or "space_time" (table 4).
-      drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
-      init: "release" draws every weight from N(0, 0.02), as the authors do; "width_scaled" draws
-        from N(0, 1 / inputs), which a small model trained from scratch needs.
-      dtype: of the computation, "float32" or "bfloat16"; parameters are float32 always.
-      remat: "none", or "block" to keep only each block's input for the backward pass.
-    """
-
-    num_classes: int = 400
-    image_size: int = 224
-    num_frames: int = 8
-    patch_size: int = 16
-    hidden_size: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    attention: str = "divided"
-    position_embedding: str = "space_time"
-    drop_path: float = 0.1
-    init: str = "release"
-    dtype: str = "float32"
-    remat: str = "none"
-
-    def __post_init__(self):
-        for field, known in {
-            "attention": SCHEMES,
-            "position_embedding": POSITION_EMBEDDINGS,
-            "init": INITS,
-            "remat": REMATS,
-            "dtype": ("float32", "bfloat16"),
-        }.items():
-            if (value := getattr(self, field)) not in known:
-                near = difflib.get_close_matches(str(value), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InputError(f"{field} must be one of {', '.join(known)}, not {value!r}{hint}")
-        for field in (
-            "num_classes", "image_size", "num_frames", "patch_size", "hidden_size", "depth",
-            "num_heads",
-        ):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} must be at least 1, not {getattr(self, field)}")
-        if self.hidden_size % self.num_heads:
-            raise InputError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
-            )
-        if self.image_size % self.patch_size:
-            raise InputError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
-            )
-        if not 0 <= self.drop_path < 1:
-            raise InputError(f"drop_path must be in [0, 1), not {self.drop_path}")
-
-    @property
-    def scheme(self) -> Scheme:
-        return SCHEMES[self.attention]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches down and across that the position embedding is made for."""
-        side = self.image_size // self.patch_size
-        return side, side
-
-    @property
-    def mlp_size(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
+from timesformer_jax.models.attention import Grid, Step, Tokens, by_clip, by_frame
+from timesformer_jax.models.config import TimeSformerConfig
 
 
 def _linear(
@@ -119,58 +32,67 @@ def _linear(
 
 def _norm(config: TimeSformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=1e-6,
-        use_fast_variance=False,
-        dtype=jnp.dtype(config.dtype),
-        rngs=rngs,
-    )
+        config.hidden_size, epsilon=1e-6, use_fast_variance=False,
+        dtype=jnp.dtype(config.dtype), rngs=rngs,
+    )  # fmt: skip
 
 
-def drop_path(x: Tokens, rate: float, sequences: tuple[int, ...], key: jax.Array | None) -> Tokens:
+def drop_path(x: Tokens, rate: float, sequences: np.ndarray, key: jax.Array | None) -> Tokens:
     """Stochastic depth: zero a sequence's residual with probability `rate`, scale the others up.
 
     Args:
-      x: the residuals, (B, T, N, D) patches and, where it takes part, one token a sequence.
+      x: the residuals, (B, T, N, D) patches and, where it takes part, one token a sequence,
+        (B, S, D).
       rate: probability of dropping.
-      sequences: axes of (B, T, N) that number the sequences; one draw for each.
+      sequences: (T, N), the number of each patch's sequence; one draw for each.
       key: None outside training: nothing is dropped.
     """
     if key is None or rate == 0:
         return x
-    shape = [size if axis in sequences else 1 for axis, size in enumerate(x.patches.shape[:3])]
-    factor = jax.random.bernoulli(key, 1 - rate, shape).astype(x.patches.dtype) / (1 - rate)
+    draws = jax.random.bernoulli(key, 1 - rate, (len(x.patches), sequences.max() + 1))
+    factor = draws.astype(x.patches.dtype) / (1 - rate)
     cls = None if x.cls is None else x.cls * factor.reshape(*x.cls.shape[:-1], 1)
-    return Tokens(cls, x.patches * factor[..., None])
+    return Tokens(cls, x.patches * factor[:, sequences, None])
 
 
 class Attention(nnx.Module):
     """One residual attention: norm, qkv, the scheme's mixing, projection, drop path.
 
-    `fc` is the further linear layer of every attention but a block's last; it starts at zero.
+    `fc` is the further linear layer of every attention but the scheme's plain one; it starts at
+    zero.
     """
 
     def __init__(
-        self, config: TimeSformerConfig, step: Step, *, last: bool, rate: float, rngs: nnx.Rngs
+        self, config: TimeSformerConfig, step: Step, *, plain: bool, rate: float, rngs: nnx.Rngs
     ):
         width = config.hidden_size
         self.step, self.rate, self.heads = step, rate, config.num_heads
         self.norm = _norm(config, rngs)
         self.qkv = _linear(config, width, 3 * width, rngs)
         self.proj = _linear(config, width, width, rngs)
-        self.fc = None if last else _linear(config, width, width, rngs, zero=True)
+        self.fc = None if plain else _linear(config, width, width, rngs, zero=True)
 
-    def __call__(self, x: Tokens, key: jax.Array | None = None) -> Tokens:
+    def __call__(self, x: Tokens, grid: Grid, key: jax.Array | None = None) -> Tokens:
         """Returns the update of `x`; its cls is None where the token takes no part."""
-        y = jax.tree.map(self._project_in, x)
-        y = self.step.mix(y)
+        sequences = self.step.sequences(x.patches.shape[1], grid)
+        y = Tokens(self._copies(x.cls, sequences.max() + 1), x.patches)
+        y = jax.tree.map(self._project_in, y)
+        y = self.step.mix(y, grid)
         y = jax.tree.map(self.proj, y)
         # The release drops before temporal_fc, so a dropped row still gets that layer's bias.
-        y = drop_path(y, self.rate, self.step.sequences, key)
+        y = drop_path(y, self.rate, sequences, key)
         y = y if self.fc is None else jax.tree.map(self.fc, y)
         if y.cls is not None and y.cls.ndim > x.cls.ndim:
             y = y._replace(cls=y.cls.mean(axis=1))
         return y
+
+    def _copies(self, cls: jax.Array, sequences: int) -> jax.Array | None:
+        """One token for every sequence. As in the release they are copied before the projections:
+        the published costs count those products (0.1% of the whole)."""
+        if not self.step.token:
+            return None
+        one_a_sequence = cls.ndim == 3  # space only
+        return cls if one_a_sequence else jnp.repeat(cls[:, None], sequences, axis=1)
 
     def _project_in(self, x: jax.Array) -> jax.Array:
         qkv = self.qkv(self.norm(x))
@@ -182,36 +104,39 @@ class MLP(nnx.Module):
 
     def __init__(self, config: TimeSformerConfig, *, rate: float, rngs: nnx.Rngs):
         self.rate = rate
-        self.sequences = (0, 1) if config.scheme.token_per_frame else (0,)
+        self.sequences = by_frame if config.scheme.token_per_frame else by_clip
         self.norm = _norm(config, rngs)
         self.fc1 = _linear(config, config.hidden_size, config.mlp_size, rngs)
         self.fc2 = _linear(config, config.mlp_size, config.hidden_size, rngs)
 
-    def __call__(self, x: Tokens, key: jax.Array | None = None) -> Tokens:
+    def __call__(self, x: Tokens, grid: Grid, key: jax.Array | None = None) -> Tokens:
         y = jax.tree.map(
             lambda t: self.fc2(jax.nn.gelu(self.fc1(self.norm(t)), approximate=False)), x
         )
-        return drop_path(y, self.rate, self.sequences, key)
+        return drop_path(y, self.rate, self.sequences(x.patches.shape[1], grid), key)
 
 
 class Block(nnx.Module):
-    """One encoder block: the scheme's attentions in order, then the MLP, each a residual."""
+    """One encoder block: the scheme's attentions, then the MLP, each a residual."""
 
     def __init__(self, config: TimeSformerConfig, *, rate: float, rngs: nnx.Rngs):
-        steps = config.scheme.steps
+        steps, plain = config.scheme.steps, config.scheme.steps[config.scheme.plain]
         self.order = tuple(step.name for step in steps)  # an nnx.Dict sorts its keys
+        self.parallel = config.scheme.parallel
         self.attention = nnx.Dict(
             {
-                step.name: Attention(config, step, last=step is steps[-1], rate=rate, rngs=rngs)
+                step.name: Attention(config, step, plain=step is plain, rate=rate, rngs=rngs)
                 for step in steps
             }
         )
         self.mlp = MLP(config, rate=rate, rngs=rngs)
 
-    def __call__(self, x: Tokens, key: jax.Array | None = None) -> Tokens:
+    def __call__(self, x: Tokens, grid: Grid, key: jax.Array | None = None) -> Tokens:
+        block_input = x
         for i, name in enumerate(self.order):
-            x = _add(x, self.attention[name](x, _fold(key, i)))
-        return _add(x, self.mlp(x, _fold(key, len(self.order))))
+            read = block_input if self.parallel else x
+            x = _add(x, self.attention[name](read, grid, _fold(key, i)))
+        return _add(x, self.mlp(x, grid, _fold(key, len(self.order))))
 
 
 def _add(x: Tokens, update: Tokens) -> Tokens:
@@ -221,6 +146,31 @@ def _add(x: Tokens, update: Tokens) -> Tokens:
 
 def _fold(key: jax.Array | None, data: int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, data)
+
+
+def resize_space(table: jax.Array, old: Grid, new: Grid, how: str = "nearest") -> jax.Array:
+    """Spatial positions (1 + N, D) of the grid `old` for the grid `new`, (1 + N', D).
+
+    The classification token's row stays as it is.
+
+    Args:
+      how: "nearest", as the release, or "smooth", bicubic (antialiased where the grid shrinks).
+    """
+    if new == old:
+        return table
+    patches = table[1:].reshape(*old, -1)
+    if how == "nearest":
+        patches = _nearest(_nearest(patches, 0, new[0]), 1, new[1])
+    else:
+        patches = jax.image.resize(patches, (*new, patches.shape[-1]), "bicubic")
+    return jnp.concatenate([table[:1], patches.reshape(math.prod(new), -1)])
+
+
+def resize_time(table: jax.Array, new: int, how: str = "nearest") -> jax.Array:
+    """Temporal positions (T, D) for another number of frames: "nearest", or "smooth", linear."""
+    if how == "nearest" or new == len(table):
+        return _nearest(table, 0, new)
+    return jax.image.resize(table, (new, table.shape[1]), "linear", antialias=False)
 
 
 def _nearest(table: jax.Array, axis: int, size: int) -> jax.Array:
@@ -248,13 +198,9 @@ class Embedding(nnx.Module):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         self.patch = nnx.Linear(
-            inputs,
-            width,
-            kernel_init=conv2d_default,
-            bias_init=conv2d_default,
-            dtype=jnp.dtype(config.dtype),
-            rngs=rngs,
-        )
+            inputs, width, kernel_init=conv2d_default, bias_init=conv2d_default,
+            dtype=jnp.dtype(config.dtype), rngs=rngs,
+        )  # fmt: skip
         normal = nnx.initializers.normal(0.02)
         self.cls = nnx.Param(normal(rngs.params(), (width,)))
         has_space = config.position_embedding != "none"
@@ -265,32 +211,28 @@ class Embedding(nnx.Module):
 
     def __call__(self, video: jax.Array) -> Tokens:
         """(B, T, H, W, 3) to cls (B, D), or (B, T, D) for space only, and patches (B, T, N, D)."""
-        b, t, height, width, _ = video.shape
-        p = self.config.patch_size
-        grid = height // p, width // p
-        dtype = jnp.dtype(self.config.dtype)
+        config = self.config
+        b, t = video.shape[:2]
+        p, grid, dtype = config.patch_size, _grid(config, video), jnp.dtype(config.dtype)
 
         x = video.reshape(b, t, grid[0], p, grid[1], p, 3)
         x = x.transpose(0, 1, 2, 4, 3, 5, 6)  # b t y p x q c -> b t y x p q c
         patches = self.patch(x.reshape(b, t, grid[0] * grid[1], p * p * 3))
         cls = self.cls[...].astype(dtype)
         if self.space is not None:
-            space = self._space(grid).astype(dtype)
+            space = resize_space(self.space[...], config.grid, grid, config.position_resize)
+            space = space.astype(dtype)
             cls, patches = cls + space[0], patches + space[1:]
         if self.time is not None:
-            time = _nearest(self.time[...], 0, t).astype(dtype)
+            time = resize_time(self.time[...], t, config.position_resize).astype(dtype)
             patches = patches + time[:, None]
-        one_a_frame = (t,) if self.config.scheme.token_per_frame else ()
+        one_a_frame = (t,) if config.scheme.token_per_frame else ()
         return Tokens(jnp.broadcast_to(cls, (b, *one_a_frame, cls.shape[-1])), patches)
 
-    def _space(self, grid: tuple[int, int]) -> jax.Array:
-        """The table resized to `grid`; the classification token's row stays as it is."""
-        table = self.space[...]
-        if grid == self.config.grid:
-            return table
-        patches = table[1:].reshape(*self.config.grid, -1)
-        patches = _nearest(_nearest(patches, 0, grid[0]), 1, grid[1])
-        return jnp.concatenate([table[:1], patches.reshape(grid[0] * grid[1], -1)])
+
+def _grid(config: TimeSformerConfig, video: jax.Array) -> Grid:
+    """Patches down and across of (B, T, H, W, 3) video."""
+    return video.shape[2] // config.patch_size, video.shape[3] // config.patch_size
 
 
 class TimeSformer(nnx.Module):
@@ -327,10 +269,11 @@ class TimeSformer(nnx.Module):
     def features(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """(B, T, H, W, 3) to (B, D): the classification token after the final norm."""
         self._check(video)
-        x = self.embedding(video)
+        x, grid = self.embedding(video), _grid(self.config, video)
         for i, block in enumerate(self.blocks):
-            forward = jax.checkpoint(block) if self.config.remat == "block" else block
-            x = forward(x, _fold(key, i))
+            remat = self.config.remat == "block"
+            forward = jax.checkpoint(block, static_argnums=1) if remat else block
+            x = forward(x, grid, _fold(key, i))
         cls = x.cls.mean(axis=1) if self.config.scheme.token_per_frame else x.cls
         return self.norm(cls)
 

@@ -1,0 +1,102 @@
+"""What a TimeSformer is: its sizes and scheme, checked when they are written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from timesformer_jax.errors import InputError
+from timesformer_jax.models.attention import SCHEMES, Grid, Scheme
+
+POSITION_EMBEDDINGS = ("none", "space", "space_time")
+POSITION_RESIZES = ("nearest", "smooth")
+INITS = ("release", "width_scaled")
+REMATS = ("none", "block")
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeSformerConfig:
+    """What a TimeSformer is. The defaults are the paper's TimeSformer on K400 (8 x 224).
+
+    Attributes:
+      num_classes: classes of the head.
+      image_size: height and width, in pixels, that the spatial position embedding is made for.
+      num_frames: frames that the temporal position embedding is made for. Clips of another size
+        or length are accepted: the embeddings are resized to them.
+      patch_size: side of a patch, in pixels.
+      hidden_size: channels of a token.
+      depth: blocks.
+      num_heads: attention heads; they share hidden_size evenly.
+      mlp_ratio: hidden width of the MLP over hidden_size.
+      attention: a scheme of `attention.SCHEMES`: "divided", "space", "joint", "local_global",
+        "axial", "time", "space_then_time" or "parallel".
+      position_embedding: "none", "space" or "space_time" (table 4).
+      position_resize: how clips of another size or length get theirs: "nearest", as the release
+        and its checkpoints, or "smooth", bicubic in space and linear in time, which does not give
+        neighbouring patches one and the same position and is the better choice otherwise.
+      drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
+      init: "release" draws every weight from N(0, 0.02), as the authors do; "width_scaled" draws
+        from N(0, 1 / inputs), which a small model trained from scratch needs.
+      dtype: of the computation, "float32" or "bfloat16"; parameters are float32 always.
+      remat: "none", or "block" to keep only each block's input for the backward pass.
+    """
+
+    num_classes: int = 400
+    image_size: int = 224
+    num_frames: int = 8
+    patch_size: int = 16
+    hidden_size: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    attention: str = "divided"
+    position_embedding: str = "space_time"
+    position_resize: str = "nearest"
+    drop_path: float = 0.1
+    init: str = "release"
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        for field, known in {
+            "attention": SCHEMES,
+            "position_embedding": POSITION_EMBEDDINGS,
+            "position_resize": POSITION_RESIZES,
+            "init": INITS,
+            "remat": REMATS,
+            "dtype": ("float32", "bfloat16"),
+        }.items():
+            if (value := getattr(self, field)) not in known:
+                near = difflib.get_close_matches(str(value), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise InputError(f"{field} must be one of {', '.join(known)}, not {value!r}{hint}")
+        for field in (
+            "num_classes", "image_size", "num_frames", "patch_size", "hidden_size", "depth",
+            "num_heads",
+        ):  # fmt: skip
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.hidden_size % self.num_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise InputError(f"drop_path must be in [0, 1), not {self.drop_path}")
+
+    @property
+    def scheme(self) -> Scheme:
+        return SCHEMES[self.attention]
+
+    @property
+    def grid(self) -> Grid:
+        """Patches down and across that the position embedding is made for."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
