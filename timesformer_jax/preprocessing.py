@@ -23,6 +23,7 @@ class ClipSpec:
       channel_order: "rgb", or "bgr" for weights trained with OpenCV's order (the release's
         Something-Something ones).
       start: "middle", the paper's test clip, or "first", the release's, which starts at frame 0.
+      short_side: of the frames that clips are cut from; videos are scaled to it first.
     """
 
     frames: int = 8
@@ -32,6 +33,7 @@ class ClipSpec:
     std: tuple[float, float, float] = (0.225, 0.225, 0.225)
     channel_order: str = "rgb"
     start: str = "middle"
+    short_side: int = 256
 
     def __post_init__(self):
         # JSON and configs hold lists; equality and hashing need tuples.

@@ -1,0 +1,210 @@
+"""`timesformer <command>`: one table of commands. Errors that a person can cause are one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from logging import WARNING, LogRecord
+from typing import Any, NamedTuple, NoReturn
+
+from absl import flags, logging
+
+from timesformer_jax.errors import InputError
+
+Define = Callable[[flags.FlagValues], Any]
+
+
+def _flag(kind: Callable, name: str, default: Any, text: str, **more: Any) -> Define:
+    return lambda values: kind(name, default, text, flag_values=values, **more)
+
+
+def _string(name: str, default: str | None, text: str) -> Define:
+    return _flag(flags.DEFINE_string, name, default, text)
+
+
+def _integer(name: str, default: int | None, text: str, least: int = 0) -> Define:
+    return _flag(flags.DEFINE_integer, name, default, text, lower_bound=least)
+
+
+def _fraction(name: str, default: float, text: str) -> Define:
+    return _flag(flags.DEFINE_float, name, default, text, lower_bound=0.0, upper_bound=1.0)
+
+
+def _config(values: flags.FlagValues) -> None:
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file(
+        "config", None, "a recipe, configs/demo.py; --config.a.b=v changes it", flag_values=values
+    )
+
+
+class Command(NamedTuple):
+    """A command: what it does, the function that does it, and the flags that are its arguments.
+
+    `function` is "module:name"; it gets every flag by name, and the words that are no flags as
+    `words`, if the command takes any.
+    """
+
+    summary: str
+    function: str
+    flags: Sequence[Define]
+    required: Sequence[str] = ()
+    words: str | None = None
+
+
+CHECKPOINT = _string("checkpoint", None, "a run's --workdir, its checkpoints, or one step of it")
+VIEWS = (
+    _integer("views", 1, "clips along each video, their probabilities averaged", least=1),
+    _integer("crops", 3, "3 squares of each clip (left, centre, right), or 1", least=1),
+)
+
+COMMANDS = {
+    "prepare": Command(
+        "videos to TFRecord shards that training reads",
+        "timesformer_jax.data.prepare:prepare",
+        (
+            _string("videos", None, "folder of videos: a folder a class, or as --annotations says"),
+            _string("output", None, "folder to write the data set to"),
+            _string("annotations", None, "csv with columns path,label[,start,end,split]"),
+            _string("labels", None, "file of class names, one a line; by default those found"),
+            _string("name", "videos", "name of the data set, for its files"),
+            _integer("short_side", 256, "pixels that the short side is scaled to", least=1),
+            _integer("quality", 90, "JPEG quality of the stored frames", least=1),
+            _integer("store_stride", 1, "store every n-th frame only", least=1),
+            _integer("workers", 0, "processes; 0 for one a core"),
+            _fraction("validation_fraction", 0.1, "share held out where no split is given"),
+        ),
+        required=("videos", "output"),
+    ),
+    "train": Command(
+        "trains a recipe, or goes on with it, and evaluates",
+        "timesformer_jax.training.loop:train_and_report",
+        (_config, _string("workdir", None, "folder for checkpoints, logs and results")),
+        required=("config", "workdir"),
+    ),
+    "evaluate": Command(
+        "accuracy of a checkpoint over a prepared split",
+        "timesformer_jax.evaluation.multi_view:evaluate_checkpoint",
+        (
+            CHECKPOINT,
+            _string("data", None, "prepared folder; by default the one it was trained on"),
+            _string("split", None, "by default the one its config evaluates on"),
+            *VIEWS,
+            _integer("batch_size", None, "videos at a time; by default the config's", least=1),
+            _string("output", None, "JSON file for the results"),
+        ),
+        required=("checkpoint",),
+    ),
+    "predict": Command(
+        "the most probable classes of video files",
+        "timesformer_jax.inference.predict:predict",
+        (CHECKPOINT, *VIEWS, _integer("top", 5, "classes to print", least=1)),
+        required=("checkpoint",),
+        words="videos",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command and exits: 0, 2 for what a person can put right, 143 after SIGTERM."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's remarks on the machine
+    argv = list(sys.argv if argv is None else argv)
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.set_stderrthreshold("info")
+    logging.get_absl_handler().addFilter(_is_for_people)
+    try:
+        _run(argv[1:])
+    except InputError as e:
+        _fail(str(e))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    name, *rest = argv
+    if name not in COMMANDS:
+        _fail(f"no command {name!r}; there are: {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    values = flags.FlagValues()
+    for define in command.flags:
+        define(values)
+    if {"-h", "--help", "-help"} & set(rest):
+        print(_help(name, command, values))
+        return
+    arguments = _parse(name, command, values, rest)
+    module, function = command.function.split(":")
+    try:
+        run = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as e:
+        if e.name and e.name.startswith("timesformer_jax"):
+            raise
+        _fail(f"{name} needs the package {e.name}: pip install 'timesformer_jax[data]'")
+    run(**arguments)
+
+
+def _parse(
+    name: str, command: Command, values: flags.FlagValues, rest: Sequence[str]
+) -> dict[str, Any]:
+    """The command's keyword arguments, or the end of the program in one line."""
+    try:
+        words = values([name, *rest])[1:]
+        if "config" in values and values["config"].value is not None:
+            values["config"].value.to_dict()  # a file that is not there is only told on use
+    # A config's own errors are of any kind: a missing file, a syntax error, an unknown field.
+    except Exception as e:
+        _fail(f"timesformer {name}: {_one_line(e)}")
+    for flag in command.required:
+        if values[flag].value is None:
+            _fail(f"timesformer {name} needs --{flag} ({values[flag].help})")
+    if words and command.words is None:
+        _fail(f"timesformer {name} takes flags only; what is {words[0]!r}?")
+    # A config's overrides (config.batch_size) are flags too, but no arguments.
+    arguments = {flag: values[flag].value for flag in values if "." not in flag}
+    return arguments | ({command.words: words} if command.words else {})
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: timesformer <command> [--flag=value ...]", "", *lines, "",
+         "timesformer <command> --help lists a command's flags."]
+    )  # fmt: skip
+
+
+def _help(name: str, command: Command, values: flags.FlagValues) -> str:
+    words = f" {command.words.upper()}..." if command.words else ""
+    lines = [f"usage: timesformer {name}{words} [--flag=value ...]: {command.summary}", ""]
+    for flag in values:
+        default = values[flag].default
+        end = " (required)" if flag in command.required else f" (default: {default})"
+        lines.append(
+            f"  --{flag}: {values[flag].help}{'' if default is None and end[2] == 'd' else end}"
+        )
+    return "\n".join(lines)
+
+
+def _is_for_people(record: LogRecord) -> bool:
+    """Drops what Orbax tells of each file it writes, and keeps its warnings."""
+    return record.levelno >= WARNING or "orbax" not in record.pathname
+
+
+def _one_line(error: Exception) -> str:
+    """What an error of flags or configs says, in one line."""
+    if isinstance(error, OSError):  # of the config file; the reason comes last
+        return f"cannot load the config: {str(error).splitlines()[-1].strip()}"
+    text = str(error)
+    if isinstance(error, AttributeError | KeyError):  # ml_collections quotes a quoted message
+        text = "no such config field: " + text.strip("\"'").replace("\\n", " ").replace("\\'", "'")
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

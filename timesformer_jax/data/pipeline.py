@@ -1,0 +1,289 @@
+"""tf.data: from a prepared split to batches of decoded clips.
+
+What a batch is made of (which records, frames and squares) is planned in numpy, statelessly from
+(seed, epoch, record); TensorFlow reads just those records, by their offset in the shard, and
+decodes just those frames and squares. So a shuffle holds no clips, and the iterator's state is two
+numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from timesformer_jax.data import sampling
+from timesformer_jax.data.records import Split, parse
+from timesformer_jax.errors import InputError
+from timesformer_jax.preprocessing import ClipSpec
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a training iterator stands, by what was consumed and not what was prefetched.
+
+    Attributes:
+      epoch: passes over the data that are done.
+      batches: batches of this epoch that are done.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The part of every global batch that this host reads: its index among `count` hosts."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """This host's rows of a global batch, whose size is a multiple of count."""
+        return np.split(rows, self.count)[self.index]
+
+
+def train_batches(
+    split: Split,
+    spec: ClipSpec,
+    *,
+    batch_size: int,
+    jitter: tuple[int, int],
+    flip: bool,
+    seed: int,
+    position: Position = Position(),
+    shard: Shard = Shard(),
+) -> Iterator[tuple[Batch, Position]]:
+    """Shuffled, randomly cropped training batches, without end.
+
+    Args:
+      split: what to read.
+      spec: frames, rate and crop of a clip.
+      batch_size: of all hosts together.
+      jitter: least and largest scaled short side in pixels, drawn for each clip.
+      flip: whether half of the clips are mirrored.
+      seed: with the epoch and the record, decides every draw.
+      position: where to start; a position that was yielded continues just after its batch.
+      shard: this host's part.
+
+    Yields:
+      A batch and the position after it. The batch holds frames (b, T, S, S, 3) uint8, windows
+      (b, 3) float32 (top, left, side in pixels of those frames), flip (b,) bool, label (b,) int32
+      and record (b,) int32, the index in `split`, with b = batch_size / shard.count. The last
+      incomplete batch of an epoch is left out.
+
+    Raises:
+      InputError: if there are fewer records than a batch, or the jitter is too small for the crop.
+    """
+    per_epoch = batches_per_epoch(split, batch_size)
+    if not spec.crop <= jitter[0] <= jitter[1]:
+        raise InputError(
+            f"scale jitter {tuple(jitter)} must be two sizes, ascending, of at least the crop, "
+            f"{spec.crop}"
+        )
+    short = _short_side(split)
+    side = sampling.decoded_side(short, spec.crop, jitter[0])
+
+    def plans() -> Iterator[dict[str, np.ndarray]]:
+        at = position
+        while True:
+            order = _random(seed, at.epoch).permutation(len(split))
+            for i in range(at.batches, per_epoch):
+                rows = shard.of(order[i * batch_size : (i + 1) * batch_size])
+                plans = [_train_plan(split, spec, r, jitter, flip, seed, at.epoch) for r in rows]
+                yield _stack(plans, rows, side, split)
+            at = Position(at.epoch + 1)
+
+    at = position
+    for batch in _read(plans, split, spec, side, batch_size // shard.count):
+        done = at.batches + 1
+        at = Position(at.epoch + 1) if done == per_epoch else Position(at.epoch, done)
+        yield batch | {"frames": batch["frames"][:, 0], "windows": batch["windows"][:, 0]}, at
+
+
+def eval_batches(
+    split: Split,
+    spec: ClipSpec,
+    *,
+    batch_size: int,
+    views: int = 1,
+    crops: int = 1,
+    shard: Shard = Shard(),
+) -> Iterator[Batch]:
+    """Every record of the split once, in order, seen from views x crops.
+
+    Args:
+      split, spec, shard: as for `train_batches`.
+      batch_size: videos of all hosts together.
+      views: clips along the video.
+      crops: squares along the long side of each.
+
+    Yields:
+      Batches as in training, but frames (b, views * crops, T, S, S, 3), windows
+      (b, views * crops, 3), and valid (b,) bool: False for the rows that fill up the last batch.
+    """
+    side = _short_side(split)
+    steps = -(-len(split) // batch_size)
+    order = np.arange(steps * batch_size)
+
+    def plans() -> Iterator[dict[str, np.ndarray]]:
+        for rows in order.reshape(steps, batch_size):
+            mine = shard.of(rows)
+            valid = mine < len(split)
+            mine = np.where(valid, mine, 0)
+            plans = [_test_plan(split, spec, row, views, crops) for row in mine]
+            yield _stack(plans, mine, side, split) | {"valid": valid}
+
+    yield from _read(plans, split, spec, side, batch_size // shard.count, views, crops)
+
+
+def batches_per_epoch(split: Split, batch_size: int) -> int:
+    """Full batches in one pass over the split."""
+    if len(split) < batch_size:
+        raise InputError(
+            f"split {split.name!r} has {len(split)} clips, fewer than a batch of {batch_size}; "
+            f"set --config.batch_size={len(split)} or less"
+        )
+    return len(split) // batch_size
+
+
+def _random(seed: int, epoch: int, record: int | None = None) -> np.random.Generator:
+    """The draws of an epoch's order (record None), or of one record in it."""
+    stream = 0 if record is None else record + 1
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, stream]))
+
+
+def _short_side(split: Split) -> int:
+    short = np.minimum(split.height, split.width)
+    if short.min() != short.max():
+        raise InputError(
+            f"split {split.name!r} holds frames of short side {short.min()} to {short.max()}; "
+            "prepare it again with one --short_side"
+        )
+    return int(short[0])
+
+
+def _train_plan(
+    split: Split,
+    spec: ClipSpec,
+    row: int,
+    jitter: tuple[int, int],
+    flip: bool,
+    seed: int,
+    epoch: int,
+) -> dict[str, Any]:
+    draws = _random(seed, epoch, row).random(5)
+    size = int(split.height[row]), int(split.width[row])
+    return {
+        "indices": _stored(split, spec, row, draws[0])[None],
+        "windows": sampling.random_window(*size, spec.crop, jitter, draws[1:4])[None],
+        "flip": flip and draws[4] < 0.5,
+    }
+
+
+def _test_plan(split: Split, spec: ClipSpec, row: int, views: int, crops: int) -> dict[str, Any]:
+    positions = sampling.view_positions(views, first=spec.start == "first")
+    size = int(split.height[row]), int(split.width[row])
+    return {
+        "indices": np.stack([_stored(split, spec, row, p) for p in positions]),
+        "windows": sampling.test_windows(*size, crops),
+        "flip": False,
+    }
+
+
+def _stored(split: Split, spec: ClipSpec, row: int, position: float) -> np.ndarray:
+    n, fps, stride = int(split.num_frames[row]), float(split.fps[row]), int(split.stride[row])
+    indices = sampling.clip_indices(n, fps, spec.frames, spec.rate, position)
+    return sampling.stored_indices(indices, stride, -(-n // stride))
+
+
+def _stack(
+    plans: list[dict[str, Any]], rows: np.ndarray, side: int, split: Split
+) -> dict[str, np.ndarray]:
+    """A batch's plans as arrays, and the corner of the square to decode for each window."""
+    windows = np.stack([plan["windows"] for plan in plans])  # b crops 3
+    size = np.stack([split.height[rows], split.width[rows]], axis=-1)[:, None]
+    # The square is centred on the window as far as the frame allows.
+    centre = windows[..., :2] + windows[..., 2:] / 2
+    corners = np.clip(np.floor(centre - side / 2), 0, size - side)
+    windows[..., :2] -= corners
+    return {
+        "shard": split.shard[rows],
+        "offset": split.offset[rows],
+        "indices": np.stack([plan["indices"] for plan in plans]).astype(np.int32),
+        "corners": corners.astype(np.int32),
+        "windows": windows.astype(np.float32),
+        "flip": np.array([plan["flip"] for plan in plans], bool),
+        "label": split.label[rows].astype(np.int32),
+        "record": rows.astype(np.int32),
+        "valid": np.ones(len(rows), bool),
+    }
+
+
+def _read(
+    plans, split: Split, spec: ClipSpec, side: int, batch_size: int, views: int = 1, crops: int = 1
+) -> Iterator[Batch]:
+    """Runs plans, a generator function of batches of them, through tf.data."""
+    signature = {
+        "shard": tf.TensorSpec((batch_size,), tf.int32),
+        "offset": tf.TensorSpec((batch_size,), tf.int64),
+        "indices": tf.TensorSpec((batch_size, views, spec.frames), tf.int32),
+        "corners": tf.TensorSpec((batch_size, crops, 2), tf.int32),
+        "windows": tf.TensorSpec((batch_size, crops, 3), tf.float32),
+        "flip": tf.TensorSpec((batch_size,), tf.bool),
+        "label": tf.TensorSpec((batch_size,), tf.int32),
+        "record": tf.TensorSpec((batch_size,), tf.int32),
+        "valid": tf.TensorSpec((batch_size,), tf.bool),
+    }
+    files = tf.constant(split.files)
+
+    @tf.autograph.experimental.do_not_convert
+    def load(plan: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        video = parse(_record(files[plan["shard"]], plan["offset"]))["video"]
+        frames = _decode(tf.gather(video, plan["indices"]), plan["corners"], side)
+        out = {key: plan[key] for key in ("flip", "label", "record", "valid")}
+        # One window a clip: crops vary fastest.
+        return out | {"frames": frames, "windows": tf.tile(plan["windows"], [views, 1])}
+
+    data = tf.data.Dataset.from_generator(plans, output_signature=signature)
+    data = data.unbatch()
+    data = data.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    data = data.batch(batch_size, drop_remainder=True).prefetch(2)
+    return data.as_numpy_iterator()
+
+
+def _record(file: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+    """The serialized record at a byte offset of a TFRecord file."""
+    # TFRecordDataset's own signature lacks the offset that its operation takes.
+    variant = tf.raw_ops.TFRecordDatasetV2(
+        filenames=file[None], compression_type="", buffer_size=1 << 20, byte_offsets=offset[None]
+    )
+    records = tf.data.experimental.from_variant(variant, tf.TensorSpec((), tf.string))
+    return records.take(1).get_single_element()
+
+
+def _decode(jpegs: tf.Tensor, corners: tf.Tensor, side: int) -> tf.Tensor:
+    """(views, T) JPEG strings and (crops, 2) corners to (views * crops, T, side, side, 3) uint8."""
+    (views, clip_frames), crops = jpegs.shape, corners.shape[0]
+
+    def squares(jpeg: tf.Tensor) -> tf.Tensor:
+        if crops == 1:  # decode the square and nothing else
+            window = tf.concat([corners[0], [side, side]], 0)
+            return tf.io.decode_and_crop_jpeg(jpeg, window, channels=3)[None]
+        frame = tf.io.decode_jpeg(jpeg, channels=3)
+        origins = tf.pad(corners, [[0, 0], [0, 1]])
+        return tf.stack([tf.slice(frame, origins[i], [side, side, 3]) for i in range(crops)])
+
+    frames = tf.map_fn(
+        squares,
+        tf.reshape(jpegs, [-1]),
+        fn_output_signature=tf.TensorSpec((crops, side, side, 3), tf.uint8),
+    )
+    frames = tf.reshape(frames, [views, clip_frames, crops, side, side, 3])
+    frames = tf.transpose(frames, [0, 2, 1, 3, 4, 5])  # views t crops -> views crops t
+    return tf.reshape(frames, [views * crops, clip_frames, side, side, 3])

@@ -1,0 +1,59 @@
+"""The device mesh, its named axes, and how batches lie on it."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from timesformer_jax.errors import InputError
+
+AXES = ("data", "fsdp")
+BATCH = P(AXES)  # every axis carries a part of the batch
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh of data x fsdp devices.
+
+    Args:
+      data: replicas of the parameters; -1 for as many as the devices allow.
+      fsdp: devices that share the parameters of one replica; -1 likewise.
+      devices: all of the run's by default.
+
+    Raises:
+      InputError: if the axes and the number of devices do not fit.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+        raise InputError(
+            f"mesh data={data} x fsdp={fsdp} does not fit {len(devices)} devices: the product "
+            "must be that number, and one axis may be -1 for the rest"
+        )
+    for axis in free:
+        sizes[axis] = len(devices) // fixed
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises InputError unless the mesh's devices share a batch evenly."""
+    parts = mesh.devices.size
+    if batch_size % parts:
+        near = max(parts, batch_size // parts * parts)
+        raise InputError(
+            f"a batch of {batch_size} cannot be divided among the {parts} devices of the mesh; "
+            f"set --config.batch_size to a multiple of {parts}, {near} for one"
+        )
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This host's part of a batch as global arrays, the leading axis over the whole mesh."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }

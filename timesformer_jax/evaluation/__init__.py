@@ -1,0 +1,1 @@
+"""Accuracy of a model over a data set, seen from several views."""

@@ -1,0 +1,155 @@
+"""Evaluation: every video once, its views' probabilities averaged (the paper's protocol)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from timesformer_jax import checkpoints
+from timesformer_jax.data.pipeline import Shard, eval_batches
+from timesformer_jax.data.records import Split, open_split
+from timesformer_jax.distributed.mesh import BATCH, check_batch, make_mesh, put_batch
+from timesformer_jax.errors import InputError
+from timesformer_jax.evaluation.metrics import Results
+from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
+from timesformer_jax.preprocessing import ClipSpec, preprocess
+
+Probabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def make_probabilities(model: TimeSformerConfig, clip: ClipSpec) -> Probabilities:
+    """A function of parameters and a batch of views to averaged class probabilities.
+
+    It takes parameters, frames (B, V, T, H, W, 3) uint8 and windows (B, V, 3), and gives
+    (B, classes) float32: the mean over the V views of the softmax, as in the paper (the authors'
+    release sums logits).
+    """
+
+    def probabilities(params: Any, frames: jax.Array, windows: jax.Array) -> jax.Array:
+        views = frames.shape[:2]
+        frames = frames.reshape(-1, *frames.shape[2:])  # b v ... -> (b v) ...
+        video = preprocess(frames, windows.reshape(-1, 3), clip)
+        logits = with_parameters(model, params)(video)
+        return jax.nn.softmax(logits).reshape(*views, -1).mean(axis=1)
+
+    return probabilities
+
+
+def evaluate(
+    params: Any,
+    model: TimeSformerConfig,
+    clip: ClipSpec,
+    split: Split,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    views: int = 1,
+    crops: int = 3,
+) -> Results:
+    """Accuracy over a split.
+
+    Args:
+      params: parameters on `mesh`.
+      model, clip: what they are parameters of, and the clips it expects.
+      split: a prepared split; every record counts once, on any number of hosts.
+      mesh: the devices.
+      batch_size: videos at a time, of all devices together.
+      views: clips along a video.
+      crops: 3 for left, centre and right; 1 for the centre only.
+    """
+    # Every host gets every answer, so that each counts the whole split.
+    step = jax.jit(
+        lambda params, batch: (
+            make_probabilities(model, clip)(params, batch["frames"], batch["windows"]),
+            batch["label"],
+            batch["valid"],
+        ),
+        in_shardings=(None, NamedSharding(mesh, BATCH)),
+        out_shardings=NamedSharding(mesh, P()),
+    )
+    shard = Shard(jax.process_index(), jax.process_count())
+    batches = eval_batches(
+        split, clip, batch_size=batch_size, views=views, crops=crops, shard=shard
+    )
+    progress = tqdm(
+        batches,
+        desc=f"evaluating {split.name}",
+        total=-(-len(split) // batch_size),
+        unit="batch",
+        disable=jax.process_index() > 0,
+        leave=False,
+    )
+    probabilities, truth = [], []
+    for batch in progress:
+        arrays = put_batch(mesh, {k: batch[k] for k in ("frames", "windows", "label", "valid")})
+        p, label, valid = jax.device_get(step(params, arrays))
+        probabilities.append(p[valid])
+        truth.append(label[valid])
+    return Results.count(
+        np.concatenate(probabilities),
+        np.concatenate(truth),
+        split.label_names,
+        views=views,
+        crops=crops,
+    )
+
+
+def evaluate_checkpoint(
+    checkpoint: str,
+    data: str | None = None,
+    split: str | None = None,
+    views: int = 1,
+    crops: int = 3,
+    batch_size: int | None = None,
+    output: str | None = None,
+) -> None:
+    """Evaluates a checkpoint and prints the table of its classes.
+
+    Args:
+      checkpoint: a workdir of training, its checkpoints folder, or one step of it.
+      data: a prepared directory; by default the one that it was trained on.
+      split: by default the one that its config evaluates on.
+      views, crops: as for `evaluate`.
+      batch_size: videos at a time; by default as in its config.
+      output: a JSON file for the results.
+
+    Raises:
+      InputError: if something cannot be read, or the data's labels are not the checkpoint's.
+    """
+    if views < 1 or crops not in (1, 3):
+        raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
+    if output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+        raise InputError(f"the folder of --output={output} does not exist")
+    card = checkpoints.load_card(checkpoint)
+    found = open_split(
+        data or card.config["data"]["directory"], split or card.config["data"]["eval_split"]
+    )
+    if found.label_names != card.labels:
+        raise InputError(
+            f"the data has {len(found.label_names)} labels ({_some(found.label_names)}), the "
+            f"checkpoint {len(card.labels)} ({_some(card.labels)}): they must be the same; "
+            "prepare the data with the checkpoint's labels"
+        )
+    batch_size = batch_size or card.config["eval"]["batch_size"]
+    mesh = make_mesh()
+    check_batch(mesh, batch_size)
+    model, params = checkpoints.load_parameters(checkpoint)
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    results = evaluate(
+        params, model, card.clip, found, mesh, batch_size=batch_size, views=views, crops=crops
+    )
+    print(results.table())
+    if output is not None:
+        results.save(output, checkpoint=os.path.abspath(checkpoint), split=found.name)
+        print(f"written to {output}")
+
+
+def _some(labels: tuple[str, ...]) -> str:
+    return ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")

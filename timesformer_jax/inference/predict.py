@@ -1,0 +1,91 @@
+"""Class probabilities of video files, from a checkpoint alone."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+
+from timesformer_jax import checkpoints
+from timesformer_jax.data import decode, sampling
+from timesformer_jax.errors import InputError
+from timesformer_jax.models.timesformer import with_parameters
+from timesformer_jax.preprocessing import preprocess
+
+
+class Predictor:
+    """A checkpoint, ready to be shown videos.
+
+    Args:
+      checkpoint: a workdir of training, its checkpoints folder, or one step of it.
+      views: clips along a video whose probabilities are averaged.
+      crops: squares of each clip: 3 for left, centre and right, 1 for the centre.
+
+    Attributes:
+      labels: class names, in the order of the probabilities.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike, views: int = 1, crops: int = 3):
+        if views < 1 or crops not in (1, 3):
+            raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
+        self.card = checkpoints.load_card(checkpoint)
+        model, params = checkpoints.load_parameters(checkpoint)
+        self.labels = self.card.labels
+        self.views, self.crops = views, crops
+
+        def probabilities(frames: jax.Array, windows: jax.Array) -> jax.Array:
+            video = preprocess(frames, windows, self.card.clip)
+            return jax.nn.softmax(with_parameters(model, params)(video)).mean(axis=0)
+
+        self._probabilities = jax.jit(probabilities)
+
+    def __call__(self, video: str | os.PathLike) -> np.ndarray:
+        """(classes,) float32 probabilities of a video file.
+
+        Raises:
+          decode.VideoError: if it cannot be decoded.
+        """
+        clip = self.card.clip
+        positions = sampling.view_positions(self.views, first=clip.start == "first")
+
+        def pick(num_frames: int, fps: float) -> np.ndarray:
+            return np.concatenate(
+                [
+                    sampling.clip_indices(num_frames, fps, clip.frames, clip.rate, p)
+                    for p in positions
+                ]
+            )
+
+        frames = decode.decode(video, pick=pick, short_side=clip.short_side).frames
+        windows = sampling.test_windows(*frames.shape[1:3], self.crops)
+        clips = frames.reshape(self.views, clip.frames, *frames.shape[1:])
+        clips = np.repeat(clips, self.crops, axis=0)  # crops vary fastest
+        return np.asarray(self._probabilities(clips, np.tile(windows, (self.views, 1))))
+
+
+def predict(
+    videos: list[str], checkpoint: str, views: int = 1, crops: int = 3, top: int = 5
+) -> None:
+    """Prints the most probable classes of each video, best first.
+
+    Raises:
+      InputError: naming the videos that could not be read, once all others are printed.
+    """
+    if not videos:
+        raise InputError("no video given: timesformer predict VIDEO... --checkpoint=DIR")
+    predictor = Predictor(checkpoint, views, crops)
+    failed = []
+    for video in videos:
+        try:
+            probabilities = predictor(video)
+        except decode.VideoError as e:
+            failed.append(f"{video} ({e})")
+            continue
+        print(video)
+        for i in np.argsort(-probabilities)[:top]:
+            print(f"  {probabilities[i]:7.2%}  {predictor.labels[i]}")
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(videos)} videos not predicted: {'; '.join(failed)}"
+        )

@@ -1,0 +1,122 @@
+"""The training recipes as ml_collections configs; the files in configs/ are thin calls of these.
+
+Every function returns a new config that can be changed further. The command line refuses names
+that are not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from timesformer_jax.models.presets import preset
+from timesformer_jax.preprocessing import ClipSpec
+
+
+def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
+    """What all recipes share: the authors' training of one epoch count, optimizer and views.
+
+    Args:
+      model: a preset; `config.model` holds all its fields.
+      rate: distance of a clip's frames, in frames of a 30 fps video.
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.epochs = 15
+    config.batch_size = 64  # of all devices together; the paper says 16, the release uses 64
+    config.pretrained = ""  # a checkpoint to start from
+    config.log_every_steps = 50
+
+    fields = dataclasses.asdict(preset(model))
+    clip = dataclasses.asdict(
+        ClipSpec(frames=fields["num_frames"], crop=fields["image_size"], rate=rate)
+    )
+    del clip["short_side"]  # the data says it
+    config.clip = ConfigDict(clip)
+    config.model = ConfigDict(fields)
+    # Say a clip's length and size once: the model is made for the clips.
+    config.model.num_frames = config.clip.get_ref("frames")
+    config.model.image_size = config.clip.get_ref("crop")
+
+    config.data = ConfigDict()
+    config.data.directory = ""
+    config.data.demo = False  # make the embedded data set there if it is not there yet
+    config.data.train_split = "train"
+    config.data.eval_split = "validation"
+    config.data.jitter = (256, 320)  # random short side, in pixels
+    config.data.flip = True
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.005
+    config.optimizer.reference_batch_size = 64  # the learning rate is scaled from it to batch_size
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.schedule = "step"
+    config.optimizer.decay_epochs = (11.0, 14.0)
+    config.optimizer.decay_factors = (0.1, 0.01)
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.epochs = config.get_ref("epochs")
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
+
+    config.eval = ConfigDict()
+    config.eval.every_epochs = 5
+    config.eval.batch_size = config.get_oneway_ref("batch_size")
+    config.eval.views = 1
+    config.eval.crops = 3
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 0  # 0: once an epoch
+    config.checkpoint.keep = 3
+    return config
+
+
+def kinetics400(model: str = "timesformer_base", *, attention: str = "divided") -> ConfigDict:
+    """K400 as the authors train it (SPEC section 3), for their three models."""
+    rate = {"timesformer_base": 32, "timesformer_hr": 16, "timesformer_l": 4}[model]
+    config = recipe(model, rate=rate)
+    config.model.attention = attention
+    config.model.num_classes = 400
+    config.data.directory = "data/k400"
+    if model == "timesformer_hr":
+        config.data.jitter = (448, 512)
+    return config
+
+
+def finetune(model: str = "timesformer_base") -> ConfigDict:
+    """A pretrained model on a folder of one's own videos: AdamW, small steps, any class count."""
+    config = recipe(model)
+    config.model.num_classes = 0  # as many as the data has
+    config.batch_size = 8
+    config.log_every_steps = 10
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.reference_batch_size = 8
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 1.0
+    config.eval.every_epochs = 1
+    return config
+
+
+def demo() -> ConfigDict:
+    """A tiny model from scratch on the embedded data set: minutes on two CPU cores."""
+    config = recipe("timesformer_tiny", rate=2)
+    config.model.num_classes = 0
+    config.epochs = 10
+    config.batch_size = 32
+    config.data.directory = "data/demo"
+    config.data.demo = True
+    config.data.jitter = (32, 40)
+    config.data.flip = False  # a mirrored video moves the other way
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.reference_batch_size = 32
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 1.0
+    config.eval.every_epochs = 1
+    config.eval.batch_size = 100
+    return config
