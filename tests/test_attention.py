@@ -1,0 +1,160 @@
+"""Every attention against a brute-force mask over all tokens in float64, forward and gradient."""
+
+import functools
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from timesformer_jax.models import attention
+from timesformer_jax.models.attention import Step, Tokens
+
+STEPS = {
+    "temporal": attention.TEMPORAL,
+    "temporal_with_token": attention.TEMPORAL._replace(token=True),
+    "spatial": attention.SPATIAL,
+    "joint": attention.JOINT,
+    "width": attention.WIDTH,
+    "height": attention.HEIGHT,
+    "local": attention.LOCAL,
+    "global": attention.GLOBAL,
+}
+# Frames, patches down, patches across: one of each, one patch, non-square, odd, even.
+SHAPES = [(1, 1, 1), (3, 1, 1), (1, 2, 3), (5, 3, 5), (2, 4, 2), (3, 1, 4)]
+HEADS, CHANNELS = 2, 3
+
+
+def sequences(name: str, frames: int, height: int, width: int) -> list[list[tuple]]:
+    """The (frame, y, x) of the patches of every sequence, written out from the definitions."""
+
+    def listed(many_frames, many_y, many_x):
+        return [(t, y, x) for t in many_frames for y in many_y for x in many_x]
+
+    t, h, w = range(frames), range(height), range(width)
+    upper, lower = h[: math.ceil(height / 2)], h[math.ceil(height / 2) :]
+    left, right = w[: math.ceil(width / 2)], w[math.ceil(width / 2) :]
+    out = {
+        "temporal": lambda: [listed(t, [y], [x]) for y in h for x in w],
+        "spatial": lambda: [listed([f], h, w) for f in t],
+        "joint": lambda: [listed(t, h, w)],
+        "width": lambda: [listed([f], [y], w) for f in t for y in h],
+        "height": lambda: [listed([f], h, [x]) for f in t for x in w],
+        "local": lambda: [listed(t, ys, xs) for ys in (upper, lower) for xs in (left, right)],
+        "global": lambda: [
+            listed(t[f::2], h[y::2], w[x::2]) for f in (0, 1) for y in (0, 1) for x in (0, 1)
+        ],
+    }[name.removesuffix("_with_token")]()
+    return [sequence for sequence in out if sequence]
+
+
+def brute_force(name: str, cls: torch.Tensor | None, patches: torch.Tensor) -> tuple:
+    """One clip: every token against every token, all pairs of different sequences masked out.
+
+    Takes (S, 3, h, d) and (T, H, W, 3, h, d); returns (S, h * d) and (T, H, W, h * d).
+    """
+    size = patches.shape[:3]
+    lists = sequences(name, *size)
+    number = {patch: i for i, sequence in enumerate(lists) for patch in sequence}
+    of_patch = [number[tuple(index)] for index in np.ndindex(*size)]
+    owner = torch.tensor((list(range(len(lists))) if cls is not None else []) + of_patch)
+    qkv = patches.reshape(-1, *patches.shape[3:])
+    qkv = qkv if cls is None else torch.cat([cls, qkv])
+    out = []
+    for head in range(qkv.shape[2]):
+        q, k, v = qkv[:, 0, head], qkv[:, 1, head], qkv[:, 2, head]
+        logits = q @ k.T / math.sqrt(q.shape[-1])
+        logits = logits.masked_fill(owner[:, None] != owner[None, :], -math.inf)
+        out.append(torch.softmax(logits, dim=-1) @ v)
+    out = torch.cat(out, dim=-1)
+    tokens = 0 if cls is None else len(lists)
+    return (None if cls is None else out[:tokens]), out[tokens:].reshape(*size, -1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_attention_and_its_gradient_equal_a_brute_force_mask(name, shape):
+    step, (t, h, w), b = STEPS[name], shape, 2
+    s = len(sequences(name, t, h, w))
+    rng = np.random.default_rng(0)
+    width = HEADS * CHANNELS
+    cls = rng.standard_normal((b, s, 3, HEADS, CHANNELS)) if step.token else None
+    patches = rng.standard_normal((b, t, h, w, 3, HEADS, CHANNELS))
+    direction = Tokens(
+        rng.standard_normal((b, s, width)) if step.token else None,
+        rng.standard_normal((b, t, h * w, width)),
+    )
+
+    @jax.jit
+    def forward_and_gradient(qkv, direction):
+        out, vjp = jax.vjp(lambda qkv: step.mix(qkv, (h, w)), qkv)
+        return out, vjp(direction)[0]
+
+    with jax.enable_x64(True):
+        qkv = Tokens(cls, patches.reshape(b, t, h * w, 3, HEADS, CHANNELS))
+        ours = jax.tree.map(np.asarray, forward_and_gradient(qkv, direction))
+    assert ours[0].patches.dtype == np.float64
+
+    leaves = [None if x is None else torch.tensor(x, requires_grad=True) for x in (cls, patches)]
+    total = torch.zeros((), dtype=torch.float64)
+    for clip in range(b):
+        out_cls, out = brute_force(name, None if cls is None else leaves[0][clip], leaves[1][clip])
+        np.testing.assert_allclose(
+            ours[0].patches[clip], out.detach().reshape(t, h * w, -1), atol=1e-12
+        )
+        total = total + (out.reshape(t, h * w, -1) * torch.tensor(direction.patches[clip])).sum()
+        if step.token:
+            np.testing.assert_allclose(ours[0].cls[clip], out_cls.detach(), atol=1e-12)
+            total = total + (out_cls * torch.tensor(direction.cls[clip])).sum()
+    total.backward()
+    gradient = leaves[1].grad.reshape(ours[1].patches.shape)
+    np.testing.assert_allclose(ours[1].patches, gradient, atol=1e-12)
+    if step.token:
+        np.testing.assert_allclose(ours[1].cls, leaves[0].grad, atol=1e-12)
+
+
+sizes = st.integers(1, 7)
+
+
+@hypothesis.given(st.sampled_from(sorted(STEPS)), sizes, sizes, sizes)
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_sequences_are_numbered_as_the_definitions_list_them(name, t, h, w):
+    number = STEPS[name].sequences(t, (h, w))
+    assert number.shape == (t, h * w)
+    lists = sequences(name, t, h, w)
+    assert sorted(np.unique(number)) == list(range(len(lists)))
+    for i, sequence in enumerate(lists):
+        assert sequence == [tuple(index) for index in np.argwhere(number.reshape(t, h, w) == i)]
+
+
+@functools.cache
+def jaxpr_sizes(step: Step, t: int, grid: tuple[int, int]) -> list[int]:
+    """Sizes of every array in the traced program."""
+    s = step.sequences(t, grid).max() + 1
+    qkv = Tokens(
+        jax.ShapeDtypeStruct((1, s, 3, 1, 4), jnp.float32) if step.token else None,
+        jax.ShapeDtypeStruct((1, t, math.prod(grid), 3, 1, 4), jnp.float32),
+    )
+    jaxpr = jax.make_jaxpr(lambda qkv: step.mix(qkv, grid))(qkv)
+    return [v.aval.size for eqn in jaxpr.eqns for v in (*eqn.invars, *eqn.outvars)]
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "joint"])
+@pytest.mark.parametrize(("t", "grid"), [(16, (16, 16)), (15, (15, 17))])
+def test_sparse_attention_holds_no_square_of_all_patches(name, t, grid):
+    assert max(jaxpr_sizes(STEPS[name], t, grid)) < (t * math.prod(grid)) ** 2 / 3
+    assert max(jaxpr_sizes(attention.JOINT, t, grid)) > (t * math.prod(grid)) ** 2
+
+
+def test_softmax_is_taken_in_float32_when_the_model_computes_in_bfloat16():
+    qkv = jax.random.normal(jax.random.key(0), (40, 3, 2, 8))
+    half = attention.attend(qkv.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    jaxpr = jax.make_jaxpr(attention.attend)(qkv.astype(jnp.bfloat16))
+    exponentials = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "exp"]
+    assert [eqn.outvars[0].aval.dtype for eqn in exponentials] == [jnp.float32]
+    np.testing.assert_allclose(half.astype(jnp.float32), attention.attend(qkv), atol=0.03)
