@@ -228,7 +228,7 @@ def _numbered_rows(annotations: Path, reader: csv.DictReader) -> Iterator[tuple[
         except StopIteration:
             return
         except csv.Error as error:
-            where = f"{annotations} line {reader.line_num}"
+            where = f"{annotations} after line {reader.line_num}"
             raise InputError(f"{where}: {error}; mend the quotes there") from error
         yield f"{annotations} line {reader.line_num}", row
 

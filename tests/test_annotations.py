@@ -1,0 +1,211 @@
+from collections import Counter, defaultdict
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from timesformer_jax.data.annotations import (
+    Clip,
+    assign_splits,
+    label_names,
+    read,
+    read_labels,
+)
+from timesformer_jax.errors import InputError
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+def table(root, text):
+    touch(root, "a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    path = root / "clips.csv"
+    path.write_text(text)
+    return path
+
+
+def refused(match, *args, **kwargs):
+    with pytest.raises(InputError, match=match) as error:
+        read(*args, **kwargs)
+    assert len(str(error.value).splitlines()) == 1
+
+
+# ---- folders ------------------------------------------------------------------------------------
+
+
+def test_a_folder_a_class(tmp_path):
+    touch(tmp_path, "cat/a.mp4", "cat/deep/b.WEBM", "dog/c.avi", "dog/d.mov", "dog/notes.txt")
+    touch(tmp_path, "empty/readme.md", ".hidden/e.mp4", "dog/._d.mp4")
+    clips = read(tmp_path)
+    assert [(clip.id, clip.label) for clip in clips] == [
+        ("cat/a.mp4", "cat"),
+        ("cat/deep/b.WEBM", "cat"),
+        ("dog/c.avi", "dog"),
+        ("dog/d.mov", "dog"),
+    ]
+    assert Counter((clip.label, clip.split) for clip in clips) == {
+        ("cat", "train"): 1,
+        ("cat", "validation"): 1,
+        ("dog", "train"): 1,
+        ("dog", "validation"): 1,
+    }
+    assert label_names(clips) == ("cat", "dog")
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "validation", "Val"])
+def test_split_folders(tmp_path, validation):
+    touch(tmp_path, "train/cat/a.mp4", f"{validation}/cat/b.mp4", "test/cat/deep/c.mp4")
+    assert [(clip.path, clip.label, clip.split) for clip in read(tmp_path)] == sorted(
+        [
+            ("train/cat/a.mp4", "cat", "train"),
+            (f"{validation}/cat/b.mp4", "cat", "validation"),
+            ("test/cat/deep/c.mp4", "cat", "test"),
+        ]
+    )
+
+
+def test_classes_may_be_named_like_splits(tmp_path):
+    touch(tmp_path, "train/a.mp4", "train/b.mp4", "bus/c.mp4", "bus/d.mp4")
+    assert label_names(read(tmp_path)) == ("bus", "train")
+
+
+def test_a_linked_class_folder_is_entered(tmp_path):
+    touch(tmp_path, "elsewhere/a.mp4", "videos/dog/b.mp4")
+    (tmp_path / "videos/cat").symlink_to(tmp_path / "elsewhere")
+    assert [clip.path for clip in read(tmp_path / "videos")] == ["cat/a.mp4", "dog/b.mp4"]
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    refused("there is no folder", tmp_path / "nowhere")
+    refused("holds no video file", tmp_path)
+    refused("in no class folder", touch(tmp_path / "loose", "a.mp4"))
+    refused("mixes split folders", touch(tmp_path / "mixed", "train/cat/a.mp4", "cat/b.mp4"))
+    refused(
+        "unknown label 'dgo'", touch(tmp_path / "odd", "train/dog/a.mp4", "validation/dgo/b.mp4")
+    )
+
+
+# ---- csv ----------------------------------------------------------------------------------------
+
+
+def test_csv_in_any_column_order_with_a_byte_order_mark_and_quotes(tmp_path):
+    text = (
+        "\ufeffsplit, label ,path,end,start,note\r\n"
+        'train,"jump, high",./a.mp4,2.5,0,x\r\nval,"jump, high",b.mp4,,1.25,\r\n'
+        'TEST,"jump, high",a.mp4,,,\r\n'
+    )
+    assert read(tmp_path, table(tmp_path, text)) == [
+        Clip("a.mp4", "jump, high", None, None, "test"),
+        Clip("a.mp4", "jump, high", 0.0, 2.5, "train"),
+        Clip("b.mp4", "jump, high", 1.25, None, "validation"),
+    ]
+
+
+def test_ids_name_the_piece():
+    assert Clip("a.mp4", "x", None, None, "").id == "a.mp4"
+    assert Clip("a.mp4", "x", 2.0, 4.5, "").id == "a.mp4#2-4.5"
+    assert Clip("a.mp4", "x", 12345.678, None, "").id == "a.mp4#12345.678-"
+    assert Clip("a.mp4", "x", None, 3.0, "").id == "a.mp4#-3"
+
+
+def test_listed_but_missing_files_are_listed(tmp_path):
+    rows = "path,label,split\na.mp4,x,train\ngone.mp4,x,train\n"
+    assert [clip.path for clip in read(tmp_path, table(tmp_path, rows))] == ["a.mp4", "gone.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no column 'path' in its header .found: none"),
+        ("path,start\na.mp4,1\n", "no column 'label' in its header .found: path, start"),
+        ("file,label\na.mp4,x\n", "no column 'path' in its header .found: file, label"),
+        ("path,label\n", "lists no clip"),
+        ("path,label\na.mp4,\n", "line 2 has no label"),
+        ("path,label\na.mp4,x\n,x\n", "line 3 has no path"),
+        ("path,label\na.mp4,x,y\n", "line 2 has more fields"),
+        ("path,label,start\na.mp4,x,one\n", "line 2: start 'one' is not a number"),
+        ("path,label,start\na.mp4,x,nan\n", "line 2: start 'nan' is not a number"),
+        ("path,label,end\na.mp4,x,-1\n", "line 2: end '-1' is not a number"),
+        ("path,label,start,end\na.mp4,x,2,2\n", "line 2: the end, 2 s, is not after the start, 2"),
+        ("path,label,end\na.mp4,x,0\n", "line 2: the end, 0 s, is not after"),
+        ("path,label,split\na.mp4,x,trian\n", "line 2: split 'trian' is not one of train"),
+        ("path,label\na.mp4,x\n./a.mp4,y\n", "line 3: a.mp4 is listed twice .first: .*line 2"),
+        ('path,label\na.mp4,"x\n', "after line 1: "),
+        ('path,label\na.mp4,"x\ny"\n', "is not one line"),
+        ("path,label,split\na.mp4,x,train\nb.mp4,y,val\n", "unknown label 'y': b.mp4 is for val"),
+        ("path,label\ngone.mp4,x\ngone2.mp4,x\n", "none of the 2 clips .* gone.mp4"),
+    ],
+)
+def test_rows_that_cannot_be_read(tmp_path, text, message):
+    refused(message, tmp_path, table(tmp_path, text))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    refused("cannot read .*nowhere.csv", tmp_path, tmp_path / "nowhere.csv")
+    (tmp_path / "latin.csv").write_bytes("path,label\na.mp4,café\n".encode("latin-1"))
+    refused("not text in UTF-8", tmp_path, tmp_path / "latin.csv")
+    refused("validation fraction", tmp_path, None, validation_fraction=1.0)
+
+
+# ---- labels -------------------------------------------------------------------------------------
+
+
+def test_a_label_file_fixes_the_labels(tmp_path):
+    (tmp_path / "labels.txt").write_text("y\nx\n\n")
+    labels = read_labels(tmp_path / "labels.txt")
+    assert labels == ("y", "x")
+    rows = table(tmp_path, "path,label,split\na.mp4,x,train\nb.mp4,y,val\n")
+    assert len(read(tmp_path, rows, labels)) == 2  # y is in no training clip, and that is meant
+    rows = table(tmp_path, "path,label\na.mp4,x\nb.mp4,z\n")
+    refused("clips.csv line 3: label 'z' is not in the label file", tmp_path, rows, labels)
+
+
+@pytest.mark.parametrize(("text", "message"), [("\n", "no label"), ("x\ny\nx\n", "'x' twice")])
+def test_label_files_that_cannot_be_read(tmp_path, text, message):
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_labels(tmp_path / "labels.txt")
+
+
+# ---- splits -------------------------------------------------------------------------------------
+
+
+@hypothesis.given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    fraction=st.floats(0, 0.99),
+    data=st.data(),
+)
+def test_the_split_rule(counts, fraction, data):
+    clips = [
+        Clip(f"{label}/{i}.mp4", str(label), None, None, "")
+        for label, count in enumerate(counts)
+        for i in range(count)
+    ]
+    assigned = assign_splits(clips, fraction)
+    assert [clip.id for clip in assigned] == [clip.id for clip in clips]
+    splits = defaultdict(Counter)
+    for clip in assigned:
+        splits[clip.label][clip.split] += 1
+    for label, count in enumerate(counts):
+        share = splits[str(label)]["validation"]
+        assert share + splits[str(label)]["train"] == count
+        if fraction == 0 or count == 1:
+            assert share == 0
+        else:
+            assert 1 <= share <= count - 1
+            assert abs(share - fraction * count) <= 1
+    # The order of the list plays no part.
+    shuffled = data.draw(st.permutations(clips))
+    assert set(assign_splits(shuffled, fraction)) == set(assigned)
+
+
+def test_given_splits_stay(tmp_path):
+    rows = "path,label,split\na.mp4,x,test\nb.mp4,x,\nc.mp4,x,\nd.mp4,x,train\n"
+    splits = {clip.path: clip.split for clip in read(tmp_path, table(tmp_path, rows))}
+    assert splits["a.mp4"] == "test"
+    assert splits["d.mp4"] == "train"
+    assert {splits["b.mp4"], splits["c.mp4"]} == {"train", "validation"}
