@@ -97,6 +97,16 @@ class Checkpoints:
                 ),
             )
 
+    def save_model(self, step: int, params: dict, card: Card) -> None:
+        """`save` of a model that is not in training: no optimizer, no progress."""
+        with _disk_errors(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params), card=ocp.args.JsonSave(card.to_json())
+                ),
+            )
+
     def wait(self) -> None:
         """Returns when what was started is on disk."""
         with _disk_errors(self.directory):
@@ -165,6 +175,19 @@ def load_parameters(path: str | os.PathLike) -> tuple[TimeSformerConfig, dict]:
         model = checkpoints.card(step).model
         logging.info("parameters of step %d of %s", step, checkpoints.directory)
         return model, checkpoints.restore_parameters(step, model)
+
+
+def save_parameters(path: str | os.PathLike, params: dict, card: Card) -> None:
+    """Writes a checkpoint without training state, step 0, which the loaders above read.
+
+    Args:
+      path: its folder, which gets `0/params` and `0/card`.
+      params: plain nested dicts of arrays by layer.
+      card: what the checkpoint says of itself.
+    """
+    with contextlib.closing(Checkpoints(path)) as checkpoints:
+        checkpoints.save_model(0, params, card)
+        checkpoints.wait()
 
 
 def _find(path: str | os.PathLike) -> tuple[Checkpoints, int]:
