@@ -1,43 +1,58 @@
-"""Names and layouts of the authors' release, and of the timm / DeiT image ViTs it starts from.
+"""Names of the authors' release, and of the timm / DeiT image ViTs it starts from.
 
-A map from our parameters to theirs serves both directions. Their linear weights are (out, in),
-the patch convolution is (D, 3, P, P), and embeddings carry a leading axis of 1.
+The map from our parameters to theirs serves both directions; the layout is PyTorch's.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
+from absl import logging
 
+from timesformer_jax.convert import torch_layout
+from timesformer_jax.convert.files import File, Stored
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
+NAME = "the authors' release"
+SCHEMES = {
+    "divided": "divided_space_time",
+    "space": "space_only",
+    "joint": "joint_space_time",
+}
 # A scheme's attentions, and what the release calls their (norm, attention, further linear).
 _TEMPORAL = ("temporal_norm1", "temporal_attn", "temporal_fc")
 _SPATIAL = ("norm1", "attn", None)
-ATTENTIONS = {
+_ATTENTIONS = {
     "divided": {"temporal": _TEMPORAL, "spatial": _SPATIAL},
     "space": {"spatial": _SPATIAL},
     "joint": {"joint": _SPATIAL},
 }
 
+to_ours, to_theirs = torch_layout.to_ours, torch_layout.to_theirs
+
+
+def recognises(names: Collection[str]) -> bool:
+    return "patch_embed.proj.weight" in names and "cls_token" in names
+
 
 def names(config: TimeSformerConfig) -> dict[str, str]:
-    """Our parameter paths ("blocks/0/mlp/fc1/kernel") to the release's names."""
-    if config.attention not in ATTENTIONS:
-        raise InputError(f"the authors' release has no scheme {config.attention!r}")
-    out = {"embedding/cls": "cls_token"}
-    if config.position_embedding != "none":
-        out["embedding/space"] = "pos_embed"
-    if config.position_embedding == "space_time" and config.scheme.time_embedding:
+    """Our parameter paths ("blocks/0/mlp/fc1/kernel") to the release's names.
+
+    Raises:
+      InputError: if the release has no such scheme.
+    """
+    if config.attention not in _ATTENTIONS:
+        raise InputError(f"{NAME} has no {config.attention} attention, only {', '.join(SCHEMES)}")
+    out = {"embedding/cls": "cls_token", "embedding/space": "pos_embed"}
+    if config.scheme.time_embedding:
         out["embedding/time"] = "time_embed"
     modules = {"embedding/patch": "patch_embed.proj", "norm": "norm", "head": "head"}
     for i in range(config.depth):
         ours, theirs = f"blocks/{i}", f"blocks.{i}"
-        for step, (norm, attention, further) in ATTENTIONS[config.attention].items():
+        for step, (norm, attention, further) in _ATTENTIONS[config.attention].items():
             modules[f"{ours}/attention/{step}/norm"] = f"{theirs}.{norm}"
             modules[f"{ours}/attention/{step}/qkv"] = f"{theirs}.{attention}.qkv"
             modules[f"{ours}/attention/{step}/proj"] = f"{theirs}.{attention}.proj"
@@ -46,56 +61,56 @@ def names(config: TimeSformerConfig) -> dict[str, str]:
         modules[f"{ours}/mlp/norm"] = f"{theirs}.norm2"
         modules[f"{ours}/mlp/fc1"] = f"{theirs}.mlp.fc1"
         modules[f"{ours}/mlp/fc2"] = f"{theirs}.mlp.fc2"
-    for ours, theirs in modules.items():
-        weight = "scale" if ours.split("/")[-1] == "norm" else "kernel"
-        out[f"{ours}/{weight}"] = f"{theirs}.weight"
-        out[f"{ours}/bias"] = f"{theirs}.bias"
-    return out
+    return out | torch_layout.weights_and_biases(modules)
 
 
-def to_ours(theirs: str, value: np.ndarray) -> np.ndarray:
-    """One of their arrays in our layout."""
-    if value.ndim == 4:
-        return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])  # d c p q -> (p q c) d
-    if theirs == "cls_token":
-        return value.reshape(-1)
-    if value.ndim == 3:
-        return value[0]
-    return value.T if value.ndim == 2 else value
-
-
-def config_of(state: Mapping[str, np.ndarray], **overrides) -> TimeSformerConfig:
-    """The model that a state dict holds, its shape read off the arrays.
-
-    An image ViT has neither `time_embed` nor temporal attention; so has a space-only TimeSformer.
-    It is taken for space-only unless `attention` is among the overrides.
-
-    Raises:
-      InputError: if a needed array is missing or its shape makes no sense.
-    """
-    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
-        if key not in state:
-            raise InputError(f"{key} is missing: this is no TimeSformer or ViT checkpoint we know")
-    width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    if side * side != state["pos_embed"].shape[1] - 1:
-        raise InputError(
-            f"pos_embed has {state['pos_embed'].shape[1]} rows; one and a square was expected"
+def tidy(state: dict[str, Stored]) -> dict[str, Stored]:
+    """Without what distilled and pre-trained image models have and a TimeSformer has not."""
+    state = torch_layout.without_pre_logits(state, "pre_logits.", "head.")
+    if "dist_token" in state:
+        logging.warning(
+            "dist_token and head_dist dropped: a TimeSformer has no distillation token; the "
+            "image model's outputs came from both of its tokens"
         )
-    blocks = {int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
-    found = {
-        "image_size": side * patch,
-        "patch_size": patch,
-        "hidden_size": width,
-        "depth": max(blocks) + 1,
-        "num_heads": max(width // 64, 1),
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        "attention": "space",
-    }
+        state = {
+            k: v for k, v in state.items() if k.split(".")[0] not in ("dist_token", "head_dist")
+        }
+        if "pos_embed" in state:
+            # Rows: classification token, distillation token, patches.
+            _, rows, width = torch_layout.shape_of(state, "pos_embed", 3)
+            load = state["pos_embed"].load
+            state["pos_embed"] = Stored((1, rows - 1, width), lambda: np.delete(load(), 1, axis=1))
+    return state
+
+
+def fields(file: File) -> dict[str, Any]:
+    """The config's fields that the file tells; `attention` is not among an image ViT's."""
+    state = file.state
+    found = torch_layout.fields(
+        state,
+        patch="patch_embed.proj.weight",
+        space="pos_embed",
+        mlp="blocks.0.mlp.fc1.weight",
+        block=r"blocks\.(\d+)\.",
+    )
     if "head.weight" in state:
-        found["num_classes"] = state["head.weight"].shape[0]
+        found["num_classes"] = torch_layout.shape_of(state, "head.weight", 2)[0]
+    if "num_heads" in file.about:
+        found["num_heads"] = int(file.about["num_heads"])
     if "time_embed" in state:
-        found["num_frames"] = state["time_embed"].shape[1]
-        temporal = "blocks.0.temporal_attn.qkv.weight" in state
+        found["num_frames"] = torch_layout.shape_of(state, "time_embed", 3)[1]
+        temporal = any(".temporal_attn." in name for name in state)
         found["attention"] = "divided" if temporal else "joint"
-    return TimeSformerConfig(**found | overrides)
+    elif file.about.get("video") or "space_only" in str(file.about.get("cfg")):
+        # By its names a space-only TimeSformer is an image ViT; only its wrapping tells.
+        found["attention"] = "space"
+    return found
+
+
+def cfg_text(config: TimeSformerConfig) -> str:
+    """The part of the release's yaml config that describes the model."""
+    return (
+        f"DATA:\n  NUM_FRAMES: {config.num_frames}\n  TRAIN_CROP_SIZE: {config.image_size}\n"
+        f"MODEL:\n  NUM_CLASSES: {config.num_classes}\n"
+        f"TIMESFORMER:\n  ATTENTION_TYPE: {SCHEMES[config.attention]}\n"
+    )
