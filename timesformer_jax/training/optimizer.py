@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import optax
 from absl import logging
-from ml_collections import ConfigDict
 
 from timesformer_jax.errors import InputError
+
+if TYPE_CHECKING:  # the step runs where ml_collections is not installed
+    from ml_collections import ConfigDict
 
 
 def learning_rate(config: ConfigDict, batch_size: int, steps_per_epoch: int) -> optax.Schedule:

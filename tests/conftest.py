@@ -1,0 +1,84 @@
+"""What tests share: 8 virtual devices, a small prepared data set, and ways to run and read."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+# Before JAX and TensorFlow are imported.
+_DEVICES = " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _DEVICES
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """The embedded data set, small: 64 training and 21 validation videos, prepared."""
+    from timesformer_jax.data import demo
+
+    directory = tmp_path_factory.mktemp("demo")
+    demo.prepare_demo(directory, train=64, validation=21)
+    return directory
+
+
+@pytest.fixture
+def timesformer():
+    """Runs the command line in a process of its own, on one device."""
+
+    def run(*arguments, check=True, **options):
+        done = subprocess.run(
+            command(*arguments), capture_output=True, text=True, env=environment(), **options
+        )
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "timesformer_jax.cli", *map(str, arguments)]
+
+
+def environment():
+    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace(_DEVICES, "")}
+
+
+def tiny_run(data, workdir, **changes):
+    """The arguments of a run of 40 steps of a very small model; changes are config fields."""
+    fields = {
+        "data.directory": data,
+        "data.demo": False,
+        "epochs": 5,
+        "batch_size": 8,
+        "log_every_steps": 1,
+        "model.depth": 2,
+        "model.hidden_size": 16,
+        "model.num_heads": 2,
+        "model.drop_path": 0.1,
+        "eval.batch_size": 8,
+        "eval.every_epochs": 2,
+        **changes,
+    }
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = REPOSITORY / "configs" / "demo.py"
+    return ["train", f"--config={config}", f"--workdir={workdir}", *overrides]
+
+
+def scalars(workdir, name):
+    """{step: value} of a TensorBoard scalar, over all runs in a workdir."""
+    from tensorboard.backend.event_processing import event_file_loader
+    from tensorboard.util import tensor_util
+
+    found = {}
+    for path in sorted((pathlib.Path(workdir) / "tensorboard").glob("events*")):
+        for event in event_file_loader.EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tag == name:
+                    number = float(tensor_util.make_ndarray(value.tensor))
+                    found.setdefault(event.step, []).append(number)
+    return found

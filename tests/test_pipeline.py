@@ -1,0 +1,146 @@
+"""Batches against the records they come from, and the promises of the iterator."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from timesformer_jax.data import pipeline, records, sampling
+from timesformer_jax.errors import InputError
+from timesformer_jax.preprocessing import ClipSpec
+
+SPEC = ClipSpec(frames=8, rate=2, crop=32, short_side=40)
+OPTIONS = {"batch_size": 16, "jitter": (32, 40), "flip": True, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def train(demo_data):
+    return records.open_split(demo_data, "train")
+
+
+@pytest.fixture(scope="module")
+def validation(demo_data):
+    return records.open_split(demo_data, "validation")
+
+
+@pytest.fixture(scope="module")
+def videos(demo_data):
+    """Every video of the validation split as TFDS decodes it, by id."""
+    data = tfds.builder_from_directory(str(demo_data)).as_dataset(split="validation")
+    return {example["id"]: example for example in tfds.as_numpy(data)}
+
+
+def take(batches, n):
+    return list(itertools.islice(batches, n))
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def test_evaluation_shows_every_video_once_and_exactly(validation, videos):
+    seen = []
+    for batch in pipeline.eval_batches(validation, SPEC, batch_size=8, views=2, crops=3):
+        assert batch["frames"].shape == (8, 6, 8, 40, 40, 3)
+        assert batch["frames"].dtype == np.uint8
+        for row in np.flatnonzero(batch["valid"]):
+            example = videos[validation.ids[batch["record"][row]].encode()]
+            seen.append(example["id"])
+            assert example["label"] == batch["label"][row]
+            for view, position in enumerate([0.25, 0.75]):
+                indices = sampling.clip_indices(len(example["video"]), 30.0, 8, 2, position)
+                for crop, left in enumerate([0, 4, 8]):
+                    expected = example["video"][indices][:, :, left : left + 40]
+                    assert np.array_equal(batch["frames"][row, 3 * view + crop], expected)
+        assert (batch["windows"] == [0, 0, 40]).all()
+    assert sorted(seen) == sorted(videos)
+
+
+def test_training_windows_point_at_the_planned_square(train, demo_data):
+    data = tfds.builder_from_directory(str(demo_data)).as_dataset(split="train")
+    videos = {example["id"]: example for example in tfds.as_numpy(data)}
+    # 40 pixels hold any window of this jitter; a larger crop of a larger frame would leave some.
+    spec = dataclasses.replace(SPEC, crop=16)
+    options = OPTIONS | {"jitter": (32, 40)}
+    batch, _ = next(pipeline.train_batches(train, spec, **options))
+    side = batch["frames"].shape[2]
+    assert side == sampling.decoded_side(40, 16, 32) < 40
+    for row in range(16):
+        record = batch["record"][row]
+        video = videos[train.ids[record].encode()]["video"]
+        draws = pipeline._random(3, 0, record).random(5)
+        indices = sampling.clip_indices(len(video), 30.0, 8, 2, draws[0])
+        window = sampling.random_window(*video.shape[1:3], 16, (32, 40), draws[1:4])
+        corner = np.rint(window[:2] - batch["windows"][row, :2]).astype(int)
+        top, left = corner
+        expected = video[indices][:, top : top + side, left : left + side]
+        # Decoding a part of a JPEG interpolates its chroma at the seam otherwise.
+        difference = np.abs(batch["frames"][row].astype(int) - expected)[:, 2:-2, 2:-2]
+        assert difference.max() <= 1
+        assert (batch["windows"][row, :2] >= 0).all()
+        assert (batch["windows"][row, :2] + window[2] <= side + 1e-3).all()
+        assert batch["flip"][row] == (draws[4] < 0.5)
+
+
+def test_an_epoch_is_every_record_once_in_another_order_each_time(train):
+    batches = [b["record"] for b, _ in take(pipeline.train_batches(train, SPEC, **OPTIONS), 8)]
+    first, second = np.concatenate(batches[:4]), np.concatenate(batches[4:])
+    assert sorted(first) == sorted(second) == list(range(64))
+    assert first.tolist() != second.tolist()
+    assert first.tolist() != list(range(64))
+
+
+def test_same_seed_same_batches_and_another_seed_others(train):
+    once = take(pipeline.train_batches(train, SPEC, **OPTIONS), 3)
+    again = take(pipeline.train_batches(train, SPEC, **OPTIONS), 3)
+    other = take(pipeline.train_batches(train, SPEC, **OPTIONS | {"seed": 4}), 3)
+    assert equal([b for b, _ in once], [b for b, _ in again])
+    assert not equal(once[0][0]["frames"], other[0][0]["frames"])
+
+
+@pytest.mark.parametrize("consumed", [1, 3, 4, 6])
+def test_a_position_continues_just_after_its_batch(train, consumed):
+    whole = take(pipeline.train_batches(train, SPEC, **OPTIONS), 9)
+    position = whole[consumed - 1][1]
+    rest = take(pipeline.train_batches(train, SPEC, position=position, **OPTIONS), 2)
+    assert equal([b for b, _ in rest], [b for b, _ in whole[consumed : consumed + 2]])
+    assert [p for _, p in rest] == [p for _, p in whole[consumed : consumed + 2]]
+
+
+def test_hosts_share_every_global_batch(train, validation):
+    whole = [b for b, _ in take(pipeline.train_batches(train, SPEC, **OPTIONS), 2)]
+    parts = [
+        [
+            b
+            for b, _ in take(
+                pipeline.train_batches(train, SPEC, shard=pipeline.Shard(i, 4), **OPTIONS), 2
+            )
+        ]
+        for i in range(4)
+    ]
+    together = [
+        jax.tree.map(lambda *x: np.concatenate(x), *(part[step] for part in parts))
+        for step in range(2)
+    ]
+    assert equal(together, whole)
+
+    counted = np.concatenate(
+        [
+            batch["record"][batch["valid"]]
+            for i in range(2)
+            for batch in pipeline.eval_batches(
+                validation, SPEC, batch_size=8, shard=pipeline.Shard(i, 2)
+            )
+        ]
+    )
+    assert sorted(counted) == list(range(21))
+
+
+def test_too_large_a_batch_and_too_small_a_jitter_are_one_line(train):
+    with pytest.raises(InputError, match="64 clips, fewer than a batch of 65"):
+        next(pipeline.train_batches(train, SPEC, **OPTIONS | {"batch_size": 65}))
+    with pytest.raises(InputError, match="jitter"):
+        next(pipeline.train_batches(train, SPEC, **OPTIONS | {"jitter": (20, 40)}))

@@ -1,0 +1,90 @@
+"""The sampling rules (SPEC section 3), by worked example and by property."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timesformer_jax.data import sampling
+
+fractions = st.floats(0, 1, exclude_max=True)
+sizes = st.integers(1, 700)
+
+
+def test_the_released_example_8_x_32_at_30_fps():
+    found = sampling.clip_indices(300, 30.0, clip_frames=8, rate=32, position=0.0)
+    assert found.tolist() == [0, 36, 72, 109, 145, 182, 218, 255]
+
+
+def test_other_frame_rates_span_the_same_seconds():
+    at_30 = sampling.clip_indices(300, 30.0, 8, 32, 0.0)
+    at_60 = sampling.clip_indices(600, 60.0, 8, 32, 0.0)
+    assert np.abs(at_60 / 60 - at_30 / 30).max() < 1 / 30
+
+
+def test_short_videos_repeat_their_last_frame():
+    assert sampling.clip_indices(100, 30.0, 8, 32, 0.7).tolist() == [0, 36, 72, 99, 99, 99, 99, 99]
+
+
+@given(st.integers(1, 5000), st.floats(1, 120), st.integers(1, 96), st.integers(1, 32), fractions)
+def test_indices_are_ascending_frames_of_the_video(n, fps, frames, rate, position):
+    found = sampling.clip_indices(n, fps, frames, rate, position)
+    assert found.shape == (frames,)
+    assert found.min() >= 0
+    assert found.max() < n
+    assert (np.diff(found) >= 0).all()
+
+
+@given(st.integers(300, 5000), fractions)
+def test_start_is_uniform_over_the_room_there_is(n, position):
+    first = sampling.clip_indices(n, 30.0, 8, 32, position)[0]
+    assert first == int(position * (n - 256))
+
+
+@given(st.integers(1, 10))
+def test_views_cover_the_video_from_the_middle_or_the_start(views):
+    middle, first = sampling.view_positions(views), sampling.view_positions(views, first=True)
+    assert first[0] == 0
+    assert np.allclose(middle + middle[::-1], 1)  # symmetric
+    assert views > 1 or middle[0] == 0.5
+    assert np.allclose(np.diff(middle), 1 / views)
+
+
+@given(st.integers(1, 2000), st.integers(1, 8), st.data())
+def test_stored_frame_is_the_nearest_there_is(n, stride, data):
+    stored = np.arange(0, n, stride)
+    index = data.draw(st.integers(0, n - 1))
+    found = sampling.stored_indices(np.array([index]), stride, len(stored))[0]
+    assert abs(stored[found] - index) == np.abs(stored - index).min()
+
+
+@given(sizes, sizes, st.integers(1, 224), st.integers(0, 200), st.tuples(*[fractions] * 3))
+def test_random_window_is_the_jittered_crop_inside_the_frame(height, width, crop, more, draws):
+    jitter = crop + more // 2, crop + more
+    top, left, side = sampling.random_window(height, width, crop, jitter, np.array(draws))
+    scaled = crop * min(height, width) / side
+    assert round(scaled, 6) == round(scaled)
+    assert jitter[0] - 1e-6 <= scaled <= jitter[1] + 1e-6
+    assert 0 <= top <= top + side <= height + 1e-6
+    assert 0 <= left <= left + side <= width + 1e-6
+    # The square that is decoded holds it.
+    assert side <= sampling.decoded_side(min(height, width), crop, jitter[0]) + 1e-6
+
+
+def test_every_scale_of_the_jitter_is_as_likely():
+    draws = np.random.default_rng(0).random((20000, 3))
+    sides = [sampling.random_window(256, 340, 224, (256, 259), d)[2] for d in draws]
+    scaled, counts = np.unique(np.rint(224 * 256 / np.array(sides)), return_counts=True)
+    assert scaled.tolist() == [256, 257, 258, 259]
+    assert counts.min() > 4700
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "corners"),
+    [(240, 320, [(0, 0), (0, 40), (0, 80)]), (320, 240, [(0, 0), (40, 0), (80, 0)])],
+)
+def test_three_crops_lie_along_the_long_side(height, width, corners):
+    found = sampling.test_windows(height, width, 3)
+    assert found[:, :2].tolist() == [list(c) for c in corners]
+    assert (found[:, 2] == 240).all()
+    assert sampling.test_windows(height, width, 1).tolist() == [[*corners[1], 240]]
