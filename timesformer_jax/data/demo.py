@@ -20,9 +20,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import av
@@ -81,7 +79,8 @@ def make(
 ) -> None:
     """Writes the videos and, when all are there, annotations.csv (path, label, split).
 
-    Interrupted, it goes on where it was. Each video follows from (seed, split, its number) alone.
+    Interrupted, it goes on where it was. The frames of each video follow from (seed, split, its
+    number) alone.
 
     Args:
       directory: for the videos, `train/00000.mp4` and so on.
@@ -137,12 +136,8 @@ def _write_videos(directory: Path, names: list[tuple[str, int]], seed: int) -> N
         return
     regions("train")  # here too, so that a missing photograph is an error of this process
     with (
-        ProcessPoolExecutor(
-            prepare_lib.processors(),
-            mp_context=get_context("spawn"),
-            initializer=prepare_lib.start_worker,
-        ) as pool,
         tqdm(total=len(names), unit="video", desc="making the demo's videos") as progress,
+        prepare_lib.worker_pool(prepare_lib.processors()) as pool,
     ):
         for _ in pool.map(partial(_write_video, directory, seed), names, chunksize=32):
             progress.update()
@@ -232,7 +227,7 @@ def _encode(images: Iterator[np.ndarray]) -> bytes:
     """H.264 in MP4, with B-frames and several key frames as a camera's file would have.
 
     Little is lost (crf 12), so that what compression leaves behind a moving patch does not give
-    its direction away. One thread: the bytes do not depend on the machine's processors.
+    its direction away. x264 now and then codes the same frames otherwise, in bits nobody sees.
     """
     buffer = io.BytesIO()
     options = {"crf": "12", "preset": "veryfast", "g": "12", "bf": "2", "threads": "1"}

@@ -241,7 +241,7 @@ def _write_shards(videos, shards, names, options, workers) -> None:
         return
     with (
         tqdm(total=total, initial=done, unit="clip", desc="preparing") as progress,
-        _pool(min(workers or processors(), len(todo))) as pool,
+        worker_pool(min(workers or processors(), len(todo))) as pool,
     ):
         tasks = {pool.submit(_write_shard, videos, shard, names, options): shard for shard in todo}
         for task in as_completed(tasks):
@@ -250,14 +250,14 @@ def _write_shards(videos, shards, names, options, workers) -> None:
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """A pool that is gone as soon as anything goes wrong: what is half done is done again."""
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         workers,
         # TensorFlow does not survive a fork, and some decoders do not either.
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=start_worker,
+        initializer=_start_worker,
     )
     try:
         yield pool
@@ -274,7 +274,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         raise
 
 
-def start_worker() -> None:
+def _start_worker() -> None:
     # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # TensorFlow is here to write files; it would take the accelerator's memory all the same.

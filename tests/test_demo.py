@@ -1,0 +1,167 @@
+import csv
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from timesformer_jax.data import demo, records
+from timesformer_jax.data.decode import VideoFile, decode
+from timesformer_jax.errors import InputError
+
+COUNTS = {"train": 24, "validation": 8}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    demo.prepare_demo(folder, **COUNTS)
+    return folder
+
+
+def unit(direction):
+    angle = 2 * np.pi * direction / 8
+    return np.array([np.cos(angle), np.sin(angle)])
+
+
+def paths(direction, count=4000, seed=0):
+    """(count, FRAMES, 2): where the patch's upper left corner is."""
+    rng = np.random.default_rng((seed, direction))
+    return np.stack([demo.positions(rng, direction, 12) for _ in range(count)])
+
+
+# ---- what is drawn ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", range(8))
+def test_the_patch_moves_steadily_in_its_direction_inside_the_frame(direction):
+    drawn = paths(direction, 200)
+    steps = np.diff(drawn, axis=1)
+    speed = np.linalg.norm(steps[:, 0], axis=-1)
+    expected = speed[:, None, None] * np.ones_like(steps) * unit(direction)
+    np.testing.assert_allclose(steps, expected, atol=1e-9)
+    assert speed.min() > 0
+    assert drawn.min() >= 0
+    assert (drawn.max((0, 1)) <= np.array([demo.WIDTH, demo.HEIGHT]) - 12).all()
+
+
+def histogram(positions):
+    edges = [np.linspace(0, demo.WIDTH - 12, 7), np.linspace(0, demo.HEIGHT - 12, 7)]
+    return np.histogram2d(*positions.reshape(-1, 2).T, edges)[0] / positions[..., 0].size
+
+
+def test_the_frame_tells_nothing_of_the_direction():
+    """Positions over all frames are spread the same for every direction."""
+    spread = [histogram(paths(direction)) for direction in range(8)]
+    again = histogram(paths(0, seed=1))
+    by_chance = np.abs(spread[0] - again).sum()
+    for other in spread[1:]:
+        assert np.abs(spread[0] - other).sum() < 2 * by_chance
+
+
+def test_a_direction_is_its_opposite_run_backwards():
+    for direction in range(4):
+        there = paths(direction)
+        back = paths(direction + 4, seed=1)[:, ::-1]
+        np.testing.assert_allclose(there.mean(0), back.mean(0), atol=0.35)
+        np.testing.assert_allclose(there.std(0), back.std(0), atol=0.25)
+        assert np.abs(there.mean((0, 1)) - back.mean((0, 1))).max() < 0.25
+
+
+def test_every_video_follows_from_its_number_and_the_seed():
+    first = np.stack(list(demo.frames("train", 5, seed=3)))
+    assert first.shape == (demo.FRAMES, demo.HEIGHT, demo.WIDTH, 3)
+    assert first.dtype == np.uint8
+    np.testing.assert_array_equal(first, np.stack(list(demo.frames("train", 5, seed=3))))
+    for other in (("train", 13, 3), ("train", 5, 4), ("validation", 5, 3)):
+        assert (first != np.stack(list(demo.frames(*other)))).mean() > 0.5
+
+
+def test_only_the_patch_changes_and_it_stands_out():
+    for index in range(16):
+        drawn = np.stack(list(demo.frames("train", index))).astype(float)
+        still = np.median(drawn, axis=0)
+        moved = np.abs(drawn - still).max(-1) > 1
+        assert (moved.mean((1, 2)) < 0.5).all()
+        assert np.abs(drawn - still).max() > 30
+
+
+def test_the_splits_share_no_part_of_a_photograph():
+    (_, train), (validation, _) = demo.REGIONS["train"], demo.REGIONS["validation"]
+    assert train < validation
+    for left, right in zip(demo.regions("train"), demo.regions("validation"), strict=True):
+        assert left.height == right.height
+        whole = left.width / train
+        assert left.width + right.width < whole
+        assert right.width >= demo.WIDTH
+
+
+# ---- what is written ----------------------------------------------------------------------------
+
+
+def test_the_files_are_h264_and_hold_what_was_drawn(made):
+    for split, count in COUNTS.items():
+        for index in range(count):
+            path = made / "videos" / split / f"{index:05d}.mp4"
+            with VideoFile(path) as video:
+                assert video._stream.codec_context.name == "h264"
+            video = decode(path)
+            assert video.frames.shape == (demo.FRAMES, demo.HEIGHT, demo.WIDTH, 3)
+            assert video.fps == demo.FPS
+            drawn = np.stack(list(demo.frames(split, index))).astype(float)
+            # 4:2:0 blurs the colour, so brightness is compared.
+            error = video.frames.astype(float).mean(-1) - drawn.mean(-1)
+            assert np.sqrt((error**2).mean()) < 6
+
+
+def test_the_labels_are_balanced(made):
+    with open(made / "videos" / "annotations.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    counts = Counter((row["split"], row["label"]) for row in rows)
+    assert counts == {
+        (split, label): count // 8 for split, count in COUNTS.items() for label in demo.DIRECTIONS
+    }
+
+
+def test_it_is_prepared_as_any_videos_are(made):
+    for name, count in COUNTS.items():
+        split = records.open_split(made, name)
+        assert len(split) == count
+        assert split.label_names == tuple(sorted(demo.DIRECTIONS))
+        assert set(split.num_frames) == {demo.FRAMES}
+        assert set(split.height) == {demo.HEIGHT}
+        assert set(split.width) == {demo.WIDTH}
+        assert set(split.fps) == {demo.FPS}
+
+
+def test_what_is_there_is_not_made_again(made):
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
+    demo.prepare_demo(made, **COUNTS)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_interrupted_it_goes_on_to_the_same_videos(made, tmp_path):
+    whole = made / "videos"
+    files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    videos = shutil.copytree(whole, tmp_path / "videos")
+    lost = ["train/00003.mp4", "validation/00000.mp4"]
+    for file in ["annotations.csv", *lost]:
+        (videos / file).unlink()
+    demo.make(videos, **COUNTS)
+    assert files == {path.relative_to(videos) for path in videos.rglob("*") if path.is_file()}
+    assert (videos / "annotations.csv").read_bytes() == (whole / "annotations.csv").read_bytes()
+    for file in lost:
+        error = decode(videos / file).frames.astype(float) - decode(whole / file).frames
+        assert np.sqrt((error**2).mean()) < 2  # see _encode on x264
+
+
+def test_other_settings_are_refused(made):
+    with pytest.raises(InputError, match="made otherwise"):
+        demo.prepare_demo(made, **COUNTS, seed=1)
+
+
+def test_without_scikit_image_it_says_so(monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    demo.regions.cache_clear()
+    with pytest.raises(InputError, match="pip install scikit-image"):
+        demo.regions("train")

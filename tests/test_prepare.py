@@ -1,0 +1,380 @@
+import csv
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import active_children
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from videos import numbers, write_audio, write_video
+
+from timesformer_jax.data import prepare as prepare_lib
+from timesformer_jax.data import records
+from timesformer_jax.data.annotations import Clip
+from timesformer_jax.data.prepare import prepare
+from timesformer_jax.errors import InputError
+
+SPLITS = {"train": 14, "validation": 6}
+OPTIONS = {"short_side": 24, "records_per_shard": 3, "workers": 1, "name": "tiny"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """20 good clips of 2 labels, one of them trimmed, among 6 bad ones."""
+    folder = tmp_path_factory.mktemp("source")
+    rows = [("path", "label", "split", "start", "end")]
+    for split, count in SPLITS.items():
+        for i in range(count):
+            path = write_video(folder / f"{split}{i}.mp4", frames=20 + i, fps=25)
+            rows.append((path.name, "ab"[i % 2], split, "", ""))
+    rows[1] = (*rows[1][:3], 0.2, 0.52)  # frames 5 to 12
+    whole = (folder / "train1.mp4").read_bytes()
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("no video " * 50)
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    write_audio(folder / "audio.mp4")
+    rows += [(f"{name}.mp4", "a", "train", "", "") for name in ("empty", "text", "cut", "audio")]
+    rows += [("missing.mp4", "b", "validation", "", ""), ("train2.mp4", "a", "train", 9, 10)]
+    with open(folder / "clips.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(source, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared") / "tiny"
+    summary = prepare(**arguments(source, output, workers=2))
+    assert summary.clips == SPLITS
+    assert summary.failures == 6
+    assert summary.classes == 2
+    return output
+
+
+def arguments(source, output, **options):
+    options = {"annotations": source / "clips.csv", "store_stride": 3, **OPTIONS, **options}
+    return {"videos": source, "output": output, **options}
+
+
+def digests(output):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output.glob("*.tfrecord-*"))
+    }
+
+
+def command(**kwargs):
+    """A process that prepares, and ends with 2 and one line upon an InputError."""
+    kwargs = {key: os.fspath(v) if isinstance(v, Path) else v for key, v in kwargs.items()}
+    code = (
+        "import sys\n"
+        "from timesformer_jax.data.prepare import prepare\n"
+        "from timesformer_jax.errors import InputError\n"
+        f"try: prepare(**{kwargs!r})\n"
+        "except InputError as error: sys.exit(print(error, file=sys.stderr) or 2)\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    return [sys.executable, "-c", code]
+
+
+# ---- what is prepared ---------------------------------------------------------------------------
+
+
+def test_bad_clips_are_listed_with_the_reason(prepared):
+    with open(prepared / "failures.csv", newline="") as file:
+        failures = {row["path"]: row for row in csv.DictReader(file)}
+    assert set(failures) == {
+        *(f"{name}.mp4" for name in ("empty", "text", "cut", "audio", "missing", "train2")),
+    }
+    assert failures["missing.mp4"]["reason"] == "missing file"
+    assert failures["missing.mp4"]["split"] == "validation"
+    assert failures["empty.mp4"]["reason"] == "empty file"
+    assert failures["audio.mp4"]["reason"] == "no video stream"
+    assert failures["train2.mp4"]["reason"] == "no frame from 9 s to 10 s"
+    assert all(failures[name]["reason"] for name in ("text.mp4", "cut.mp4"))
+
+
+def test_tfds_opens_and_decodes_it(prepared):
+    builder = tfds.builder_from_directory(prepared)
+    assert builder.info.features["label"].names == ["a", "b"]
+    seen = set()
+    for split, count in SPLITS.items():
+        assert builder.info.splits[split].num_examples == count
+        for example in builder.as_dataset(split=split).as_numpy_iterator():
+            identity = example["id"].decode()
+            seen.add(identity)
+            first, total = 0, example["num_frames"]
+            if identity == "train0.mp4#0.2-0.52":
+                first = 5
+                assert total == 8
+            else:
+                assert total == 20 + int(identity.removesuffix(".mp4").removeprefix(split))
+            assert example["fps"] == 25
+            assert example["stride"] == 3
+            assert example["video"].shape == (-(-total // 3), 24, 32, 3)
+            stored = np.arange(first, first + total, 3)
+            np.testing.assert_allclose(numbers(example["video"]), stored, atol=1)
+    assert len(seen) == sum(SPLITS.values())
+
+
+def test_the_index_finds_every_record(prepared):
+    for name, count in SPLITS.items():
+        split = records.open_split(prepared, name)
+        assert len(split) == count == len(set(split.ids))
+        assert split.label_names == ("a", "b")
+        assert all(os.path.isabs(file) for file in split.files)
+        for column, dtype in records.INDEX_DTYPES.items():
+            assert getattr(split, column).dtype == dtype
+        for i in range(count):
+            with open(split.files[split.shard[i]], "rb") as file:
+                file.seek(split.offset[i])
+                header = file.read(records.RECORD_HEADER_BYTES)
+                assert int.from_bytes(header[:8], "little") == split.size[i]
+                record = records.parse(file.read(split.size[i]))
+            assert record["id"].numpy().decode() == split.ids[i]
+            assert record["label"] == split.label[i]
+            assert record["num_frames"] == split.num_frames[i]
+            assert record["stride"] == split.stride[i]
+            assert record["fps"] == split.fps[i]
+            assert len(record["video"]) == -(-split.num_frames[i] // split.stride[i])
+            shape = tf.io.decode_jpeg(record["video"][0]).shape
+            assert shape == (split.height[i], split.width[i], 3)
+
+
+def test_records_are_parsed_within_tf_data(prepared):
+    split = records.open_split(prepared, "train")
+    dataset = tf.data.TFRecordDataset(split.files).map(records.parse)
+    assert [record["id"].decode() for record in dataset.as_numpy_iterator()] == list(split.ids)
+
+
+def test_shards_mix_the_classes(prepared):
+    split = records.open_split(prepared, "train")
+    assert len({tuple(split.label[split.shard == i]) for i in range(len(split.files))}) > 2
+
+
+def test_run_again_it_says_that_all_is_done(source, prepared, capsys):
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.is_file()}
+    summary = prepare(**arguments(source, prepared))
+    assert "already prepared" in capsys.readouterr().out
+    assert summary.clips == SPLITS
+    assert summary.failures == 6
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_damaged_shard_is_written_again(source, prepared, tmp_path):
+    output = shutil.copytree(prepared, tmp_path / "copy")
+    shard = next(output.glob("*train*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    prepare(**arguments(source, output))
+    assert digests(output) == digests(prepared)
+
+
+# ---- interrupted --------------------------------------------------------------------------------
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def interrupt(arguments, manifests, how):
+    """Runs prepare until so many shards are done, then stops it; all its workers must end."""
+    process = subprocess.Popen(
+        command(**arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    output = arguments["output"]
+    while process.poll() is None and len(list(output.glob("manifests/*.json"))) < manifests:
+        time.sleep(0.005)
+    workers = children(process.pid)
+    how(process.pid)
+    _, errors = process.communicate(timeout=30)
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.05)
+    assert "Traceback" not in errors
+    assert not (output / "dataset_info.json").exists()
+    for shard in output.glob("*.tfrecord-*-of-?????"):  # none half written
+        list(tf.data.TFRecordDataset(os.fspath(shard)))
+    return process.returncode
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_killed_and_run_again_it_ends_with_the_same_bytes(source, prepared, tmp_path):
+    again = arguments(source, tmp_path / "killed", workers=2)
+    assert interrupt(again, 1, lambda pid: os.kill(pid, signal.SIGKILL)) == -signal.SIGKILL
+    assert interrupt(again, 3, lambda pid: os.killpg(pid, signal.SIGINT)) == 130
+    leftover = tmp_path / "killed" / "tiny-train.tfrecord-00000-of-00007.1.part"
+    leftover.write_bytes(b"half")
+    prepare(**again)
+    assert not list(tmp_path.glob("killed/**/*.part"))
+    assert digests(tmp_path / "killed") == digests(prepared)
+    for split in SPLITS:
+        mine, theirs = (records.open_split(p, split) for p in (tmp_path / "killed", prepared))
+        np.testing.assert_array_equal(mine.ids, theirs.ids)
+        np.testing.assert_array_equal(mine.offset, theirs.offset)
+
+
+def test_a_killed_worker_is_one_clear_error(source, tmp_path):
+    def kill_one():
+        while not active_children():
+            time.sleep(0.01)
+        os.kill(active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(InputError, match=r"worker process was killed.*run the same command again"):
+        prepare(**arguments(source, tmp_path / "out"))
+    killer.join()
+    assert not active_children()
+
+
+def test_two_runs_do_not_write_one_output(source, prepared):
+    descriptor = os.open(prepared, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(InputError, match="another run is preparing"):
+            prepare(**arguments(source, prepared))
+    finally:
+        os.close(descriptor)
+
+
+# ---- a full disk --------------------------------------------------------------------------------
+
+
+def test_a_full_disk_in_a_shard(source, tmp_path):
+    shard = prepare_lib._Shard(
+        tmp_path / "shard", "train", (Clip("train1.mp4", "a", None, None, "train"),)
+    )
+    temporary = tmp_path / f"shard.{os.getpid()}.part"
+    temporary.symlink_to("/dev/full")
+    options = prepare_lib.Options(24, 90, 1, 3, "tiny")
+    with pytest.raises(OSError, match="No space left") as error:
+        prepare_lib._write_shard(source, shard, ("a",), options)
+    assert error.value.errno == errno.ENOSPC
+    assert not shard.path.exists()
+    assert not os.path.lexists(temporary)
+    assert not shard.is_done()
+
+
+def may_mount():
+    probe = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs none /mnt"]
+    return shutil.which("unshare") and subprocess.run(probe, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="may not mount a small disk")
+def test_a_full_disk_loses_nothing(source, prepared, tmp_path):
+    """A disk too small for the shards is one line; with more room the same command finishes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in prepared.glob("*.tfrecord-*"))
+    script = f"""
+        mount -t tmpfs -o size={size // 2} none {disk}
+        {shlex.join(command(**arguments(source, disk / "out")))}; echo status $?
+        cp -r {disk}/out {tmp_path}/out
+    """
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "status 2", result.stderr
+    assert result.stderr.splitlines()[-1].startswith("disk full at")
+    assert "Traceback" not in result.stderr
+    assert 1 <= len(list(tmp_path.glob("out/manifests/*.json"))) < 7
+    prepare(**arguments(source, tmp_path / "out"))
+    assert digests(tmp_path / "out") == digests(prepared)
+
+
+# ---- refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"short_side": 32}, "short_side 24 there, 32 now"),
+        ({"store_stride": 1, "quality": 80}, "quality 90 there, 80 now; store_stride 3 there, 1"),
+        ({"name": "other"}, "name tiny there, other now"),
+    ],
+)
+def test_an_output_of_other_options_is_refused(source, prepared, changed, message):
+    with pytest.raises(InputError, match=message + ".*choose another output"):
+        prepare(**arguments(source, prepared, **changed))
+
+
+def test_an_output_of_other_clips_is_refused(source, prepared, tmp_path):
+    rows = (source / "clips.csv").read_text().splitlines()
+    (tmp_path / "fewer.csv").write_text("\n".join(rows[:-1]))
+    with pytest.raises(InputError, match=r"another list of clips.*choose another output"):
+        prepare(**arguments(source, prepared, annotations=tmp_path / "fewer.csv"))
+
+
+def test_another_data_set_is_not_written_over(source, tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(InputError, match="not made here"):
+        prepare(**arguments(source, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("short_side", 0), ("quality", 0), ("quality", 101), ("store_stride", 0),
+     ("records_per_shard", 0), ("workers", -1), ("name", "My videos")],
+)  # fmt: skip
+def test_options_out_of_range(source, tmp_path, option, value):
+    with pytest.raises(InputError, match=option):
+        prepare(**arguments(source, tmp_path, **{option: value}))
+
+
+def test_an_output_that_cannot_be_written(source, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write .*file"):
+        prepare(**arguments(source, tmp_path / "file"))
+
+
+def test_a_split_of_which_nothing_can_be_decoded(source, tmp_path):
+    (tmp_path / "clips.csv").write_text(
+        "path,label,split\ntrain1.mp4,a,train\nempty.mp4,a,validation\ntext.mp4,a,validation\n"
+    )
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="none of the clips of validation could be decoded"):
+        prepare(**arguments(source, out, annotations=tmp_path / "clips.csv"))
+    assert "empty.mp4" in (out / "failures.csv").read_text()
+    assert len(list((out / "manifests").iterdir())) == 2  # what was good stays
+    assert not (out / "dataset_info.json").exists()
+
+
+def test_a_label_file_fixes_the_classes(source, tmp_path):
+    (tmp_path / "labels.txt").write_text("b\nunused\na\n")
+    (tmp_path / "clips.csv").write_text("path,label,split\ntrain1.mp4,b,test\ntrain2.mp4,a,test\n")
+    options = {"annotations": tmp_path / "clips.csv", "labels": tmp_path / "labels.txt"}
+    prepare(**arguments(source, tmp_path / "out", **options))
+    split = records.open_split(tmp_path / "out", "test")
+    assert split.label_names == ("b", "unused", "a")
+    assert dict(zip(split.ids, split.label)) == {"train1.mp4": 0, "train2.mp4": 2}
+
+
+def test_directories_that_cannot_be_opened(prepared, tmp_path):
+    with pytest.raises(InputError, match="there is no folder"):
+        records.open_split(tmp_path / "nowhere", "train")
+    with pytest.raises(InputError, match="not a prepared data set"):
+        records.open_split(tmp_path, "train")
+    with pytest.raises(InputError, match="no split 'trian'; there: train, validation"):
+        records.open_split(prepared, "trian")
+    shutil.copytree(prepared, tmp_path / "copy")
+    records.write_index(os.fspath(tmp_path / "copy"), "empty", [], [])
+    with pytest.raises(InputError, match=r"the split 'empty' .* holds no clip"):
+        records.open_split(tmp_path / "copy", "empty")
+
+
+def test_options_file_is_readable(prepared):
+    claim = json.loads((prepared / "prepare.json").read_text())
+    assert claim["short_side"] == 24
