@@ -1,20 +1,42 @@
-"""The released model's outputs on random weights (tests/data/goldens)."""
+"""Outputs of the released model and of its port, on random weights (tests/data/goldens)."""
 
+import functools
 import pathlib
 
 import jax
 import numpy as np
+import optax
 import pytest
+from ml_collections import ConfigDict
 
 import timesformer_jax as tsf
+from timesformer_jax.models.timesformer import parameters, with_parameters
+from timesformer_jax.training.optimizer import make_optimizer
 
 GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
 SCHEMES = {"divided_space_time": "divided", "joint_space_time": "joint", "space_only": "space"}
+CASES = ("native", "more_frames", "fewer_frames", "larger", "wide")
+# Programs of the tests are run once: most of their time would go into optimising them.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def difference(ours, theirs):
     """max|a - b| as a share of max|b|."""
     return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+
+
+def outputs(model, video):
+    """The logits and features of a clip."""
+
+    def run(video):
+        return model(video), model.features(video)
+
+    return jax.jit(run, compiler_options=QUICK)(video)
+
+
+@functools.cache
+def released(name):
+    return tsf.from_pretrained(GOLDENS / f"official_{name}.pyth", num_heads=4)
 
 
 @pytest.fixture(scope="module")
@@ -23,24 +45,87 @@ def goldens():
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_release_checkpoint_gives_the_released_models_outputs(name, goldens):
-    model = tsf.from_pretrained(GOLDENS / f"official_{name}.pyth", num_heads=4)
-    assert model.config.attention == SCHEMES[name]
-    assert (model.config.image_size, model.config.patch_size) == (32, 8)
-    assert (model.config.hidden_size, model.config.depth, model.config.num_classes) == (48, 3, 10)
-    for case in ("native", "more_frames", "fewer_frames", "larger", "wide"):
-        video = goldens[f"{name}/{case}/video"]
-        assert difference(model(video), goldens[f"{name}/{case}/logits"]) < 1e-4, case
-        assert difference(model.features(video), goldens[f"{name}/{case}/features"]) < 1e-4, case
+def test_shape_and_scheme_are_read_off_the_file(name):
+    config = released(name).config
+    assert config.attention == SCHEMES[name]
+    assert (config.image_size, config.patch_size) == (32, 8)
+    assert (config.hidden_size, config.depth, config.num_classes) == (48, 3, 10)
+    assert config.num_frames == (8 if name == "space_only" else 4)  # space only does not say
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_release_checkpoint_gives_the_released_models_outputs(name, case, goldens):
+    logits, features = outputs(released(name), goldens[f"{name}/{case}/video"])
+    assert difference(logits, goldens[f"{name}/{case}/logits"]) < 1e-4
+    assert difference(features, goldens[f"{name}/{case}/features"]) < 1e-4
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_goldens_hold_under_jit_and_in_bfloat16(name, goldens):
+def test_goldens_are_near_in_bfloat16(name, goldens):
     path = GOLDENS / f"official_{name}.pyth"
-    video, logits = goldens[f"{name}/native/video"], goldens[f"{name}/native/logits"]
-    model = tsf.from_pretrained(path, num_heads=4)
-    assert difference(jax.jit(lambda v: model(v))(video), logits) < 1e-4
     half = tsf.from_pretrained(path, num_heads=4, dtype="bfloat16")
-    out = half(video)
+    out, _ = outputs(half, goldens[f"{name}/native/video"])
     assert out.dtype == np.float32
-    assert 1e-5 < difference(out, logits) < 0.05  # computed in bfloat16, and near
+    # Computed in bfloat16, and near.
+    assert 1e-5 < difference(out, goldens[f"{name}/native/logits"]) < 0.05
+
+
+@pytest.mark.parametrize("name", ["divided_space_time", "joint_space_time"])
+def test_hugging_face_directory_gives_its_models_outputs(name):
+    goldens = np.load(GOLDENS / "hf.npz")
+    model = tsf.from_pretrained(GOLDENS / f"hf_{name}")
+    assert (model.config.attention, model.config.num_heads) == (SCHEMES[name], 4)
+    logits, _ = outputs(model, goldens[f"{name}/video"])
+    assert difference(logits, goldens[f"{name}/logits"]) < 1e-4
+
+
+@pytest.mark.parametrize(("case", "image_size"), [("vit_same", 32), ("vit_resized", 64)])
+def test_image_vit_becomes_the_model_that_the_release_builds_from_it(case, image_size):
+    goldens = np.load(GOLDENS / "vit.npz")
+    model = tsf.from_pretrained(
+        GOLDENS / "timm_vit.pth",
+        resize="official",
+        attention="divided",
+        num_heads=4,
+        num_classes=10,
+        num_frames=4,
+        image_size=image_size,
+    )
+    embedding = parameters(model)["embedding"]
+    assert np.array_equal(embedding["space"], goldens[f"{case}/state/pos_embed"][0])
+    assert np.array_equal(embedding["time"], goldens[f"{case}/state/time_embed"][0])
+    _, features = outputs(model, goldens[f"{case}/video"])
+    assert difference(features, goldens[f"{case}/features"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_six_training_steps_follow_the_released_models(name):
+    goldens = {k: v for k, v in np.load(GOLDENS / "train.npz").items() if k.startswith(name)}
+    goldens = {k.split("/")[-1]: v for k, v in goldens.items()}
+    model = tsf.from_pretrained(
+        GOLDENS / f"train_start_{name}.pyth", num_heads=4, drop_path=0.0, num_frames=4
+    )
+    config = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4})
+    optimizer = make_optimizer(config, optax.constant_schedule(0.005))
+
+    def loss_of(params, video, labels):
+        logits = with_parameters(model.config, params)(video)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def step(params, opt_state, video, labels):
+        loss, grads = jax.value_and_grad(loss_of)(params, video, labels)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss, optax.tree.norm(grads)
+
+    params = parameters(model)
+    opt_state, losses, norms = optimizer.init(params), [], []
+    for video, labels in zip(goldens["video"], goldens["labels"], strict=True):
+        params, opt_state, loss, norm = step(params, opt_state, video, labels)
+        losses.append(loss)
+        norms.append(norm)
+    np.testing.assert_allclose(losses, goldens["losses"], rtol=1e-4)
+    np.testing.assert_allclose(norms, goldens["grad_norms"], rtol=1e-4)
+    logits, _ = outputs(with_parameters(model.config, params), goldens["video"][0])
+    assert difference(logits, goldens["final_logits"]) < 1e-4

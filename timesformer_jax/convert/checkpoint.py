@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
 from types import ModuleType
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
@@ -22,7 +23,14 @@ from timesformer_jax import checkpoints
 from timesformer_jax.convert import files, hf, release, torchvision, vit_jax
 from timesformer_jax.convert.files import File, Stored
 from timesformer_jax.errors import InputError
-from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, new_head, parameters
+from timesformer_jax.models.timesformer import (
+    TimeSformerConfig,
+    abstract,
+    new_head,
+    parameters,
+    resize_space,
+    resize_time,
+)
 from timesformer_jax.preprocessing import ClipSpec
 
 FORMATS = (hf, vit_jax, torchvision, release)
@@ -322,27 +330,12 @@ def _new_head(config: TimeSformerConfig) -> dict[str, Stored]:
 
 
 def _resized(load, before: tuple[int, ...], after: tuple[int, ...], resize: str) -> np.ndarray:
-    """A table of (rows, D) on another grid, or of another length.
-
-    Two axes are the grid's, whose first row, the classification token's, stays as it is.
-    """
-    table = load()
-    keep = table[:1] if len(before) == 2 else table[:0]
-    table = table[len(keep) :]
+    """An embedding on another grid (rows, columns), or of another length (frames,)."""
+    table, how = jnp.asarray(load()), "nearest" if resize == "official" else "smooth"
+    if len(before) == 1:
+        return np.asarray(resize_time(table, after[0], how))
     if resize == "official":
-        table = table[_nearest(len(table), int(np.prod(after)))]
-    else:
-        method = "bicubic" if len(before) == 2 else "linear"
-        table = jax.image.resize(
-            table.reshape(*before, -1),
-            (*after, table.shape[-1]),
-            method,
-            antialias=len(before) == 2,
-        )
-    return np.concatenate([keep, np.asarray(table).reshape(-1, keep.shape[-1])])
-
-
-def _nearest(old: int, new: int) -> np.ndarray:
-    """Index floor(i * old / new), in float32 as PyTorch computes it."""
-    index = np.floor(np.arange(new, dtype=np.float32) * (np.float32(old) / np.float32(new)))
-    return np.minimum(index.astype(np.int64), old - 1)
+        # The patches are resized as if they were a sequence: 196 to 784 takes patch i // 4.
+        patches = resize_time(table[1:], math.prod(after), how)
+        return np.asarray(jnp.concatenate([table[:1], patches]))
+    return np.asarray(resize_space(table, before, after, how))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import traverse_util
@@ -104,7 +105,11 @@ def _remove(path: str) -> None:
 
 
 def _write_ours(path: str, checkpoint: Checkpoint) -> None:
-    params = {name: stored.load() for name, stored in _progress(checkpoint.params.items())}
+    # Taken out one by one: with the last the source is unmapped, before Orbax fills its buffers.
+    params = {
+        name: jnp.array(checkpoint.params.pop(name).load())
+        for name in _progress(list(checkpoint.params))
+    }
     card = checkpoints.Card(
         model=checkpoint.config,
         clip=checkpoint.clip,
@@ -156,6 +161,11 @@ def _foreign(checkpoint: Checkpoint, form: ModuleType) -> tuple[dict[str, np.nda
     full = dataclasses.replace(checkpoint.config, position_embedding="space_time")
     names = form.names(full)
     checkpoint = adapted(checkpoint, full)
+    if full.position_resize != "nearest":
+        logging.warning(
+            "%s cannot say position_resize=%s: clips of other sizes get nearest neighbours there",
+            form.NAME, full.position_resize,
+        )  # fmt: skip
     arrays = {}
     for ours, theirs in _progress(names.items()):
         value = form.to_theirs(ours, checkpoint.params[ours].load(), full)
