@@ -5,6 +5,7 @@ The map from our parameters to theirs serves both directions; the layout is PyTo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -85,7 +86,7 @@ def tidy(state: dict[str, Stored]) -> dict[str, Stored]:
 
 def fields(file: File) -> dict[str, Any]:
     """The config's fields that the file tells; `attention` is not among an image ViT's."""
-    state = file.state
+    state, cfg = file.state, str(file.about.get("cfg", ""))
     found = torch_layout.fields(
         state,
         patch="patch_embed.proj.weight",
@@ -101,9 +102,11 @@ def fields(file: File) -> dict[str, Any]:
         found["num_frames"] = torch_layout.shape_of(state, "time_embed", 3)[1]
         temporal = any(".temporal_attn." in name for name in state)
         found["attention"] = "divided" if temporal else "joint"
-    elif file.about.get("video") or "space_only" in str(file.about.get("cfg")):
+    elif file.about.get("video") or "space_only" in cfg:
         # By its names a space-only TimeSformer is an image ViT; only its wrapping tells.
         found["attention"] = "space"
+        if frames := re.search(r"\bNUM_FRAMES: (\d+)", cfg):
+            found["num_frames"] = int(frames[1])
     return found
 
 

@@ -67,8 +67,9 @@ def convert(
     logging.info("%s: %s written to %s", src, checkpoint.config.attention, dst)
     if checkpoint.license == NON_COMMERCIAL:
         logging.warning(
-            "%s: these weights are the authors', or derive from them: %s, no commercial use; the "
-            "output says so", src, checkpoint.license,
+            "%s: weights in this layout are the authors', or derive from them, and stay under "
+            "their license %s: no commercial use; the output says so",
+            src, checkpoint.license,
         )  # fmt: skip
 
 
