@@ -170,8 +170,8 @@ def _format(file: File) -> ModuleType:
             return form
     some = ", ".join(sorted(file.state)[:3])
     raise InputError(
-        f"its names ({some}, ...) are none of {', '.join(form.NAME for form in FORMATS)}; rename "
-        "them to timm's"
+        f"its names ({some}, ...) are none of those we know: timm's or DeiT's, "
+        f"{', '.join(form.NAME for form in FORMATS)}; rename them to timm's"
     )
 
 

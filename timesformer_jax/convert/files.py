@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -99,8 +100,9 @@ def _damage(path: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    # torch explains at length how to load it all the same; the cause is in the midst of it.
-    text = text[text.find("WeightsUnpickler error") :] if "WeightsUnpickler" in text else text
+    if "WeightsUnpickler error:" in text:
+        # torch explains at length how to load it all the same; the cause is in the midst of it.
+        text = text.partition("WeightsUnpickler error:")[2].strip() or "a pickle of other software"
     lines = text.strip().splitlines()
     return lines[0].split(". ")[0] if lines else type(error).__name__
 
@@ -110,7 +112,10 @@ def _read_torch(path: str) -> tuple[dict[str, Stored], dict[str, Any]]:
 
     # Mapped, not read, where the file's format allows; files of torch before 1.6 do not.
     mapped = zipfile.is_zipfile(path)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    with warnings.catch_warnings():
+        # Said of pickles that torch did not write; what they hold shows right after.
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
     state, about = content, {}
@@ -158,7 +163,8 @@ def _read_safetensors(path: str) -> tuple[dict[str, Stored], dict[str, Any]]:
 
 def _read_npz(path: str) -> tuple[dict[str, Stored], dict[str, Any]]:
     # Read at once: an npz has no shapes outside its arrays, and they may be compressed.
-    with np.load(path) as content:
+    # Opened here: where it is damaged, np.load leaves what it opened open.
+    with open(path, "rb") as f, np.load(f) as content:
         arrays = {name: np.asarray(content[name]) for name in content.files}
 
     def load(array):

@@ -1,0 +1,305 @@
+"""`convert`: what is written, under which license; and one clear error for what can be wrong."""
+
+import json
+import pathlib
+import pickle
+import re
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import timesformer_jax as tsf
+from timesformer_jax import checkpoints
+from timesformer_jax.convert import convert
+from timesformer_jax.models.attention import SCHEMES
+from timesformer_jax.models.timesformer import parameters
+from timesformer_jax.preprocessing import ClipSpec
+
+GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
+NAMES = ("divided_space_time", "joint_space_time", "space_only")
+DIVIDED = GOLDENS / "official_divided_space_time.pyth"
+VIT = GOLDENS / "timm_vit.pth"
+
+
+def ours(path, model, labels=(), **training):
+    """A checkpoint of ours that holds `model`."""
+    clip = ClipSpec(frames=model.config.num_frames, rate=4, crop=model.config.image_size)
+    card = checkpoints.Card(model.config, clip, labels, training)
+    checkpoints.save_parameters(path, parameters(model), card)
+    return path
+
+
+def tiny(**fields):
+    shape = {"image_size": 16, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    return tsf.create("timesformer_tiny", **shape | fields)
+
+
+def same_parameters(a, b):
+    a, b = parameters(a), parameters(b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_release_and_back_bit_for_bit(name, tmp_path):
+    source = GOLDENS / f"official_{name}.pyth"
+    convert(source, tmp_path / "ours", num_heads=4)
+    convert(tmp_path / "ours", tmp_path / "back.pyth", to="release")
+    before = torch.load(source, weights_only=True)["model_state"]
+    after = torch.load(tmp_path / "back.pyth", weights_only=True)
+    assert before.keys() == after["model_state"].keys()
+    assert all(torch.equal(before[k], v) for k, v in after["model_state"].items())
+    assert f"ATTENTION_TYPE: {name}" in after["cfg"]
+    # What the release's arrays do not tell, our file in its layout does.
+    assert tsf.from_pretrained(tmp_path / "back.pyth").config.num_heads == 4
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_ours_holds_every_scheme(scheme, tmp_path):
+    source = tiny(attention=scheme)
+    convert(ours(tmp_path / "a", source), tmp_path / "b")
+    model = tsf.from_pretrained(tmp_path / "b")
+    assert model.config == source.config
+    assert same_parameters(model, source)
+
+
+@pytest.mark.parametrize("to", ["hf", "release"])
+@pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"divided", "joint", "space"}))
+def test_formats_without_a_scheme_say_so(scheme, to, tmp_path):
+    source = ours(tmp_path / "a", tiny(attention=scheme))
+    with pytest.raises(tsf.InputError, match=f"has no {scheme} attention, only divided"):
+        convert(source, tmp_path / "b", to=to)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.parametrize("kept", ["none", "space"])
+def test_models_without_embeddings_go_out_with_zeros(kept, tmp_path):
+    source = tiny(position_embedding=kept)
+    convert(ours(tmp_path / "a", source), tmp_path / "hf", to="hf")
+    model = tsf.from_pretrained(tmp_path / "hf")
+    assert not np.any(model.embedding.time[...])
+    video = np.random.default_rng(0).normal(size=(1, 8, 16, 16, 3)).astype(np.float32)
+    run = nnx.jit(lambda model, video: model(video))
+    np.testing.assert_allclose(run(model, video), run(source, video), atol=1e-6)
+
+
+def test_card_of_our_own_checkpoints_is_kept(tmp_path):
+    source = ours(tmp_path / "a", tiny(), labels=("x", "y", "z"), seed=5)
+    convert(source, tmp_path / "b")
+    before, after = checkpoints.load_card(source), checkpoints.load_card(tmp_path / "b")
+    assert (after.clip, after.labels, after.config["seed"]) == (before.clip, before.labels, 5)
+    # Another length and another head change what the card says of them.
+    convert(source, tmp_path / "c", num_frames=16, num_classes=2)
+    card = checkpoints.load_card(tmp_path / "c")
+    assert (card.clip.frames, card.clip.rate, card.labels) == (16, 16, ())
+    assert (card.model.num_frames, card.model.num_classes) == (16, 2)
+
+
+def test_license_of_the_release_stays_with_its_weights(tmp_path, caplog):
+    convert(DIVIDED, tmp_path / "ours")
+    assert "CC-BY-NC-4.0: no commercial use" in caplog.text
+    convert(tmp_path / "ours", tmp_path / "hf", to="hf")
+    convert(tmp_path / "hf", tmp_path / "r.pyth", to="release")
+    assert checkpoints.load_card(tmp_path / "ours").config["license"] == "CC-BY-NC-4.0"
+    assert torch.load(tmp_path / "r.pyth", weights_only=True)["license"] == "CC-BY-NC-4.0"
+    with safe_open(tmp_path / "hf" / "model.safetensors", "np") as f:
+        assert f.metadata()["license"] == "CC-BY-NC-4.0"
+    for folder in ("ours", "hf"):
+        assert "NonCommercial" in (tmp_path / folder / "LICENSE").read_text()
+
+
+def test_weights_of_ones_own_and_of_image_models_get_no_license(tmp_path, caplog):
+    convert(ours(tmp_path / "a", tiny()), tmp_path / "hf", to="hf")
+    convert(tmp_path / "hf", tmp_path / "r.pyth", to="release")
+    convert(tmp_path / "r.pyth", tmp_path / "b")
+    convert(VIT, tmp_path / "vit", num_heads=4)
+    assert not list(tmp_path.rglob("LICENSE"))
+    assert "CC-BY-NC" not in caplog.text
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(tsf.InputError, match="exists; remove it"):
+        convert(DIVIDED, tmp_path / "there")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(tsf.InputError, match="No space left on device"):
+        convert(DIVIDED, tmp_path / "new", to="hf")
+    assert [x.name for x in tmp_path.iterdir()] == ["there"]
+
+
+def test_options_are_checked(tmp_path):
+    for options, message in {
+        "to": ({"to": "onnx"}, "to must be one of ours, hf, release, not 'onnx'"),
+        "labels": ({"labels": ["a"]}, "1 labels for a head of 10 classes"),
+        "resize": ({"resize": "nearest"}, "resize must be one of bicubic, official"),
+        "field": ({"num_frame": 8}, "no model field 'num_frame'; did you mean 'num_frames'?"),
+        "fixed": ({"patch_size": 16}, "patch_size is 8 and cannot be resized to 16"),
+        "scheme": ({"attention": "joint"}, "a divided model cannot become a joint one"),
+        "heads": ({"num_heads": 5}, "hidden_size 48 is not divisible by num_heads 5"),
+        "size": ({"image_size": 36}, "image_size 36 is not divisible by patch_size 8"),
+    }.values():
+        with pytest.raises(tsf.InputError, match=re.escape(message)):
+            convert(DIVIDED, tmp_path / "out", **options)
+
+
+# What can be wrong with a file.
+
+
+def error(path, **overrides):
+    """The message of loading `path`, which is one line and begins with the path."""
+    with pytest.raises(tsf.InputError) as caught:
+        tsf.from_pretrained(path, **overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def changed(path, change, container="model_state"):
+    content = torch.load(DIVIDED, weights_only=True)
+    change(content[container] if container else content)
+    torch.save(content, path)
+    return path
+
+
+def test_missing_array_is_named(tmp_path):
+    key = "model.blocks.1.temporal_attn.proj.weight"
+    path = changed(tmp_path / "x.pyth", lambda state: state.pop(key))
+    message = error(path)
+    assert "blocks.1.temporal_attn.proj.weight is missing" in message
+    assert "the file is incomplete" in message
+
+
+def test_missing_block_is_named(tmp_path):
+    def without_block(state):
+        for name in [k for k in state if ".blocks.1." in k]:
+            del state[name]
+
+    assert "blocks.1." in error(changed(tmp_path / "x.pyth", without_block))
+
+
+def test_array_of_another_shape_is_named(tmp_path):
+    key = "model.blocks.0.attn.qkv.weight"
+    path = changed(tmp_path / "x.pyth", lambda state: state.update({key: torch.ones(100, 48)}))
+    message = error(path)
+    assert "blocks.0.attn.qkv.weight has shape (100, 48)" in message
+    assert "(144, 48)" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("pos_embed", torch.ones(1, 19, 48), "pos_embed has 19 rows; one and a square"),
+        ("pos_embed", torch.ones(17, 48), "pos_embed has shape (17, 48); 3 axes"),
+        ("patch_embed.proj.weight", torch.ones(48, 1, 8, 8), "8 x 8 in 1 channels"),
+        ("patch_embed.proj.weight", torch.ones(48, 3, 8, 4), "8 x 4 in 3 channels"),
+        ("head.weight", torch.ones(10), "head.weight has shape (10,)"),
+    ],
+)
+def test_shapes_that_make_no_model_are_named(key, value, message, tmp_path):
+    path = changed(tmp_path / "x.pyth", lambda state: state.update({f"model.{key}": value}))
+    assert message in error(path)
+
+
+def test_left_over_arrays_are_named(tmp_path):
+    key = "model.blocks.2.ls1.gamma"
+    path = changed(tmp_path / "x.pyth", lambda state: state.update({key: torch.ones(48)}))
+    assert "blocks.2.ls1.gamma has no place in a divided model" in error(path)
+
+
+def test_unknown_names_are_shown(tmp_path):
+    save_file({"conv1.weight": torch.ones(3, 3)}, tmp_path / "resnet.safetensors")
+    message = error(tmp_path / "resnet.safetensors")
+    assert "conv1.weight" in message
+    assert "rename them to timm's" in message
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_pickle_of_anything_but_tensors_is_not_run(tmp_path, capsys):
+    torch.save({"model_state": {"cls_token": torch.ones(1)}, "cfg": Code()}, tmp_path / "x.pyth")
+    (tmp_path / "y.pth").write_bytes(pickle.dumps({"cls_token": Code()}))
+    for name in ("x.pyth", "y.pth"):
+        message = error(tmp_path / name)
+        assert "torch.save(model.state_dict(), path)" in message
+    assert "this ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.ones(3), "holds a Tensor, not a dict"),
+        ({}, "it holds no arrays"),
+        ({"epoch": 3}, "'epoch' is a int, not a tensor"),
+        ({"model": {"head": {"weight": torch.ones(2)}}}, "'head' is a dict, not a tensor"),
+    ],
+)
+def test_torch_files_without_a_state_dict(content, message, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    assert message in error(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "npz"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_files(kind, share, tmp_path):
+    state = {name: value.contiguous() for name, value in torch.load(VIT).items()}
+    path = tmp_path / "whole"
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "npz":
+        with open(path, "wb") as f:
+            np.savez(f, **{k: v.numpy() for k, v in state.items()})
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    content = path.read_bytes()
+    cut = tmp_path / "cut"
+    cut.write_bytes(content[: int(len(content) * share)])
+    message = error(cut)
+    assert "damaged" in message or "holds more than tensors" in message
+
+
+def test_npz_with_flipped_bits_and_with_objects(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.zeros(1000), b=np.zeros(10))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[500] ^= 1
+    (tmp_path / "x.npz").write_bytes(content)
+    assert "Bad CRC-32" in error(tmp_path / "x.npz")
+    np.savez(tmp_path / "y.npz", a=np.array([{}], dtype=object))
+    assert "damaged, or no checkpoint" in error(tmp_path / "y.npz")
+
+
+def test_paths_that_hold_no_checkpoint(tmp_path):
+    assert "no such checkpoint" in error(tmp_path / "nothing.pyth")
+    (tmp_path / "text.pth").write_text("a page that says 404, not found, and so on")
+    assert "damaged, or no checkpoint" in error(tmp_path / "text.pth")
+    (tmp_path / "empty").mkdir()
+    assert "no finished checkpoint there" in error(tmp_path / "empty")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    assert "a config.json and no weights; one of model.safetensors" in error(tmp_path / "hf")
+
+
+def test_directories_with_something_missing(tmp_path):
+    source = GOLDENS / "hf_joint_space_time"
+    arrays = load_file(source / "model.safetensors")
+    index = {"weight_map": {name: "a.safetensors" for name in arrays}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(tsf.InputError, match=r"a\.safetensors: missing, though .* lists it"):
+        tsf.from_pretrained(tmp_path)
+    name = "timesformer.encoder.layer.1.output.dense.bias"
+    save_file({k: v for k, v in arrays.items() if k != name}, tmp_path / "a.safetensors")
+    assert f"{name} is not in a.safetensors" in error(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map"')
+    assert "damaged" in error(tmp_path)
