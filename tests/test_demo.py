@@ -5,8 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from timesformer_jax import recipes
 from timesformer_jax.data import demo, records
 from timesformer_jax.data.decode import VideoFile, decode
+from timesformer_jax.data.sampling import clip_indices
 from timesformer_jax.errors import InputError
 
 COUNTS = {"train": 24, "validation": 8}
@@ -25,9 +27,9 @@ def unit(direction):
 
 
 def paths(direction, count=4000, seed=0):
-    """(count, FRAMES, 2): where the patch's upper left corner is."""
+    """(count, FRAMES - 1, 2): where the patch's upper left corner is, but for the last frame."""
     rng = np.random.default_rng((seed, direction))
-    return np.stack([demo.positions(rng, direction, 12) for _ in range(count)])
+    return np.stack([demo.positions(rng, direction, 12)[:-1] for _ in range(count)])
 
 
 # ---- what is drawn ------------------------------------------------------------------------------
@@ -57,6 +59,23 @@ def test_the_frame_tells_nothing_of_the_direction():
     by_chance = np.abs(spread[0] - again).sum()
     for other in spread[1:]:
         assert np.abs(spread[0] - other).sum() < 2 * by_chance
+
+
+def test_sampling_meets_each_moment_as_often_as_its_mirror_image():
+    """The recipe's clips, truncated as they are, never reach the last frame."""
+    config = recipes.demo()
+    starts = (np.arange(1000) + 0.5) / 1000
+    picked = np.stack(
+        [
+            clip_indices(demo.FRAMES, demo.FPS, config.clip.frames, config.clip.rate, s)
+            for s in starts
+        ]
+    )
+    counts = [np.bincount(column, minlength=demo.FRAMES) for column in picked.T]
+    assert picked.max() == demo.FRAMES - 2
+    for k, column in enumerate(counts):
+        mirrored = counts[-1 - k][demo.FRAMES - 2 :: -1]
+        assert np.abs(column[:-1] - mirrored).max() <= 2
 
 
 def test_a_direction_is_its_opposite_run_backwards():

@@ -20,8 +20,8 @@ CLIP = ClipSpec(frames=2, crop=16, short_side=20)
 def model(attention):
     # 17 tokens a frame, and 6 classes that 8 devices cannot share.
     return TimeSformerConfig(
-        num_classes=6, image_size=16, num_frames=2, patch_size=4, hidden_size=16, depth=1,
-        num_heads=2, attention=attention, drop_path=0.0, init="width_scaled",
+        num_classes=6, image_size=16, num_frames=2, patch_size=4, hidden_size=16, depth=2,
+        num_heads=2, attention=attention, drop_path=0.2, init="width_scaled",
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def demo() -> ConfigDict:
     """A tiny model from scratch on the embedded data set: minutes on two CPU cores."""
     config = recipe("timesformer_tiny", rate=2)
     config.model.num_classes = 0
-    config.epochs = 10
+    config.epochs = 6
     config.batch_size = 32
     config.data.directory = "data/demo"
     config.data.demo = True

@@ -184,8 +184,9 @@ def positions(rng: np.random.Generator, direction: int, size: int) -> np.ndarray
     # How far a uniform point of a disc is off the diameter along the direction.
     offset = radius * math.sqrt(rng.uniform()) * math.cos(rng.uniform(0, 2 * math.pi))
     half = math.sqrt(radius**2 - offset**2)
-    # The midpoints of FRAMES equal parts of [-1, 1]: the same set backwards.
-    time = (2 * np.arange(FRAMES) + 1) / FRAMES - 1
+    # Sampled frames are truncated to whole ones, so that the last frame is never met: the frames
+    # before it are the set that has to be the same backwards.
+    time = (2 * np.arange(FRAMES) + 2) / FRAMES - 1
     return middle + offset * across + half * time[:, None] * along
 
 

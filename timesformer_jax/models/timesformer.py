@@ -201,13 +201,18 @@ class Embedding(nnx.Module):
             inputs, width, kernel_init=conv2d_default, bias_init=conv2d_default,
             dtype=jnp.dtype(config.dtype), rngs=rngs,
         )  # fmt: skip
-        normal = nnx.initializers.normal(0.02)
+        released = config.init == "release"
+        normal = nnx.initializers.normal(0.02 if released else width**-0.5)
         self.cls = nnx.Param(normal(rngs.params(), (width,)))
         has_space = config.position_embedding != "none"
         has_time = config.position_embedding == "space_time" and config.scheme.time_embedding
         positions = 1 + math.prod(config.grid)
         self.space = nnx.Param(normal(rngs.params(), (positions, width))) if has_space else None
-        self.time = nnx.Param(jnp.zeros((config.num_frames, width))) if has_time else None
+        # A video model starts as the image model it is made from: every moment looks the same. One
+        # trained from scratch learns the order of frames in half the time if moments differ.
+        time = nnx.initializers.zeros if released else normal
+        shape = config.num_frames, width
+        self.time = nnx.Param(time(rngs.params(), shape)) if has_time else None
 
     def __call__(self, video: jax.Array) -> Tokens:
         """(B, T, H, W, 3) to cls (B, D), or (B, T, D) for space only, and patches (B, T, N, D)."""

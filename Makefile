@@ -1,0 +1,24 @@
+# Everything runs in .venv, installed under constraints.txt, versions that were tested together.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint clean
+
+train: .venv/data
+	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
+
+test: .venv/test
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# A file for each set of extras that is installed.
+.venv/%: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@

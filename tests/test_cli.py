@@ -1,0 +1,163 @@
+"""The command line: errors a person can cause are one line and status 2."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, environment, tiny_run
+
+DEMO = REPOSITORY / "configs" / "demo.py"
+
+
+def test_help_lists_commands_and_flags(timesformer):
+    assert "evaluate" in timesformer("--help").stdout
+    assert "--workdir" in timesformer("train", "--help").stdout
+    assert "VIDEOS..." in timesformer("predict", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "no command 'trian'; there are: prepare, train"),
+        (["train"], "needs --config"),
+        (["train", f"--config={DEMO}"], "needs --workdir"),
+        (["train", f"--config={DEMO}", "--workdir=x", "--config.batchsize=3"], '"batch_size"'),
+        (["train", f"--config={DEMO}", "--workdir=x", "--config.model.dept=3"], '"depth"'),
+        (["train", f"--config={DEMO}", "--workdir=x", "--config.batch_size=x"], "batch_size=x"),
+        (["train", "--config=/nowhere.py", "--workdir=x"], "/nowhere.py"),
+        (["train", f"--config={DEMO}", "--workdir=/dev/null/x", "--config.data.demo=False",
+          "--config.data.directory=/nowhere"], "/nowhere"),
+        (["train", "--wrokdir=x"], "workdir"),
+        (["train", "word", f"--config={DEMO}", "--workdir=x"], "'word'"),
+        (["prepare", "--videos=/nowhere", "--output=x"], "/nowhere"),
+        (["predict", "x.mp4", "--checkpoint=/nowhere"], "/nowhere"),
+        (["predict", "--checkpoint=/nowhere"], "no video given"),
+        (["evaluate", "--checkpoint=/nowhere"], "/nowhere"),
+        (["evaluate", "--checkpoint=/nowhere", "--crops=2"], "crops"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_errors_are_one_line(arguments, said, timesformer, tmp_path):
+    done = timesformer(*arguments, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_training_and_inference_need_no_tensorflow():
+    code = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections",
+                                  "torch", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import jax
+import numpy as np
+import timesformer_jax as tsf
+import timesformer_jax.inference.predict
+import timesformer_jax.training.optimizer
+import timesformer_jax.training.step
+
+model = tsf.create("timesformer_tiny", num_classes=3)
+assert model(np.zeros((1, 2, 32, 32, 3), np.float32)).shape == (1, 3)
+from timesformer_jax import cli
+cli.main(["timesformer", "train", "--config=configs/demo.py", "--workdir=/nowhere"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env=environment(), cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "train needs the package ml_collections: pip install 'timesformer_jax[data]'" in (
+        done.stderr
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(demo_data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    from conftest import command
+
+    arguments = tiny_run(demo_data, workdir, epochs=1, **{"eval.every_epochs": 0})
+    subprocess.run(command(*arguments), env=environment(), check=True)
+    return workdir
+
+
+def test_predict_and_evaluate_agree_on_every_video(trained, demo_data, timesformer, tmp_path):
+    """`evaluate` reads records through TensorFlow, `predict` the video files through PyAV."""
+    import json
+
+    done = timesformer("evaluate", f"--checkpoint={trained}", f"--output={tmp_path / 'e.json'}")
+    found = json.loads((tmp_path / "e.json").read_text())
+    at_training = json.loads((trained / "results.json").read_text())
+    assert {k: found[k] for k in ("top1", "top5", "videos", "classes")} == {
+        k: at_training[k] for k in ("top1", "top5", "videos", "classes")
+    }
+    assert f"of {found['videos']} videos, 1 x 3 views" in done.stdout
+
+    rows = (demo_data / "videos" / "annotations.csv").read_text().splitlines()[1:]
+    truth = {row.split(",")[0]: row.split(",")[1] for row in rows if row.endswith("validation")}
+    videos = [demo_data / "videos" / name for name in truth]
+    out = timesformer("predict", *videos, f"--checkpoint={trained}", "--top=1").stdout
+    first = out.split("\n")[1::2]
+    right = sum(line.split()[1] == label for line, label in zip(first, truth.values()))
+    # Frames of records went through JPEG, so a close call may fall otherwise.
+    assert abs(right / len(truth) - found["top1"]) <= 2 / len(truth)
+
+
+def test_predict_gives_the_evaluated_probabilities(trained, demo_data):
+    from timesformer_jax import checkpoints
+    from timesformer_jax.data import pipeline, records
+    from timesformer_jax.evaluation.multi_view import make_probabilities
+    from timesformer_jax.inference.predict import Predictor
+
+    split = records.open_split(demo_data, "validation")
+    model, params = checkpoints.load_parameters(trained)
+    card = checkpoints.load_card(trained)
+    batch = next(pipeline.eval_batches(split, card.clip, batch_size=8, views=2, crops=3))
+    evaluated = make_probabilities(model, card.clip)(params, batch["frames"], batch["windows"])
+    predictor = Predictor(trained, views=2, crops=3)
+    for row in range(8):
+        predicted = predictor(demo_data / "videos" / split.ids[batch["record"][row]])
+        assert np.abs(predicted - evaluated[row]).max() < 0.03
+        assert predicted.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_predict_names_unreadable_videos_and_predicts_the_others(
+    trained, demo_data, timesformer, tmp_path
+):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    good = demo_data / "videos" / "train" / "00000.mp4"
+    done = timesformer(
+        "predict", tmp_path / "broken.mp4", good, "/nowhere.mp4", f"--checkpoint={trained}",
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "2 of 3 videos not predicted" in last
+    assert "broken.mp4" in last
+    assert "nowhere.mp4" in last
+    assert done.stdout.startswith(str(good))
+    assert len(done.stdout.strip().splitlines()) == 6
+
+
+def test_evaluating_on_other_labels_is_one_line(trained, tmp_path, timesformer):
+    from timesformer_jax.data import demo
+    from timesformer_jax.data.prepare import prepare
+
+    demo.make(tmp_path / "videos", train=2, validation=2)
+    annotations = tmp_path / "videos" / "annotations.csv"
+    annotations.write_text(annotations.read_text().replace("down-right", "sideways"))
+    prepare(tmp_path / "videos", tmp_path / "data", annotations=annotations, short_side=40)
+    done = timesformer(
+        "evaluate", f"--checkpoint={trained}", f"--data={tmp_path / 'data'}", check=False
+    )
+    assert done.returncode == 2
+    assert "the data has 2 labels (right, sideways), the checkpoint 8" in done.stderr
