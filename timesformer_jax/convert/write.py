@@ -157,21 +157,22 @@ _WRITERS = {"ours": _write_ours, "hf": _write_hf, "release": _write_release}
 
 
 def _foreign(checkpoint: Checkpoint, form: ModuleType) -> tuple[dict[str, np.ndarray], Checkpoint]:
-    """The arrays under a format's names, in its layout."""
+    """The arrays under a format's names, in its layout; takes them out of the checkpoint."""
     # Foreign models have every embedding; one of zeros is as good as none.
-    full = dataclasses.replace(checkpoint.config, position_embedding="space_time")
-    names = form.names(full)
-    checkpoint = adapted(checkpoint, full)
-    if full.position_resize != "nearest":
-        logging.warning(
-            "%s cannot say position_resize=%s: clips of other sizes get nearest neighbours there",
-            form.NAME, full.position_resize,
-        )  # fmt: skip
+    config = dataclasses.replace(checkpoint.config, position_embedding="space_time")
+    names = form.names(config)
+    full = adapted(checkpoint, config)
+    checkpoint.params.clear()
     arrays = {}
     for ours, theirs in _progress(names.items()):
-        value = form.to_theirs(ours, checkpoint.params[ours].load(), full)
+        value = form.to_theirs(ours, full.params.pop(ours).load(), config)
         arrays[theirs] = np.ascontiguousarray(value)
-    return arrays, checkpoint
+    if config.position_resize != "nearest":
+        logging.warning(
+            "%s cannot say position_resize=%s: clips of other sizes get nearest neighbours there",
+            form.NAME, config.position_resize,
+        )  # fmt: skip
+    return arrays, full
 
 
 def _progress(items):
