@@ -112,7 +112,7 @@ def test_license_of_the_release_stays_with_its_weights(tmp_path, caplog):
     assert "CC-BY-NC-4.0: no commercial use" in caplog.text
     convert(tmp_path / "ours", tmp_path / "hf", to="hf")
     convert(tmp_path / "hf", tmp_path / "r.pyth", to="release")
-    assert checkpoints.load_card(tmp_path / "ours").config["license"] == "CC-BY-NC-4.0"
+    assert checkpoints.load_card(tmp_path / "ours").license == "CC-BY-NC-4.0"
     assert torch.load(tmp_path / "r.pyth", weights_only=True)["license"] == "CC-BY-NC-4.0"
     with safe_open(tmp_path / "hf" / "model.safetensors", "np") as f:
         assert f.metadata()["license"] == "CC-BY-NC-4.0"

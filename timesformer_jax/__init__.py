@@ -1,8 +1,8 @@
 """TimeSformer in JAX and Flax (arXiv 2102.05095).
 
-    import timesformer_jax as tsf
-    model = tsf.create("timesformer_base", num_classes=400)
-    logits = model(video)  # (batch, frames, height, width, 3), normalised, to (batch, classes)
+import timesformer_jax as tsf
+model = tsf.create("timesformer_base", num_classes=400)
+logits = model(video)  # (batch, frames, height, width, 3), normalised, to (batch, classes)
 """
 
 from timesformer_jax.convert import from_pretrained

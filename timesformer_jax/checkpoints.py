@@ -30,13 +30,15 @@ class Card:
       model: shape and scheme of the model.
       clip: frames, size, sampling, normalisation and channel order that it was trained on.
       labels: class names, in the order of the logits.
-      config: the whole training config, as nested dicts.
+      config: the whole training config, as nested dicts; empty for weights trained elsewhere.
+      license: of the weights, "" where none is known; it stays with what is trained from them.
     """
 
     model: TimeSformerConfig
     clip: ClipSpec
     labels: tuple[str, ...]
     config: dict[str, Any]
+    license: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"labels": list(self.labels)}
@@ -48,6 +50,7 @@ class Card:
             clip=ClipSpec(**fields["clip"]),
             labels=tuple(fields["labels"]),
             config=fields["config"],
+            license=fields["license"],
         )
 
 

@@ -28,6 +28,10 @@ def _integer(name: str, default: int | None, text: str, least: int = 0) -> Defin
     return _flag(flags.DEFINE_integer, name, default, text, lower_bound=least)
 
 
+def _seconds(name: str, text: str) -> Define:
+    return _flag(flags.DEFINE_float, name, None, text, lower_bound=0.0)
+
+
 def _fraction(name: str, default: float, text: str) -> Define:
     return _flag(flags.DEFINE_float, name, default, text, lower_bound=0.0, upper_bound=1.0)
 
@@ -43,15 +47,15 @@ def _config(values: flags.FlagValues) -> None:
 class Command(NamedTuple):
     """A command: what it does, the function that does it, and the flags that are its arguments.
 
-    `function` is "module:name"; it gets every flag by name, and the words that are no flags as
-    `words`, if the command takes any.
+    `function` is "module:name"; it gets the flags by name. `words` names the arguments that are no
+    flags: one each, or as many as there are for one that ends in "...".
     """
 
     summary: str
     function: str
     flags: Sequence[Define]
     required: Sequence[str] = ()
-    words: str | None = None
+    words: Sequence[str] = ()
 
 
 CHECKPOINT = _string("checkpoint", None, "a run's --workdir, its checkpoints, or one step of it")
@@ -100,9 +104,30 @@ COMMANDS = {
     "predict": Command(
         "the most probable classes of video files",
         "timesformer_jax.inference.predict:predict",
-        (CHECKPOINT, *VIEWS, _integer("top", 5, "classes to print", least=1)),
+        (
+            CHECKPOINT,
+            *VIEWS,
+            _seconds("start", "look at the part of each video from here, in seconds"),
+            _seconds("end", "up to here"),
+            _integer("top", 5, "classes to print", least=1),
+        ),
         required=("checkpoint",),
-        words="videos",
+        words=("videos...",),
+    ),
+    "convert": Command(
+        "a checkpoint of any known format to ours, Hugging Face's or the release's",
+        "timesformer_jax.convert:convert",
+        (
+            _string("to", "ours", "ours, hf (a transformers directory) or release (.pyth)"),
+            _string("resize", "bicubic", "of position embeddings: bicubic, or official"),
+            _string("labels", None, "file of class names, one a line, in the order of the logits"),
+            _string("attention", None, "scheme, where an image ViT becomes a video model"),
+            _integer("num_heads", None, "heads, where the file does not tell", least=1),
+            _integer("num_classes", None, "start a new head of so many classes", least=1),
+            _integer("num_frames", None, "resize the time embedding", least=1),
+            _integer("image_size", None, "resize the position embedding", least=1),
+        ),
+        words=("src", "dst"),
     ),
 }
 
@@ -111,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and exits: 0, 2 for what a person can put right, 143 after SIGTERM."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's remarks on the machine
     argv = list(sys.argv if argv is None else argv)
+    flags.FLAGS(argv[:1])  # absl's own flags: none is given, and logging waits for them
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
@@ -132,14 +158,14 @@ def _run(argv: Sequence[str]) -> None:
         _fail(f"no command {name!r}; there are: {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     values = flags.FlagValues()
-    for define in command.flags:
-        define(values)
-    if {"-h", "--help", "-help"} & set(rest):
-        print(_help(name, command, values))
-        return
-    arguments = _parse(name, command, values, rest)
-    module, function = command.function.split(":")
     try:
+        for define in command.flags:
+            define(values)
+        if {"-h", "--help", "-help"} & set(rest):
+            print(_help(name, command, values))
+            return
+        arguments = _parse(name, command, values, rest)
+        module, function = command.function.split(":")
         run = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as e:
         if e.name and e.name.startswith("timesformer_jax"):
@@ -162,11 +188,22 @@ def _parse(
     for flag in command.required:
         if values[flag].value is None:
             _fail(f"timesformer {name} needs --{flag} ({values[flag].help})")
-    if words and command.words is None:
-        _fail(f"timesformer {name} takes flags only; what is {words[0]!r}?")
     # A config's overrides (config.batch_size) are flags too, but no arguments.
-    arguments = {flag: values[flag].value for flag in values if "." not in flag}
-    return arguments | ({command.words: words} if command.words else {})
+    arguments = {
+        flag: values[flag].value
+        for flag in values
+        if "." not in flag and values[flag].value is not None
+    }
+    return arguments | _words(name, command, words)
+
+
+def _words(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
+    if command.words and command.words[0].endswith("..."):
+        return {command.words[0].removesuffix("..."): list(words)}
+    if len(words) != len(command.words):
+        takes = " ".join(command.words).upper() or "flags only"
+        _fail(f"timesformer {name} takes {takes}, not {' '.join(words) or 'nothing'!r}")
+    return dict(zip(command.words, words))
 
 
 def _overview() -> str:
@@ -179,7 +216,7 @@ def _overview() -> str:
 
 
 def _help(name: str, command: Command, values: flags.FlagValues) -> str:
-    words = f" {command.words.upper()}..." if command.words else ""
+    words = "".join(f" {word.upper()}" for word in command.words)
     lines = [f"usage: timesformer {name}{words} [--flag=value ...]: {command.summary}", ""]
     for flag in values:
         default = values[flag].default

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import jax.numpy as jnp
-from flax import traverse_util
-
 from timesformer_jax.convert.checkpoint import read
 from timesformer_jax.convert.write import convert
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 
-__all__ = ["convert", "from_pretrained"]
+__all__ = ["convert", "from_pretrained", "read"]
 
 
 def from_pretrained(
@@ -39,6 +36,4 @@ def from_pretrained(
         left over or of another shape; the message names it.
     """
     checkpoint = read(path, resize, **overrides)
-    # Copied: an alias of a mapped file would change, or end, with the file.
-    params = {name: jnp.array(stored.load()) for name, stored in checkpoint.params.items()}
-    return with_parameters(checkpoint.config, traverse_util.unflatten_dict(params, sep="/"))
+    return with_parameters(checkpoint.config, checkpoint.load())

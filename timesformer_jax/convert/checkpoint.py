@@ -64,6 +64,12 @@ class Checkpoint:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     image: bool = False
 
+    def load(self) -> dict:
+        """The parameters, as `models.timesformer.parameters` gives them."""
+        # Copied: an alias of a mapped file would change, or end, with the file.
+        params = {name: jnp.array(stored.load()) for name, stored in self.params.items()}
+        return traverse_util.unflatten_dict(params, sep="/")
+
 
 def read(path: str | os.PathLike, resize: str = "bicubic", **overrides: Any) -> Checkpoint:
     """The checkpoint at `path` as the model that the overrides ask for.
@@ -125,7 +131,7 @@ def _read_ours(path: str) -> Checkpoint:
         params={k: Stored(v.shape, functools.partial(np.asarray, v)) for k, v in flat.items()},
         clip=card.clip,
         labels=card.labels,
-        license=card.config.get("license", ""),
+        license=card.license,
         training=card.config,
     )
 

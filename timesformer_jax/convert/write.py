@@ -20,6 +20,7 @@ from tqdm import tqdm
 from timesformer_jax import checkpoints
 from timesformer_jax.convert import hf, release
 from timesformer_jax.convert.checkpoint import NON_COMMERCIAL, Checkpoint, adapted, read
+from timesformer_jax.data.annotations import read_labels
 from timesformer_jax.errors import InputError
 
 LICENSE_TEXT = """\
@@ -38,7 +39,7 @@ def convert(
     *,
     to: str = "ours",
     resize: str = "bicubic",
-    labels: Sequence[str] | None = None,
+    labels: str | Sequence[str] | None = None,
     **overrides: Any,
 ) -> None:
     """Writes a checkpoint of any format that `from_pretrained` reads in one of three.
@@ -50,7 +51,8 @@ def convert(
         directory that transformers' `TimesformerForVideoClassification.from_pretrained` reads; or
         "release", a torch file (.pyth) in the authors' layout.
       resize: how embeddings are resized, as in `from_pretrained`.
-      labels: class names in the order of the logits; by default those that src carries.
+      labels: class names in the order of the logits, or a file of them, one a line; by default
+        those that src carries.
       **overrides: fields of `TimeSformerConfig`, as in `from_pretrained`.
 
     Raises:
@@ -73,9 +75,11 @@ def convert(
         )  # fmt: skip
 
 
-def _labelled(checkpoint: Checkpoint, labels: Sequence[str] | None) -> Checkpoint:
+def _labelled(checkpoint: Checkpoint, labels: str | Sequence[str] | None) -> Checkpoint:
     if labels is None:
         return checkpoint
+    if isinstance(labels, str):
+        labels = read_labels(labels)
     if len(labels) != checkpoint.config.num_classes:
         raise InputError(
             f"{len(labels)} labels for a head of {checkpoint.config.num_classes} classes"
@@ -115,7 +119,8 @@ def _write_ours(path: str, checkpoint: Checkpoint) -> None:
         model=checkpoint.config,
         clip=checkpoint.clip,
         labels=checkpoint.labels,
-        config=checkpoint.training | {"license": checkpoint.license},
+        config=checkpoint.training,
+        license=checkpoint.license,
     )
     checkpoints.save_parameters(path, traverse_util.unflatten_dict(params, sep="/"), card)
     _write_license(path, checkpoint)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -128,16 +129,22 @@ def evaluate_checkpoint(
     if output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise InputError(f"the folder of --output={output} does not exist")
     card = checkpoints.load_card(checkpoint)
-    found = open_split(
-        data or card.config["data"]["directory"], split or card.config["data"]["eval_split"]
-    )
-    if found.label_names != card.labels:
+    trained = card.config or {  # weights of another project know no data
+        "data": {"directory": "", "eval_split": "validation"},
+        "eval": {"batch_size": 8},
+    }
+    if not (data or trained["data"]["directory"]):
+        raise InputError(f"{checkpoint} was not trained here: say with --data what to evaluate on")
+    found = open_split(data or trained["data"]["directory"], split or trained["data"]["eval_split"])
+    if not card.labels and len(found.label_names) == card.model.num_classes:
+        logging.warning("the checkpoint names no classes: the data's are taken in their order")
+    elif found.label_names != card.labels:
         raise InputError(
             f"the data has {len(found.label_names)} labels ({_some(found.label_names)}), the "
-            f"checkpoint {len(card.labels)} ({_some(card.labels)}): they must be the same; "
+            f"checkpoint {card.model.num_classes} ({_some(card.labels)}): they must be the same; "
             "prepare the data with the checkpoint's labels"
         )
-    batch_size = batch_size or card.config["eval"]["batch_size"]
+    batch_size = batch_size or trained["eval"]["batch_size"]
     mesh = make_mesh()
     check_batch(mesh, batch_size)
     model, params = checkpoints.load_parameters(checkpoint)
@@ -152,4 +159,4 @@ def evaluate_checkpoint(
 
 
 def _some(labels: tuple[str, ...]) -> str:
-    return ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")
+    return ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "") or "without names"

@@ -23,7 +23,8 @@ class Predictor:
       crops: squares of each clip: 3 for left, centre and right, 1 for the centre.
 
     Attributes:
-      labels: class names, in the order of the probabilities.
+      labels: class names, in the order of the probabilities; "class 17" where the checkpoint,
+        converted from a file without names, has none.
     """
 
     def __init__(self, checkpoint: str | os.PathLike, views: int = 1, crops: int = 3):
@@ -31,7 +32,7 @@ class Predictor:
             raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
         self.card = checkpoints.load_card(checkpoint)
         model, params = checkpoints.load_parameters(checkpoint)
-        self.labels = self.card.labels
+        self.labels = self.card.labels or tuple(f"class {i}" for i in range(model.num_classes))
         self.views, self.crops = views, crops
 
         def probabilities(frames: jax.Array, windows: jax.Array) -> jax.Array:
@@ -40,8 +41,10 @@ class Predictor:
 
         self._probabilities = jax.jit(probabilities)
 
-    def __call__(self, video: str | os.PathLike) -> np.ndarray:
-        """(classes,) float32 probabilities of a video file.
+    def __call__(
+        self, video: str | os.PathLike, start: float | None = None, end: float | None = None
+    ) -> np.ndarray:
+        """(classes,) float32 probabilities of a video file, or of its part [start, end) seconds.
 
         Raises:
           decode.VideoError: if it cannot be decoded.
@@ -57,7 +60,7 @@ class Predictor:
                 ]
             )
 
-        frames = decode.decode(video, pick=pick, short_side=clip.short_side).frames
+        frames = decode.decode(video, start, end, pick=pick, short_side=clip.short_side).frames
         windows = sampling.test_windows(*frames.shape[1:3], self.crops)
         clips = frames.reshape(self.views, clip.frames, *frames.shape[1:])
         clips = np.repeat(clips, self.crops, axis=0)  # crops vary fastest
@@ -65,9 +68,15 @@ class Predictor:
 
 
 def predict(
-    videos: list[str], checkpoint: str, views: int = 1, crops: int = 3, top: int = 5
+    videos: list[str],
+    checkpoint: str,
+    views: int = 1,
+    crops: int = 3,
+    start: float | None = None,
+    end: float | None = None,
+    top: int = 5,
 ) -> None:
-    """Prints the most probable classes of each video, best first.
+    """Prints the most probable classes of each video, or of its part [start, end), best first.
 
     Raises:
       InputError: naming the videos that could not be read, once all others are printed.
@@ -78,7 +87,7 @@ def predict(
     failed = []
     for video in videos:
         try:
-            probabilities = predictor(video)
+            probabilities = predictor(video, start, end)
         except decode.VideoError as e:
             failed.append(f"{video} ({e})")
             continue

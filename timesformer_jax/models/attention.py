@@ -213,8 +213,8 @@ class Scheme(NamedTuple):
     Attributes:
       steps: the attentions, in the order in which they are applied.
       plain: index of the one that ends in its projection, as the image model's attention does.
-        Every other ends in a further linear layer that starts at zero (`temporal_fc` in the
-        release), so that a video model starts as the image model it is initialised from.
+        Every other ends in a further linear layer (`temporal_fc` in the release) that starts at
+        zero in the release's init, so that a video model starts as the image model it is made from.
       parallel: whether every step reads the block's input, rather than what the step before left.
       time_embedding: whether the patches get a temporal position embedding.
       token_per_frame: whether each frame keeps its own classification token, averaged at the end.

@@ -35,10 +35,11 @@ class TimeSformerConfig:
         and its checkpoints, or "smooth", bicubic in space and linear in time, which does not give
         neighbouring patches one and the same position and is the better choice otherwise.
       drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
-      init: "release" draws every weight and embedding from N(0, 0.02), as the authors do, and
-        starts time_embed at 0; "width_scaled" draws linear layers from N(0, 1 / inputs) and all
-        embeddings from N(0, 1 / hidden_size) (variances), which a small model trained from scratch
-        needs. Both start the scheme's further linear layers at 0.
+      init: "release", as the authors do: standard deviation 0.02 for every weight and embedding,
+        but zero for the time embedding and the further linear layers (`temporal_fc`), so that a
+        video model starts as the image model that it is made from. "width_scaled", for small
+        models from scratch: 1 / sqrt(inputs) for every linear layer, 1 / sqrt(hidden_size) for
+        every embedding, and nothing at zero but biases.
       dtype: of the computation, "float32" or "bfloat16"; parameters are float32 always.
       remat: "none", or "block" to keep only each block's input for the backward pass.
     """

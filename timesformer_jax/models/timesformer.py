@@ -19,14 +19,12 @@ from timesformer_jax.models.config import TimeSformerConfig
 
 
 def _linear(
-    config: TimeSformerConfig, inputs: int, outputs: int, rngs: nnx.Rngs, *, zero: bool = False
+    config: TimeSformerConfig, inputs: int, outputs: int, rngs: nnx.Rngs, *, further: bool = False
 ) -> nnx.Linear:
-    if zero:
-        init = nnx.initializers.zeros
-    elif config.init == "release":
-        init = nnx.initializers.normal(0.02)
-    else:
+    if config.init == "width_scaled":
         init = nnx.initializers.normal(inputs**-0.5)
+    else:
+        init = nnx.initializers.zeros if further else nnx.initializers.normal(0.02)
     return nnx.Linear(inputs, outputs, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
@@ -58,8 +56,8 @@ def drop_path(x: Tokens, rate: float, sequences: np.ndarray, key: jax.Array | No
 class Attention(nnx.Module):
     """One residual attention: norm, qkv, the scheme's mixing, projection, drop path.
 
-    `fc` is the further linear layer of every attention but the scheme's plain one; it starts at
-    zero.
+    `fc` is the further linear layer of every attention but the scheme's plain one. In the
+    release's init it starts at zero.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class Attention(nnx.Module):
         self.norm = _norm(config, rngs)
         self.qkv = _linear(config, width, 3 * width, rngs)
         self.proj = _linear(config, width, width, rngs)
-        self.fc = None if plain else _linear(config, width, width, rngs, zero=True)
+        self.fc = None if plain else _linear(config, width, width, rngs, further=True)
 
     def __call__(self, x: Tokens, grid: Grid, key: jax.Array | None = None) -> Tokens:
         """Returns the update of `x`; its cls is None where the token takes no part."""
@@ -208,8 +206,8 @@ class Embedding(nnx.Module):
         has_time = config.position_embedding == "space_time" and config.scheme.time_embedding
         positions = 1 + math.prod(config.grid)
         self.space = nnx.Param(normal(rngs.params(), (positions, width))) if has_space else None
-        # A video model starts as the image model it is made from: every moment looks the same. One
-        # trained from scratch learns the order of frames in half the time if moments differ.
+        # The release's video model starts as the image model it is made from: every moment looks
+        # the same.
         time = nnx.initializers.zeros if released else normal
         shape = config.num_frames, width
         self.time = nnx.Param(time(rngs.params(), shape)) if has_time else None

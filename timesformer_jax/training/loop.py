@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from timesformer_jax import checkpoints as ckpt
-from timesformer_jax.convert import from_pretrained
+from timesformer_jax import convert
 from timesformer_jax.data import demo, pipeline, records
 from timesformer_jax.distributed.mesh import check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
@@ -79,10 +79,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         _termination() as asked_to_end,
     ):
         # Go on from the newest checkpoint, or begin.
-        state, position = _restore(checkpoints, target, card, config)
+        state, position, card = _restore(checkpoints, target, card)
         if state is None:
+            initial, card = _initial(config, card)
             _keep_config(workdir, card)
-            state = init_state(_initial(config, model), optimizer, target)
+            state = init_state(initial, optimizer, target)
             position = pipeline.Position()
         done = int(state.step)
         if done >= total and (results := _finished(workdir, done)):
@@ -201,20 +202,18 @@ def _writer(workdir: str) -> metric_writers.MetricWriter:
 
 
 def _restore(
-    checkpoints: ckpt.Checkpoints, target: TrainState, card: ckpt.Card, config: ConfigDict
-) -> tuple[TrainState | None, pipeline.Position | None]:
-    """State and position of the newest checkpoint, or (None, None) if there is none."""
+    checkpoints: ckpt.Checkpoints, target: TrainState, card: ckpt.Card
+) -> tuple[TrainState | None, pipeline.Position | None, ckpt.Card]:
+    """State, position and card to go on with; the first two None if there is no checkpoint."""
     latest = checkpoints.latest_step()
     if latest is None:
-        return None, None
+        return None, None, card
     saved = checkpoints.card(latest)
     ours, theirs = dataclasses.asdict(card.model), dataclasses.asdict(saved.model)
     changed = [f"{k} is {ours[k]}, saved was {theirs[k]}" for k in ours if ours[k] != theirs[k]]
     changed += [] if saved.labels == card.labels else ["the labels are others"]
-    same_data = config.batch_size == saved.config["batch_size"] and (
-        config.seed == saved.config["seed"]
-    )
-    changed += [] if same_data else ["batch_size or seed is another"]
+    same_draws = all(card.config[k] == saved.config[k] for k in ("batch_size", "seed"))
+    changed += [] if same_draws else ["batch_size or seed is another"]
     if changed:
         raise InputError(
             f"{checkpoints.directory} belongs to another run ({'; '.join(changed)}); "
@@ -222,24 +221,25 @@ def _restore(
         )
     state, progress = checkpoints.restore(latest, target)
     logging.info("going on from step %d of %s", latest, checkpoints.directory)
-    state = state._replace(
-        step=jax.device_put(np.int32(latest), target.step.sharding),
-    )
-    return state, pipeline.Position(**progress["position"])
+    state = state._replace(step=jax.device_put(np.int32(latest), target.step.sharding))
+    card = dataclasses.replace(card, license=saved.license)
+    return state, pipeline.Position(**progress["position"]), card
 
 
 def _progress(position: pipeline.Position) -> dict[str, Any]:
     return {"position": dataclasses.asdict(position)}
 
 
-def _initial(config: ConfigDict, model: TimeSformerConfig):
-    """A function that gives the first parameters: random, or of a checkpoint."""
+def _initial(config: ConfigDict, card: ckpt.Card) -> tuple[Any, ckpt.Card]:
+    """The first parameters, or a function that draws them; and the card with their license."""
     if not config.pretrained:
-        return lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(config.seed)))
+        model = card.model
+        return lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(config.seed))), card
     # Whatever the checkpoint was made for gives way to what the recipe asks for.
-    loaded = from_pretrained(config.pretrained, **dataclasses.asdict(model))
+    fields = dataclasses.asdict(card.model)
+    source = convert.read(config.pretrained, **fields)
     logging.info("starting from %s", config.pretrained)
-    return lambda: parameters(loaded)
+    return source.load(), dataclasses.replace(card, license=source.license)
 
 
 def _for_step(batch: pipeline.Batch) -> pipeline.Batch:

@@ -45,21 +45,24 @@ def abstract_state(
 
 
 def init_state(
-    initial: Callable[[], Any], optimizer: optax.GradientTransformation, target: TrainState
+    initial: Any, optimizer: optax.GradientTransformation, target: TrainState
 ) -> TrainState:
-    """The state at step 0, each array made where it shall lie.
+    """The state at step 0, each array made or put where it shall lie.
 
     Args:
-      initial: gives the first parameters; traced, so none is made on a device it is not for.
+      initial: the first parameters, or a function that draws them; it is traced, so that none is
+        made on a device it is not for.
       optimizer: whose state is begun.
       target: what `abstract_state` gave.
     """
 
-    def make() -> TrainState:
-        params = initial()
+    def begin(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, target))()
+    places = jax.tree.map(lambda x: x.sharding, target)
+    if callable(initial):
+        return jax.jit(lambda: begin(initial()), out_shardings=places)()
+    return jax.jit(begin, out_shardings=places)(jax.device_put(initial, places.params))
 
 
 def make_train_step(

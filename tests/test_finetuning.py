@@ -1,0 +1,145 @@
+"""Runs that start from a checkpoint of another kind (`config.pretrained`)."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import scalars, tiny_run
+
+from timesformer_jax import checkpoints, convert
+from timesformer_jax.data import pipeline, records
+from timesformer_jax.models.timesformer import with_parameters
+from timesformer_jax.preprocessing import preprocess
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """An image ViT in timm's names: 24 wide, 2 blocks, patches of 8 on 16 x 16, 5 classes."""
+    rng = np.random.default_rng(0)
+    shapes = {"cls_token": (1, 1, 24), "pos_embed": (1, 5, 24), "patch_embed.proj.bias": (24,)}
+    shapes |= {"patch_embed.proj.weight": (24, 3, 8, 8)}
+    linear = {"attn.qkv": (72, 24), "attn.proj": (24, 24), "mlp.fc1": (96, 24), "mlp.fc2": (24, 96)}
+    modules = {f"blocks.{i}.{name}": shape for i in range(2) for name, shape in linear.items()}
+    modules |= {f"blocks.{i}.norm{j}": (24,) for i in range(2) for j in (1, 2)}
+    modules |= {"norm": (24,), "head": (5, 24)}
+    for name, shape in modules.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    state = {
+        name: torch.tensor(rng.normal(0, 0.1, shape) + ("norm" in name and "weight" in name))
+        for name, shape in shapes.items()
+    }
+    path = tmp_path_factory.mktemp("vit") / "vit.pth"
+    torch.save({name: value.float() for name, value in state.items()}, path)
+    return path
+
+
+@pytest.fixture
+def arguments(demo_data, vit, tmp_path):
+    changes = {
+        "pretrained": vit, "model.hidden_size": 24, "epochs": 2, "log_every_steps": 1,
+        "eval.every_epochs": 0, "optimizer.warmup_epochs": 0, "checkpoint.every_steps": 1,
+        "checkpoint.keep": 100,
+    }  # fmt: skip
+    return lambda **more: tiny_run(demo_data, tmp_path / "run", **changes | more)
+
+
+def test_a_video_run_starts_at_the_image_models_features(
+    arguments, demo_data, vit, tmp_path, timesformer
+):
+    done = timesformer(*arguments())
+    assert f"starting from {vit}" in done.stderr
+    assert "new one" in done.stderr  # the head of 8 classes
+    assert "position embedding" in done.stderr  # 2 x 2 to 4 x 4 patches
+
+    # The first loss is that of the image model's features under the new head, on still frames'
+    # grounds: temporal attention adds nothing yet.
+    video = convert.read(
+        vit, attention="divided", num_heads=2, image_size=32, num_frames=8, num_classes=8
+    )
+    image = convert.read(
+        vit, attention="space", num_heads=2, image_size=32, num_frames=8, num_classes=8
+    )
+    frame = jax.random.normal(jax.random.key(0), (2, 1, 32, 32, 3))
+    still = np.repeat(frame, 8, axis=1)
+    features = with_parameters(video.config, video.load()).features(still)
+    expected = with_parameters(image.config, image.load()).features(frame)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+    card = checkpoints.load_card(tmp_path / "run")
+    split = records.open_split(demo_data, "train")
+    options = {"batch_size": 8, "jitter": (32, 40), "flip": False, "seed": 0}
+    batch, _ = next(pipeline.train_batches(split, card.clip, **options))
+    clips = preprocess(batch["frames"], batch["windows"], card.clip)
+    logits = with_parameters(video.config, video.load())(clips)
+    losses = -jax.nn.log_softmax(logits)[np.arange(8), batch["label"]]
+    assert scalars(tmp_path / "run", "train/loss")[1][0] == pytest.approx(
+        float(losses.mean()), rel=1e-4
+    )
+
+
+def test_it_trains_and_resumes_without_the_file_it_started_from(
+    arguments, tmp_path, timesformer, vit
+):
+    timesformer(*arguments())
+    losses = scalars(tmp_path / "run", "train/loss")
+    assert np.mean([losses[s][0] for s in range(13, 17)]) < np.mean(
+        [losses[s][0] for s in range(1, 5)]
+    )
+    _, whole = checkpoints.load_parameters(tmp_path / "run")
+    for step in range(8, 17):
+        done = tmp_path / "run" / "checkpoints" / str(step)
+        os.rename(done, tmp_path / f"moved{step}")
+    hidden = vit.rename(vit.with_suffix(".away"))
+    try:
+        again = timesformer(*arguments())
+    finally:
+        hidden.rename(vit)
+    assert "going on from step 7" in again.stderr
+    _, resumed = checkpoints.load_parameters(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_a_license_stays_with_what_is_trained_from_it(
+    arguments, demo_data, tmp_path, timesformer, vit
+):
+    convert.convert(vit, tmp_path / "r.pyth", to="release", attention="divided", num_heads=2)
+    source = torch.load(tmp_path / "r.pyth", weights_only=True)
+    torch.save(source | {"license": "CC-BY-NC-4.0"}, tmp_path / "r.pyth")
+    timesformer(*arguments(pretrained=tmp_path / "r.pyth", epochs=1))
+    assert checkpoints.load_card(tmp_path / "run").license == "CC-BY-NC-4.0"
+    timesformer(*arguments(pretrained=tmp_path / "r.pyth"))
+    assert checkpoints.load_card(tmp_path / "run").license == "CC-BY-NC-4.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pretrained": "/nowhere.pth"}, "/nowhere.pth"),
+        ({"model.hidden_size": 32}, "hidden_size"),
+        ({"model.depth": 3}, "depth"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_line(arguments, timesformer, change, said):
+    done = timesformer(*arguments(**change), check=False)
+    assert done.returncode == 2
+    assert said in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_predicting_and_evaluating_converted_weights(vit, demo_data, tmp_path, timesformer):
+    options = {"attention": "divided", "num_heads": 2, "num_classes": 8, "num_frames": 4}
+    convert.convert(vit, tmp_path / "ours", **options, image_size=32)
+    video = demo_data / "videos" / "train" / "00000.mp4"
+    out = timesformer("predict", video, f"--checkpoint={tmp_path / 'ours'}", "--top=8").stdout
+    assert out.count("class ") == 8
+    lost = timesformer("evaluate", f"--checkpoint={tmp_path / 'ours'}", check=False)
+    assert lost.returncode == 2
+    assert "say with --data what to evaluate on" in lost.stderr
+    timesformer(
+        "evaluate", f"--checkpoint={tmp_path / 'ours'}", f"--data={demo_data}",
+        f"--output={tmp_path / 'r.json'}",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "r.json").read_text())["videos"] == 21
