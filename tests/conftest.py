@@ -56,6 +56,7 @@ def tiny_run(data, workdir, **changes):
         "epochs": 5,
         "batch_size": 8,
         "log_every_steps": 1,
+        "optimizer.warmup_epochs": 0.5,
         "model.depth": 2,
         "model.hidden_size": 16,
         "model.num_heads": 2,

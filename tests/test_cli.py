@@ -38,7 +38,7 @@ def test_help_lists_commands_and_flags(timesformer):
         (["evaluate", "--checkpoint=/nowhere"], "/nowhere"),
         (["evaluate", "--checkpoint=/nowhere", "--crops=2"], "crops"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_errors_are_one_line(arguments, said, timesformer, tmp_path):
     done = timesformer(*arguments, check=False, cwd=tmp_path)

@@ -97,4 +97,4 @@ def test_an_impossible_mesh_is_one_line(sizes):
 
 def test_a_batch_that_the_mesh_cannot_share_is_one_line():
     with pytest.raises(InputError, match=r"--config.batch_size to a multiple of 8, 16 for one"):
-        check_batch(make_mesh(), 20)
+        check_batch(make_mesh(), 20, "--config.batch_size")

@@ -52,7 +52,7 @@ def test_a_video_run_starts_at_the_image_models_features(
     done = timesformer(*arguments())
     assert f"starting from {vit}" in done.stderr
     assert "new one" in done.stderr  # the head of 8 classes
-    assert "position embedding" in done.stderr  # 2 x 2 to 4 x 4 patches
+    assert "space embedding resized (bicubic), (2, 2) to (4, 4)" in done.stderr
 
     # The first loss is that of the image model's features under the new head, on still frames'
     # grounds: temporal attention adds nothing yet.

@@ -50,8 +50,15 @@ def test_cosine_warms_up_and_ends_at_zero():
     assert float(schedule(0)) == 0
     assert float(schedule(50)) == pytest.approx(1e-3)
     assert float(schedule(100)) == pytest.approx(2e-3)
-    assert float(schedule(550)) == pytest.approx(1e-3)
-    assert float(schedule(1000)) == pytest.approx(0, abs=1e-9)
+    assert float(schedule(350)) == pytest.approx(1e-3)
+    assert float(schedule(600)) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_warmup_as_long_as_the_run_is_one_line():
+    config = recipes.demo()
+    config.epochs = 1
+    with pytest.raises(InputError, match="warmup_epochs=0 for none"):
+        learning_rate(config.optimizer, 32, steps_per_epoch=100)
 
 
 @pytest.mark.parametrize("field", ["name", "schedule"])

@@ -1,4 +1,4 @@
-"""The configs: what SPEC section 3 says, full-size models, and names that are refused."""
+"""The configs: the published recipes, full-size models, and names that are refused."""
 
 import pathlib
 import runpy

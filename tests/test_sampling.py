@@ -1,4 +1,4 @@
-"""The sampling rules (SPEC section 3), by worked example and by property."""
+"""The sampling rules, by worked example and by property."""
 
 import numpy as np
 import pytest

@@ -5,19 +5,29 @@ model = tsf.create("timesformer_base", num_classes=400)
 logits = model(video)  # (batch, frames, height, width, 3), normalised, to (batch, classes)
 """
 
-from timesformer_jax.convert import from_pretrained
-from timesformer_jax.errors import InputError
-from timesformer_jax.models.presets import PRESETS, create, preset
-from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig
+import importlib
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "PRESETS",
-    "InputError",
-    "TimeSformer",
-    "TimeSformerConfig",
-    "create",
-    "from_pretrained",
-    "preset",
-]
+_HOMES = {
+    "InputError": "errors",
+    "PRESETS": "models.presets",
+    "TimeSformer": "models.timesformer",
+    "TimeSformerConfig": "models.config",
+    "create": "models.presets",
+    "from_pretrained": "convert",
+    "preset": "models.presets",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    # On first use: the processes that decode videos need none of JAX, Flax and Orbax.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -74,7 +74,7 @@ def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
 
 
 def kinetics400(model: str = "timesformer_base", *, attention: str = "divided") -> ConfigDict:
-    """K400 as the authors train it (SPEC section 3), for their three models."""
+    """K400 as the authors train it, for their three models."""
     rate = {"timesformer_base": 32, "timesformer_hr": 16, "timesformer_l": 4}[model]
     config = recipe(model, rate=rate)
     config.model.attention = attention
@@ -118,5 +118,5 @@ def demo() -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_epochs = 1.0
     config.eval.every_epochs = 1
-    config.eval.batch_size = 100
+    config.eval.batch_size = 80
     return config

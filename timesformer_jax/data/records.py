@@ -24,6 +24,9 @@ import tensorflow_datasets as tfds
 
 from timesformer_jax.errors import InputError
 
+# TensorFlow reads and decodes; left alone it would take the GPU's whole memory from JAX.
+tf.config.set_visible_devices([], "GPU")
+
 LABELS_FILE = "labels.txt"
 INFO_FILE = "dataset_info.json"
 

@@ -14,7 +14,7 @@ import numpy as np
 def clip_indices(
     num_frames: int, fps: float, clip_frames: int, rate: int, position: float
 ) -> np.ndarray:
-    """The source frames of one clip by the rule of the Kinetics recipes (SPEC section 3).
+    """The source frames of one clip by the rule of the authors' Kinetics recipes.
 
     The clip spans rate * clip_frames frames of a 30 fps video, and as many seconds of any other.
     Its frames are spread evenly over the span, first and last included, and truncated to whole
@@ -33,7 +33,8 @@ def clip_indices(
     """
     span = rate * clip_frames / 30 * fps
     start = position * max(num_frames - span, 0)
-    indices = np.linspace(start, start + span - 1, clip_frames)
+    # A span of less than a frame, at a frame a second, must not run backwards.
+    indices = np.linspace(start, start + max(span - 1, 0), clip_frames)
     return np.clip(indices, 0, num_frames - 1).astype(np.int64)
 
 

@@ -39,14 +39,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mes
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises InputError unless the mesh's devices share a batch evenly."""
+def check_batch(mesh: Mesh, batch_size: int, flag: str) -> None:
+    """Raises InputError, naming the flag to change, unless the devices share a batch evenly."""
     parts = mesh.devices.size
     if batch_size % parts:
         near = max(parts, batch_size // parts * parts)
         raise InputError(
             f"a batch of {batch_size} cannot be divided among the {parts} devices of the mesh; "
-            f"set --config.batch_size to a multiple of {parts}, {near} for one"
+            f"set {flag} to a multiple of {parts}, {near} for one"
         )
 
 

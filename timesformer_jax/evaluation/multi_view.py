@@ -146,7 +146,7 @@ def evaluate_checkpoint(
         )
     batch_size = batch_size or trained["eval"]["batch_size"]
     mesh = make_mesh()
-    check_batch(mesh, batch_size)
+    check_batch(mesh, batch_size, "--batch_size")
     model, params = checkpoints.load_parameters(checkpoint)
     params = jax.device_put(params, NamedSharding(mesh, P()))
     results = evaluate(

@@ -227,7 +227,7 @@ class Scheme(NamedTuple):
     token_per_frame: bool = False
 
 
-# In the released models the classification token takes no part in temporal attention (SPEC 2.5).
+# In the released models the classification token takes no part in temporal attention.
 TEMPORAL = Step("temporal", over_time, by_position, token=False)
 SPATIAL = Step("spatial", over_space, by_frame)
 JOINT = Step("joint", over_space_time, by_clip)

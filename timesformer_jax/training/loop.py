@@ -64,7 +64,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     # The mesh, the step, and the shapes of the state.
     mesh = make_mesh(**config.mesh)
-    check_batch(mesh, config.batch_size)
+    check_batch(mesh, config.batch_size, "--config.batch_size")
+    check_batch(mesh, config.eval.batch_size, "--config.eval.batch_size")
     per_epoch = pipeline.batches_per_epoch(train_split, config.batch_size)
     total = config.epochs * per_epoch
     schedule = learning_rate(config.optimizer, config.batch_size, per_epoch)

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of the recipes (SPEC section 3)."""
+"""Optimizers and learning-rate schedules of the recipes."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def learning_rate(config: ConfigDict, batch_size: int, steps_per_epoch: int) -> 
         }
         return optax.piecewise_constant_schedule(peak, ratios)
     if config.schedule == "cosine":
+        if not 0 <= config.warmup_epochs < config.epochs:
+            raise InputError(
+                f"optimizer.warmup_epochs is {config.warmup_epochs:g} and must be less than the "
+                f"{config.epochs} epochs; pass --config.optimizer.warmup_epochs=0 for none"
+            )
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=peak,
