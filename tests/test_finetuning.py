@@ -39,9 +39,9 @@ def vit(tmp_path_factory):
 @pytest.fixture
 def arguments(demo_data, vit, tmp_path):
     changes = {
-        "pretrained": vit, "model.hidden_size": 24, "epochs": 2, "log_every_steps": 1,
-        "eval.every_epochs": 0, "optimizer.warmup_epochs": 0, "checkpoint.every_steps": 1,
-        "checkpoint.keep": 100,
+        "pretrained": vit, "model.hidden_size": 24, "model.drop_path": 0.0, "epochs": 2,
+        "log_every_steps": 1, "eval.every_epochs": 0, "optimizer.warmup_epochs": 0,
+        "checkpoint.every_steps": 1, "checkpoint.keep": 100,
     }  # fmt: skip
     return lambda **more: tiny_run(demo_data, tmp_path / "run", **changes | more)
 
@@ -56,12 +56,10 @@ def test_a_video_run_starts_at_the_image_models_features(
 
     # The first loss is that of the image model's features under the new head, on still frames'
     # grounds: temporal attention adds nothing yet.
-    video = convert.read(
-        vit, attention="divided", num_heads=2, image_size=32, num_frames=8, num_classes=8
-    )
-    image = convert.read(
-        vit, attention="space", num_heads=2, image_size=32, num_frames=8, num_classes=8
-    )
+    model = {"num_heads": 2, "image_size": 32, "num_frames": 8, "num_classes": 8}
+    model["init"] = "width_scaled"  # of the new head
+    video = convert.read(vit, attention="divided", **model)
+    image = convert.read(vit, attention="space", **model)
     frame = jax.random.normal(jax.random.key(0), (2, 1, 32, 32, 3))
     still = np.repeat(frame, 8, axis=1)
     features = with_parameters(video.config, video.load()).features(still)
