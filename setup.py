@@ -15,7 +15,7 @@ BASE = [
     "jax>=0.11.2; python_version >= '3.12'",
     "flax>=0.12.12; python_version >= '3.12'",
     "absl-py>=2.1",
-    "av>=18.0",
+    "av>=18.0,<19",  # 18 brings the scaling flags; 19 takes away metadata_errors
     "dm-pix>=0.4.3",
     "ml-collections>=1.1.0",
     "numpy>=2.0",

@@ -1,6 +1,6 @@
 """Only time tells: divided against space-only attention on the embedded data set.
 
-    python experiments/demo_motion.py [--seeds=3] [--workdir=runs/demo_motion]
+    .venv/bin/python experiments/demo_motion.py [--seeds=3] [--workdir=runs/demo_motion]
 
 Trains configs/demo.py with each scheme and seed, on the same videos, clips and number of steps,
 prints the table of final accuracies, writes it to docs/demo_motion.json, and draws docs/demo.png:
@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from timesformer_jax import recipes
 from timesformer_jax.data import decode, sampling
@@ -67,7 +68,7 @@ def curve(scheme: str, seed: int) -> list[float]:
     events = EventAccumulator(f"{workdir(scheme, seed)}/{TENSORBOARD}", {"tensors": 0})
     events.Reload()
     points = {
-        event.step: float(event.tensor_proto.float_val[0])
+        event.step: float(make_ndarray(event.tensor_proto))
         for event in events.Tensors("validation/top1")
     }
     return [points[step] for step in sorted(points)]

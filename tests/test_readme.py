@@ -37,7 +37,9 @@ def test_every_command_flag_config_and_file_named_is_there():
                     config = config[part]
             else:
                 assert flag in values, flag
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)|--config=(\S+)|python (\S+\.py)", README):
+    for path in re.findall(
+        r"\]\(((?!http)[^)]+)\)|--config=(\S+)|python (experiments/\S+\.py)", README
+    ):
         assert (REPOSITORY / "".join(path)).exists(), path
     makefile = (REPOSITORY / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from logging import WARNING, LogRecord
+from logging import ERROR, WARNING, LogRecord
 from typing import Any, NamedTuple, NoReturn
 
 from absl import flags, logging
@@ -228,10 +228,12 @@ def _help(name: str, command: Command, values: flags.FlagValues) -> str:
 
 
 def _is_for_people(record: LogRecord) -> bool:
-    """Drops what Orbax tells of each file it writes and TFDS of its own code's age."""
+    """Drops what libraries tell of themselves: files written, options inferred, own code's age."""
     if "tensorflow_datasets" in record.pathname and "deprecated" in str(record.msg):
         return False
-    return record.levelno >= WARNING or "orbax" not in record.pathname
+    if "orbax" in record.pathname:
+        return record.levelno >= ERROR
+    return record.levelno >= WARNING or "xla_bridge" not in record.pathname
 
 
 def _one_line(error: Exception) -> str:
