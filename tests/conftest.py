@@ -1,11 +1,17 @@
 """What tests share: 8 virtual devices, a small prepared data set, and ways to run and read."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+# Triton, which a PyTorch built for CUDA brings, crashes if it is imported after TensorFlow, as by
+# torch.optim in the tests.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 # Before JAX and TensorFlow are imported.
 _DEVICES = " --xla_force_host_platform_device_count=8"
