@@ -77,9 +77,7 @@ cli.main(["timesformer", "train", "--config=configs/demo.py", "--workdir=/nowher
         capture_output=True, text=True, env=environment(), cwd=REPOSITORY,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "train needs the package ml_collections: pip install 'timesformer_jax[data]'" in (
-        done.stderr
-    )
+    assert "train needs the package ml_collections: pip install '.[data]'" in (done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +161,13 @@ def test_evaluating_on_other_labels_is_one_line(trained, tmp_path, timesformer):
     )
     assert done.returncode == 2
     assert "the data has 2 labels (right, sideways), the checkpoint 8" in done.stderr
+
+
+def test_a_workdir_is_a_checkpoint_for_conversion_too(trained, tmp_path):
+    import timesformer_jax as tsf
+    from timesformer_jax.convert import convert
+
+    convert(trained, tmp_path / "hf", to="hf")
+    video = np.random.default_rng(0).normal(size=(1, 8, 32, 32, 3)).astype(np.float32)
+    ours, theirs = tsf.from_pretrained(trained), tsf.from_pretrained(tmp_path / "hf")
+    assert np.array_equal(ours(video), theirs(video))

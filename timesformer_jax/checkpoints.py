@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import traverse_util
 
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
@@ -52,6 +53,11 @@ class Card:
             config=fields["config"],
             license=fields["license"],
         )
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts as one, its keys "optimizer.name"; the names that --config.* flags have."""
+    return traverse_util.flatten_dict(config, sep=".")
 
 
 class Checkpoints:

@@ -170,7 +170,7 @@ def _run(argv: Sequence[str]) -> None:
     except ModuleNotFoundError as e:
         if e.name and e.name.startswith("timesformer_jax"):
             raise
-        _fail(f"{name} needs the package {e.name}: pip install 'timesformer_jax[data]'")
+        _fail(f"{name} needs the package {e.name}: pip install '.[data]' in the project's folder")
     run(**arguments)
 
 

@@ -84,9 +84,7 @@ def _damage(path: str) -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        raise InputError(
-            f"{path} needs {e.name} to be read: pip install 'timesformer_jax[convert]'"
-        ) from None
+        raise InputError(f"{path} needs {e.name} to be read: pip install {e.name}") from None
     except pickle.UnpicklingError as e:
         raise InputError(
             f"{path}: holds more than tensors ({_reason(e)}) and is not loaded, as that could run "

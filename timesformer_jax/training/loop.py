@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -31,11 +32,16 @@ from timesformer_jax.preprocessing import ClipSpec
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 
-TENSORBOARD, RESULTS = "tensorboard", "results.json"  # in a workdir
+# In a workdir.
+TENSORBOARD, RESULTS, RECIPE = "tensorboard", "results.json", "recipe.json"
 
 
 class Preempted(Exception):
-    """The run was asked to end (SIGTERM) and did, its state saved."""
+    """The run was asked to end and did, its state saved; `signal` is SIGTERM or SIGINT."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signal = signum
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -50,8 +56,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     Raises:
       InputError: if something given cannot be used.
-      Preempted: on SIGTERM, after saving.
+      Preempted: on SIGTERM or Ctrl-C, after saving.
     """
+    _check(config)
     # The data, and what it says of the model and its clips.
     if config.data.demo:
         demo.prepare_demo(config.data.directory)
@@ -83,9 +90,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         state, position, card = _restore(checkpoints, target, card)
         if state is None:
             initial, card = _initial(config, card)
-            _keep_config(workdir, card)
             state = init_state(initial, optimizer, target)
             position = pipeline.Position()
+        _keep_recipe(workdir, card)
         done = int(state.step)
         if done >= total and (results := _finished(workdir, done)):
             logging.info("nothing to do: %d of %d steps are done and evaluated", done, total)
@@ -115,6 +122,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 window.append(metrics)
                 if done % config.log_every_steps == 0 or done == total:
                     means = _mean(window)
+                    if not np.isfinite(means["loss"]):
+                        raise InputError(
+                            f"the loss is {means['loss']} by step {done}, at learning rate "
+                            f"{means['learning_rate']:g}: lower --config.optimizer.learning_rate; "
+                            f"the last checkpoint is step {checkpoints.latest_step()}"
+                        )
                     writer.write_scalars(done, {f"train/{k}": v for k, v in means.items()})
                     bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
                     window = []
@@ -125,7 +138,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     checkpoints.wait()
                     raise Preempted(
                         f"asked to end: step {done} of {total} is saved in "
-                        f"{checkpoints.directory}; run the same command again to go on"
+                        f"{checkpoints.directory}; run the same command again to go on",
+                        ending,
                     )
                 every = config.eval.every_epochs * per_epoch
                 if every and done % every == 0 and done < total:
@@ -138,7 +152,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
         # Evaluate, from all views, and write down what came out.
         found = _evaluate(config, state, model, clip, eval_split, mesh, final=True)
-        _report(writer, done, "test", found)
+        _report(writer, done, "final", found)
         if jax.process_index() == 0:
             found.save(os.path.join(workdir, RESULTS), step=done)
         return _finished(workdir, done)
@@ -150,7 +164,7 @@ def train_and_report(config: ConfigDict, workdir: str) -> None:
         results = train(config, workdir)
     except Preempted as e:
         print(e, file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + e.signal)
     print(
         f"top-1 {results['top1']:.2%}  top-5 {results['top5']:.2%}  of {results['videos']} videos, "
         f"{results['views']} x {results['crops']} views\n"
@@ -179,9 +193,35 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
     return fields
 
 
-def _keep_config(workdir: str, card: ckpt.Card) -> None:
+def _check(config: ConfigDict) -> None:
+    """Refuses what could only fail, or pass for a result, later."""
+    least = {
+        "epochs": 1, "batch_size": 1, "log_every_steps": 1, "eval.batch_size": 1, "eval.views": 1,
+        "eval.every_epochs": 0, "checkpoint.keep": 1, "checkpoint.every_steps": 0,
+        "optimizer.weight_decay": 0,
+    }  # fmt: skip
+    values = ckpt.flat(config.to_dict())
+    for name, bound in least.items():
+        if not bound <= values[name] < math.inf:
+            raise InputError(f"--config.{name} must be at least {bound}, not {values[name]}")
+    if not 0 < values["optimizer.learning_rate"] < math.inf:
+        rate = values["optimizer.learning_rate"]
+        raise InputError(f"--config.optimizer.learning_rate must be above 0, not {rate}")
+    if values["eval.crops"] not in (1, 3):
+        raise InputError(f"--config.eval.crops must be 1 or 3, not {values['eval.crops']}")
+    jitter, crop = tuple(values["data.jitter"]), values["clip.crop"]
+    if len(jitter) != 2 or not crop <= jitter[0] <= jitter[1]:
+        raise InputError(
+            f"--config.data.jitter must be two sizes, ascending, of at least the crop, {crop}; "
+            f"not {jitter}"
+        )
+    if not values["data.directory"]:
+        raise InputError("say with --config.data.directory where the prepared data is")
+
+
+def _keep_recipe(workdir: str, card: ckpt.Card) -> None:
     if jax.process_index() == 0:
-        with open(os.path.join(workdir, "config.json"), "w") as f:
+        with open(os.path.join(workdir, RECIPE), "w") as f:
             json.dump(card.config, f, indent=2)
             f.write("\n")
 
@@ -213,8 +253,10 @@ def _restore(
     ours, theirs = dataclasses.asdict(card.model), dataclasses.asdict(saved.model)
     changed = [f"{k} is {ours[k]}, saved was {theirs[k]}" for k in ours if ours[k] != theirs[k]]
     changed += [] if saved.labels == card.labels else ["the labels are others"]
-    same_draws = all(card.config[k] == saved.config[k] for k in ("batch_size", "seed"))
-    changed += [] if same_draws else ["batch_size or seed is another"]
+    ours, theirs = ckpt.flat(card.config), ckpt.flat(saved.config)
+    others = {k: (ours[k], theirs.get(k)) for k in ours if ours[k] != theirs.get(k)}
+    fixed = ("batch_size", "seed", "optimizer.name")
+    changed += [f"{k} is {v[0]}, saved was {v[1]}" for k, v in others.items() if k in fixed]
     if changed:
         raise InputError(
             f"{checkpoints.directory} belongs to another run ({'; '.join(changed)}); "
@@ -222,6 +264,8 @@ def _restore(
         )
     state, progress = checkpoints.restore(latest, target)
     logging.info("going on from step %d of %s", latest, checkpoints.directory)
+    for name, (now, before) in others.items():
+        logging.warning("this run goes on with another %s: %s, it was %s", name, now, before)
     state = state._replace(step=jax.device_put(np.int32(latest), target.step.sharding))
     card = dataclasses.replace(card, license=saved.license)
     return state, pipeline.Position(**progress["position"]), card
@@ -286,15 +330,20 @@ def _finished(workdir: str, step: int) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _termination() -> Iterator[Any]:
-    """Notes SIGTERM, so that the loop can save before it ends. Yields whether it came."""
-    came = False
+    """Notes SIGTERM and Ctrl-C, so that the loop can save before it ends; yields which came.
+
+    A second Ctrl-C does not wait.
+    """
+    came = 0
 
     def note(signum, frame):
         nonlocal came
-        came = True
+        came = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
