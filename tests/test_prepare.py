@@ -192,6 +192,8 @@ def interrupt(arguments, manifests, how):
     process = subprocess.Popen(
         command(**arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so would this process that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     output = arguments["output"]
     while process.poll() is None and len(list(output.glob("manifests/*.json"))) < manifests:
