@@ -50,6 +50,15 @@ def command(*arguments):
     return [sys.executable, "-m", "timesformer_jax.cli", *map(str, arguments)]
 
 
+def interruptible(arguments):
+    """The command, hearing Ctrl-C: a shell's background jobs, and what they start, ignore it."""
+    reset = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", reset, *arguments]
+
+
 def environment():
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace(_DEVICES, "")}
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from conftest import interruptible
 from videos import numbers, write_audio, write_video
 
 from timesformer_jax.data import prepare as prepare_lib
@@ -190,10 +191,8 @@ def children(pid):
 def interrupt(arguments, manifests, how):
     """Runs prepare until so many shards are done, then stops it; all its workers must end."""
     process = subprocess.Popen(
-        command(**arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        start_new_session=True,
-        # A shell's background jobs ignore Ctrl-C, and so would this process that they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        interruptible(command(**arguments)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True, start_new_session=True,
     )  # fmt: skip
     output = arguments["output"]
     while process.poll() is None and len(list(output.glob("manifests/*.json"))) < manifests:

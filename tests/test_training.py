@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import command, environment, scalars, tiny_run
+from conftest import command, environment, interruptible, scalars, tiny_run
 
 from timesformer_jax import checkpoints
 
@@ -28,7 +28,7 @@ def whole(demo_data, tmp_path_factory):
 def interrupted(arguments, workdir, how):
     """Starts a run, sends it a signal once it has a checkpoint; returns how it ended."""
     run = subprocess.Popen(
-        command(*arguments), env=environment(), stderr=subprocess.PIPE, text=True
+        interruptible(command(*arguments)), env=environment(), stderr=subprocess.PIPE, text=True
     )
     while not (workdir / "checkpoints" / "10").is_dir():
         assert run.poll() is None, run.stderr.read()
@@ -60,10 +60,11 @@ def test_killed_and_started_again_it_is_the_same_run(demo_data, whole, tmp_path,
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_asked_to_end_it_saves_and_says_so(demo_data, whole, tmp_path, timesformer):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_it_saves_and_says_so(how, demo_data, whole, tmp_path, timesformer):
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"checkpoint.every_steps": 10})
-    status, errors = interrupted(arguments, tmp_path / "run", signal.SIGTERM)
-    assert status == 143
+    status, errors = interrupted(arguments, tmp_path / "run", how)
+    assert status == 128 + how
     assert "run the same command again to go on" in errors
     said = int(errors.split("asked to end: step ")[1].split()[0])
     assert checkpoints.Checkpoints(tmp_path / "run" / "checkpoints").latest_step() == said
