@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from timesformer_jax.data import sampling
-from timesformer_jax.data.records import Split, parse
+from timesformer_jax.data.records import Split
 from timesformer_jax.errors import InputError
 from timesformer_jax.preprocessing import ClipSpec
 
@@ -73,9 +73,10 @@ def train_batches(
 
     Yields:
       A batch and the position after it. The batch holds frames (b, T, S, S, 3) uint8, windows
-      (b, 3) float32 (top, left, side in pixels of those frames), flip (b,) bool, label (b,) int32
-      and record (b,) int32, the index in `split`, with b = batch_size / shard.count. The last
-      incomplete batch of an epoch is left out.
+      (b, 3) float32 (top, left, side in pixels of those frames), flip (b,) bool, label (b,) int32,
+      record (b,) int32, the index in `split`, and draw (b,) uint32, which seeds what the device
+      draws for the clip, with b = batch_size / shard.count. The last incomplete batch of an epoch
+      is left out.
 
     Raises:
       InputError: if there are fewer records than a batch, or the jitter is too small for the crop.
@@ -177,12 +178,14 @@ def _train_plan(
     seed: int,
     epoch: int,
 ) -> dict[str, Any]:
-    draws = _random(seed, epoch, row).random(5)
+    random = _random(seed, epoch, row)
+    draws = random.random(5)
     size = int(split.height[row]), int(split.width[row])
     return {
         "indices": _stored(split, spec, row, draws[0])[None],
         "windows": sampling.random_window(*size, spec.crop, jitter, draws[1:4])[None],
         "flip": flip and draws[4] < 0.5,
+        "draw": random.integers(2**32),
     }
 
 
@@ -193,6 +196,7 @@ def _test_plan(split: Split, spec: ClipSpec, row: int, views: int, crops: int) -
         "indices": np.stack([_stored(split, spec, row, p) for p in positions]),
         "windows": sampling.test_windows(*size, crops),
         "flip": False,
+        "draw": 0,
     }
 
 
@@ -219,6 +223,7 @@ def _stack(
         "corners": corners.astype(np.int32),
         "windows": windows.astype(np.float32),
         "flip": np.array([plan["flip"] for plan in plans], bool),
+        "draw": np.array([plan["draw"] for plan in plans], np.uint32),
         "label": split.label[rows].astype(np.int32),
         "record": rows.astype(np.int32),
         "valid": np.ones(len(rows), bool),
@@ -236,6 +241,7 @@ def _read(
         "corners": tf.TensorSpec((batch_size, crops, 2), tf.int32),
         "windows": tf.TensorSpec((batch_size, crops, 3), tf.float32),
         "flip": tf.TensorSpec((batch_size,), tf.bool),
+        "draw": tf.TensorSpec((batch_size,), tf.uint32),
         "label": tf.TensorSpec((batch_size,), tf.int32),
         "record": tf.TensorSpec((batch_size,), tf.int32),
         "valid": tf.TensorSpec((batch_size,), tf.bool),
@@ -244,9 +250,9 @@ def _read(
 
     @tf.autograph.experimental.do_not_convert
     def load(plan: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        video = parse(_record(files[plan["shard"]], plan["offset"]))["video"]
+        video = split.encoded_frames(_record(files[plan["shard"]], plan["offset"]))
         frames = _decode(tf.gather(video, plan["indices"]), plan["corners"], side)
-        out = {key: plan[key] for key in ("flip", "label", "record", "valid")}
+        out = {key: plan[key] for key in ("flip", "draw", "label", "record", "valid")}
         # One window a clip: crops vary fastest.
         return out | {"frames": frames, "windows": tf.tile(plan["windows"], [views, 1])}
 

@@ -314,7 +314,7 @@ def _write_shard(videos: Path, shard: _Shard, names: Sequence[str], options: Opt
                 place = writer.write(records.serialize(definition, example))
                 columns = {key: example[key] for key in ("id", "fps", "stride", "num_frames")}
                 label = names.index(clip.label)
-                rows.append({**columns, **shape, **place, "label": label})
+                rows.append({**columns, **shape, **place, "label": label, "video": clip.id})
         _sync(temporary)
         size = temporary.stat().st_size
         os.replace(temporary, shard.path)
@@ -392,6 +392,8 @@ def _write_description(output: Path, shards, names, options) -> None:
             for i, manifest in enumerate(contents.values())
             for row in manifest["records"]
         ]
+        number = {name: i for i, name in enumerate(dict.fromkeys(row["video"] for row in rows))}
+        rows = [{**row, "video": number[row["video"]]} for row in rows]
         records.write_index(os.fspath(output), split, [shard.path.name for shard in contents], rows)
     records.write_metadata(
         os.fspath(output),

@@ -45,6 +45,7 @@ INDEX_DTYPES = {
     "height": np.int32,
     "width": np.int32,
     "label": np.int32,
+    "video": np.int32,
 }
 
 
@@ -113,6 +114,7 @@ class Split:
     stride: int32, one of how many source frames is stored.
     height, width: int32, pixels of the stored frames.
     label: int32, class.
+    video: int32, which video of the split the record is of: the pieces of a long video share it.
     """
 
     name: str
@@ -128,9 +130,14 @@ class Split:
     height: np.ndarray
     width: np.ndarray
     label: np.ndarray
+    video: np.ndarray
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def encoded_frames(self, serialized: tf.Tensor) -> tf.Tensor:
+        """The (stored frames,) encoded images of a serialized record, inside tf.data too."""
+        return parse(serialized)["video"]
 
 
 def open_split(directory: str | os.PathLike, split: str) -> Split:
@@ -153,6 +160,11 @@ def open_split(directory: str | os.PathLike, split: str) -> Split:
         raise InputError(f"{directory} has no split '{split}'; there: {there}")
     with tf.io.gfile.GFile(_index_path(directory, split), "rb") as file:
         index = np.load(io.BytesIO(file.read()))
+    if absent := [column for column in ("ids", *INDEX_DTYPES) if column not in index]:
+        raise InputError(
+            f"the index of {directory} has no column '{absent[0]}': another version made it;"
+            " prepare it again, to another folder"
+        )
     if not len(index["ids"]):
         raise InputError(f"the split '{split}' of {directory} holds no clip; prepare it with some")
     return Split(
