@@ -63,11 +63,27 @@ def preprocess(
     Returns:
       (B, T, crop, crop, 3) float32.
     """
-    clips = jax.vmap(lambda f, w: resample(f.astype(jnp.float32), w, spec.crop))(frames, windows)
+    return normalise(crop(frames, windows, spec.crop, flip), spec)
+
+
+def crop(
+    frames: jax.Array, windows: jax.Array, size: int, flip: jax.Array | None = None
+) -> jax.Array:
+    """Crops, resizes and flips clips; `frames`, `windows` and `flip` are those of `preprocess`.
+
+    Returns:
+      (B, T, size, size, 3) float32 RGB in [0, 1], up to rounding.
+    """
+    clips = jax.vmap(lambda f, w: resample(f.astype(jnp.float32), w, size))(frames, windows)
     if flip is not None:
         clips = jnp.where(flip[:, None, None, None, None], dm_pix.flip_left_right(clips), clips)
     # Linear weights of a shrinking kernel stay within the frame's range up to rounding.
-    clips = (clips / 255 - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
+    return clips / 255
+
+
+def normalise(clips: jax.Array, spec: ClipSpec) -> jax.Array:
+    """(..., 3) float32 RGB in [0, 1], normalised and in the model's order of channels."""
+    clips = (clips - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
     return clips[..., ::-1] if spec.channel_order == "bgr" else clips
 
 
