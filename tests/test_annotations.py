@@ -40,7 +40,7 @@ def refused(match, *args, **kwargs):
 def test_a_folder_a_class(tmp_path):
     touch(tmp_path, "cat/a.mp4", "cat/deep/b.WEBM", "dog/c.avi", "dog/d.mov", "dog/notes.txt")
     touch(tmp_path, "empty/readme.md", ".hidden/e.mp4", "dog/._d.mp4")
-    clips = read(tmp_path)
+    clips = read(tmp_path).clips
     assert [(clip.id, clip.label) for clip in clips] == [
         ("cat/a.mp4", "cat"),
         ("cat/deep/b.WEBM", "cat"),
@@ -59,7 +59,7 @@ def test_a_folder_a_class(tmp_path):
 @pytest.mark.parametrize("validation", ["val", "valid", "validation", "Val"])
 def test_split_folders(tmp_path, validation):
     touch(tmp_path, "train/cat/a.mp4", f"{validation}/cat/b.mp4", "test/cat/deep/c.mp4")
-    assert [(clip.path, clip.label, clip.split) for clip in read(tmp_path)] == sorted(
+    assert [(clip.path, clip.label, clip.split) for clip in read(tmp_path).clips] == sorted(
         [
             ("train/cat/a.mp4", "cat", "train"),
             (f"{validation}/cat/b.mp4", "cat", "validation"),
@@ -70,13 +70,13 @@ def test_split_folders(tmp_path, validation):
 
 def test_classes_may_be_named_like_splits(tmp_path):
     touch(tmp_path, "train/a.mp4", "train/b.mp4", "bus/c.mp4", "bus/d.mp4")
-    assert label_names(read(tmp_path)) == ("bus", "train")
+    assert read(tmp_path).labels == ("bus", "train")
 
 
 def test_a_linked_class_folder_is_entered(tmp_path):
     touch(tmp_path, "elsewhere/a.mp4", "videos/dog/b.mp4")
     (tmp_path / "videos/cat").symlink_to(tmp_path / "elsewhere")
-    assert [clip.path for clip in read(tmp_path / "videos")] == ["cat/a.mp4", "dog/b.mp4"]
+    assert [clip.path for clip in read(tmp_path / "videos").clips] == ["cat/a.mp4", "dog/b.mp4"]
 
 
 def test_folders_that_cannot_be_read(tmp_path):
@@ -98,11 +98,11 @@ def test_csv_in_any_column_order_with_a_byte_order_mark_and_quotes(tmp_path):
         'train,"jump, high",./a.mp4,2.5,0,x\r\nval,"jump, high",b.mp4,,1.25,\r\n'
         'TEST,"jump, high",a.mp4,,,\r\n'
     )
-    assert read(tmp_path, table(tmp_path, text)) == [
+    assert read(tmp_path, table(tmp_path, text)).clips == (
         Clip("a.mp4", "jump, high", None, None, "test"),
         Clip("a.mp4", "jump, high", 0.0, 2.5, "train"),
         Clip("b.mp4", "jump, high", 1.25, None, "validation"),
-    ]
+    )
 
 
 def test_ids_name_the_piece():
@@ -114,7 +114,10 @@ def test_ids_name_the_piece():
 
 def test_listed_but_missing_files_are_listed(tmp_path):
     rows = "path,label,split\na.mp4,x,train\ngone.mp4,x,train\n"
-    assert [clip.path for clip in read(tmp_path, table(tmp_path, rows))] == ["a.mp4", "gone.mp4"]
+    assert [clip.path for clip in read(tmp_path, table(tmp_path, rows)).clips] == [
+        "a.mp4",
+        "gone.mp4",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,8 @@ def test_a_label_file_fixes_the_labels(tmp_path):
     labels = read_labels(tmp_path / "labels.txt")
     assert labels == ("y", "x")
     rows = table(tmp_path, "path,label,split\na.mp4,x,train\nb.mp4,y,val\n")
-    assert len(read(tmp_path, rows, labels)) == 2  # y is in no training clip, and that is meant
+    # y is in no training clip, and that is meant.
+    assert len(read(tmp_path, rows, labels).clips) == 2
     rows = table(tmp_path, "path,label\na.mp4,x\nb.mp4,z\n")
     refused("clips.csv line 3: label 'z' is not in the label file", tmp_path, rows, labels)
 
@@ -205,7 +209,7 @@ def test_the_split_rule(counts, fraction, data):
 
 def test_given_splits_stay(tmp_path):
     rows = "path,label,split\na.mp4,x,test\nb.mp4,x,\nc.mp4,x,\nd.mp4,x,train\n"
-    splits = {clip.path: clip.split for clip in read(tmp_path, table(tmp_path, rows))}
+    splits = {clip.path: clip.split for clip in read(tmp_path, table(tmp_path, rows)).clips}
     assert splits["a.mp4"] == "test"
     assert splits["d.mp4"] == "train"
     assert {splits["b.mp4"], splits["c.mp4"]} == {"train", "validation"}

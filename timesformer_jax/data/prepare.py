@@ -149,8 +149,8 @@ def prepare(
     options = Options(short_side, quality, store_stride, records_per_shard, name)
     _check(options, workers)
     names = None if labels is None else annotations_lib.read_labels(labels)
-    clips = annotations_lib.read(videos, annotations, names, validation_fraction)
-    names = names or annotations_lib.label_names(clips)
+    listing = annotations_lib.read(videos, annotations, names, validation_fraction)
+    clips, names = list(listing.clips), listing.labels
     output = Path(os.path.abspath(output))
     with disk_errors(output):
         (output / MANIFESTS).mkdir(parents=True, exist_ok=True)
@@ -417,7 +417,7 @@ def _by_split(manifests: Mapping[_Shard, dict]) -> dict[str, dict[_Shard, dict]]
 def _write_failures(output: Path, manifests) -> None:
     text = io.StringIO()
     columns = ["path", "start", "end", "label", "split", "reason"]
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     failures = [failure for manifest in manifests for failure in manifest["failures"]]
     writer.writerows(sorted(failures, key=lambda row: (row["path"], row["start"] or 0)))

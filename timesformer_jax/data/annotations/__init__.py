@@ -1,0 +1,37 @@
+"""Which clips a data set has: its publisher's files, a folder a class or a csv, to one list.
+
+Every reader gives the same list on every machine: sorted by id, with splits that depend on
+nothing but the ids and the annotations.
+"""
+
+from timesformer_jax.data.annotations.clips import (
+    SPLIT_NAMES,
+    Clip,
+    assign_splits,
+    hash_of,
+    label_names,
+)
+from timesformer_jax.data.annotations.datasets import (
+    DATASETS,
+    Dataset,
+    published_dataset,
+    read,
+)
+from timesformer_jax.data.annotations.files import read_labels
+from timesformer_jax.data.annotations.listing import Listing
+from timesformer_jax.data.annotations.videos import VIDEO_EXTENSIONS
+
+__all__ = [
+    "DATASETS",
+    "SPLIT_NAMES",
+    "VIDEO_EXTENSIONS",
+    "Clip",
+    "Dataset",
+    "Listing",
+    "assign_splits",
+    "hash_of",
+    "label_names",
+    "published_dataset",
+    "read",
+    "read_labels",
+]

@@ -1,0 +1,144 @@
+"""The data sets that can be read, and the one function that reads them."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from timesformer_jax.data.annotations import own
+from timesformer_jax.data.annotations.clips import Clip, Found, Row, assign_splits, label_names
+from timesformer_jax.data.annotations.files import AnnotationFiles, Location, annotation_files
+from timesformer_jax.data.annotations.listing import Listing
+from timesformer_jax.data.annotations.videos import VideoFolder, walk
+from timesformer_jax.errors import InputError
+
+# From the folder of videos, the annotations and the label names given, if any.
+Reader = Callable[[VideoFolder, AnnotationFiles, Sequence[str] | None], Found]
+
+
+class Dataset(NamedTuple):
+    """A published data set.
+
+    read: its reader. published: clips of each split, as its publisher states.
+    store_stride: every how many frames one is worth storing, for the clips it is trained with.
+    segment_seconds: length of the pieces that its videos are cut into; None: not cut.
+    """
+
+    read: Reader
+    published: Mapping[str, int]
+    store_stride: int = 1
+    segment_seconds: float | None = None
+
+
+DATASETS: dict[str, Dataset] = {}
+
+
+def read(
+    videos: Location,
+    annotations: Location | Sequence[Location] | None = None,
+    labels: Sequence[str] | None = None,
+    validation_fraction: float = 0.1,
+    dataset: str | None = None,
+) -> Listing:
+    """Lists the clips of a data set.
+
+    Args:
+      videos: the folder that holds the video files, local or on gs://.
+      annotations: of a published data set, the folder of its annotation files (or files in it). Of
+        one's own data, a csv with a header and the columns path (relative to `videos`) and label,
+        and optionally start, end (seconds) and split. None: a folder a class,
+        `VIDEOS/label/x.mp4`, or `VIDEOS/{train,validation,test}/label/x.mp4`; files of other
+        extensions than VIDEO_EXTENSIONS are passed over.
+      labels: the only labels allowed, in class order. None: the order that the publisher gives, or
+        the labels met, sorted; but one that training never sees is refused.
+      validation_fraction: share of the clips without a split that goes to validation, label by
+        label; the rest goes to train.
+      dataset: one of DATASETS, whose annotations these are; None: one's own data.
+
+    Listed files that are missing are still listed: preparing them records the failure.
+
+    Raises:
+      InputError: nothing there, a row that cannot be read, a label not allowed, a clip twice.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise InputError(
+            f"the validation fraction is {validation_fraction}; give one from 0 to below 1"
+        )
+    published = published_dataset(dataset)
+    folder = walk(videos)
+    files = None if annotations is None else annotation_files(annotations)
+    found = _found(dataset, published, folder, files, labels)
+    order = found.labels if labels is None else tuple(labels)
+    clips = sorted(_checked(found.rows, labels), key=lambda clip: clip.id)
+    missing = tuple(clip.id for clip in clips if not folder.holds(clip.path))
+    if len(missing) == len(clips):
+        raise InputError(
+            f"none of the {len(clips)} clips of {files.where} is in {videos} (first:"
+            f" {clips[0].path}); give the folder that holds them"
+        )
+    clips = assign_splits(clips, validation_fraction)
+    if order is None:
+        _require_trained_labels(clips)
+    used = {clip.path for clip in clips}
+    return Listing(
+        clips=tuple(clips),
+        labels=order or label_names(clips),
+        missing=missing,
+        unlisted=tuple(path for path in folder.videos if path not in used),
+        published=found.published or (published.published if published else {}),
+        notes=found.notes,
+    )
+
+
+def published_dataset(name: str | None) -> Dataset | None:
+    """The data set of a name; None for None, one's own data.
+
+    Raises:
+      InputError: there is no such data set.
+    """
+    if name is None:
+        return None
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0)[0]
+        raise InputError(
+            f"no data set '{name}'; did you mean {near}? There are {', '.join(DATASETS)}, and with"
+            " none of them named, a folder a class or a csv"
+        )
+    return DATASETS[name]
+
+
+def _found(dataset, published, folder, files, labels) -> Found:
+    if published is None:
+        return own.read_folders(folder) if files is None else own.read_csv(files)
+    if files is None:
+        raise InputError(f"{dataset} needs its annotations; give the folder of its files")
+    found = published.read(folder, files, labels)
+    if not found.rows:
+        raise InputError(f"{files.where} lists no clip with a label; give the whole annotations")
+    return found
+
+
+def _checked(rows: Sequence[Row], labels: Sequence[str] | None) -> list[Clip]:
+    allowed = None if labels is None else frozenset(labels)
+    seen = {}
+    for where, clip in rows:
+        if len(clip.label.splitlines()) != 1:
+            raise InputError(f"{where}: the label {clip.label!r} is not one line; rename it")
+        if allowed is not None and clip.label not in allowed:
+            raise InputError(
+                f"{where}: label '{clip.label}' is not in the label file; add it there"
+            )
+        if clip.id in seen:
+            raise InputError(f"{where}: {clip.id} is listed twice (first: {seen[clip.id]})")
+        seen[clip.id] = where
+    return [clip for _, clip in rows]
+
+
+def _require_trained_labels(clips: Sequence[Clip]) -> None:
+    """A label met only in validation is a typing error far more often than it is meant."""
+    trained = {clip.label for clip in clips if clip.split == "train"}
+    for clip in clips:
+        if trained and clip.label not in trained:
+            raise InputError(
+                f"unknown label '{clip.label}': {clip.id} is for {clip.split}, and no clip of"
+                " train has it; correct it, or name all labels in a label file"
+            )

@@ -1,0 +1,60 @@
+"""What a data set lists, and how much of it is there."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from timesformer_jax.data.annotations.clips import Clip
+
+SPLIT_ORDER = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The clips of a data set, the same on every machine that has the same files.
+
+    clips: sorted by id; those whose file is missing as well.
+    labels: the label map; the class is the position.
+    missing: ids of the clips whose file is not in the folder.
+    unlisted: video files of the folder that no clip uses, relative to it.
+    published: how many clips of each split the publisher states; empty for one's own data.
+    notes: what else a person should know of the list, a line each.
+    """
+
+    clips: tuple[Clip, ...]
+    labels: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unlisted: tuple[str, ...] = ()
+    published: Mapping[str, int] | None = None
+    notes: tuple[str, ...] = ()
+
+    def report(self) -> str:
+        """How much of each split is here, what is missing and what is left over, a line each."""
+        listed = Counter(clip.split for clip in self.clips)
+        absent = frozenset(self.missing)
+        here = Counter(clip.split for clip in self.clips if clip.id not in absent)
+        published = self.published or {}
+        report = [
+            _share(split, listed[split], here[split], published.get(split))
+            for split in SPLIT_ORDER
+            if split in listed or split in published
+        ]
+        if self.missing:
+            report.append(_some("listed clips have no file", self.missing))
+        if self.unlisted:
+            report.append(_some("video files are in no list", self.unlisted))
+        return "\n".join([*report, *self.notes])
+
+
+def _share(split: str, listed: int, here: int, published: int | None) -> str:
+    line = f"{split}: {here:,} of {listed:,} listed are here"
+    if listed:
+        line += f" ({here / listed:.1%})"
+    if published:
+        line += f"; published {published:,} ({here / published:.1%})"
+    return line
+
+
+def _some(what: str, names: Sequence[str], most: int = 3) -> str:
+    more = ", ..." if len(names) > most else ""
+    return f"{len(names):,} {what}: {', '.join(names[:most])}{more}"

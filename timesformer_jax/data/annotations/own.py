@@ -1,0 +1,74 @@
+"""Data sets of one's own: a folder a class, or a csv."""
+
+import posixpath
+from collections import defaultdict
+
+from timesformer_jax.data.annotations.clips import SPLIT_NAMES, Clip, Found
+from timesformer_jax.data.annotations.files import AnnotationFiles, named_split, seconds, table
+from timesformer_jax.data.annotations.videos import VideoFolder
+from timesformer_jax.errors import InputError
+
+
+def read_folders(folder: VideoFolder) -> Found:
+    """Reads `label/x.mp4`, or `{train,validation,test}/label/x.mp4`, from where videos lie."""
+    if not folder.videos:
+        raise InputError(f"{folder.root} holds no video file; give a folder with a folder a class")
+    if loose := [path for path in folder.videos if "/" not in path]:
+        raise InputError(
+            f"{loose[0]} lies in {folder.root} itself, in no class folder;"
+            " move it into one, or give a csv of annotations"
+        )
+    if not _holds_splits(folder):
+        clips = [_folder_clip(path, path.split("/")[0], "") for path in folder.videos]
+    else:
+        clips = []
+        for path in folder.videos:
+            split, label = path.split("/")[:2]
+            clips.append(_folder_clip(path, label, SPLIT_NAMES[split.lower()]))
+    return Found([(clip.path, clip) for clip in clips])
+
+
+def read_csv(annotations: AnnotationFiles) -> Found:
+    """Reads a csv with a header and the columns path, label[, start, end (seconds)][, split]."""
+    if len(annotations.given) != 1:
+        raise InputError(
+            f"{annotations.where} is not one csv of clips; give one, or say whose annotations"
+            " these are with dataset"
+        )
+    (path,) = annotations.given
+    says = "it needs path and label, and may have start, end and split"
+    rows = [(where, _csv_clip(where, row)) for where, row in table(path, ("path", "label"), says)]
+    if not rows:
+        raise InputError(f"{path} lists no clip below its header; add a row a clip")
+    return Found(rows)
+
+
+def _folder_clip(path: str, label: str, split: str) -> Clip:
+    return Clip(path, label.strip(), None, None, split)
+
+
+def _holds_splits(folder: VideoFolder) -> bool:
+    """Whether the first folders are splits: named so, and holding their videos in subfolders."""
+    depths = defaultdict(set)
+    for path in folder.videos:
+        depths[path.split("/")[0]].add(path.count("/"))
+    splits = [name for name in depths if name.lower() in SPLIT_NAMES and min(depths[name]) > 1]
+    others = [name for name in depths if name not in splits]
+    if splits and others:
+        raise InputError(
+            f"{folder.root} mixes split folders ({splits[0]}) and class folders ({others[0]});"
+            " use DIR/label/video or DIR/split/label/video throughout"
+        )
+    return bool(splits)
+
+
+def _csv_clip(where: str, row: dict[str, str]) -> Clip:
+    for needed in ("path", "label"):
+        if not row[needed]:
+            raise InputError(f"{where} has no {needed}; fill it in or remove the line")
+    start, end = (seconds(where, name, row.get(name, "")) for name in ("start", "end"))
+    if end is not None and end <= (start or 0):
+        raise InputError(f"{where}: the end, {end:g} s, is not after the start, {start or 0:g} s")
+    split = row.get("split", "")
+    path = posixpath.normpath(row["path"].replace("\\", "/"))
+    return Clip(path, row["label"], start, end, named_split(where, split) if split else "")
