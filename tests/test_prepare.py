@@ -21,14 +21,13 @@ import tensorflow_datasets as tfds
 from conftest import interruptible
 from videos import numbers, write_audio, write_video
 
-from timesformer_jax.data import prepare as prepare_lib
-from timesformer_jax.data import records
+from timesformer_jax.data import records, shards
 from timesformer_jax.data.annotations import Clip
 from timesformer_jax.data.prepare import prepare
 from timesformer_jax.errors import InputError
 
 SPLITS = {"train": 14, "validation": 6}
-OPTIONS = {"short_side": 24, "records_per_shard": 3, "workers": 1, "name": "tiny"}
+OPTIONS = {"short_side": 24, "clips_per_shard": 3, "workers": 1, "name": "tiny"}
 
 
 @pytest.fixture(scope="module")
@@ -255,16 +254,15 @@ def test_two_runs_do_not_write_one_output(source, prepared):
 
 
 def test_a_full_disk_in_a_shard(source, tmp_path):
-    shard = prepare_lib._Shard(
-        tmp_path / "shard", "train", (Clip("train1.mp4", "a", None, None, "train"),)
-    )
+    clip = Clip("train1.mp4", "a", None, None, "train")
+    shard = shards.Shard(os.fspath(tmp_path / "shard"), "train", (clip,))
     temporary = tmp_path / f"shard.{os.getpid()}.part"
     temporary.symlink_to("/dev/full")
-    options = prepare_lib.Options(24, 90, 1, 3, "tiny")
+    options = shards.Options("tiny", 24, 90, 1, None, None, 3)
     with pytest.raises(OSError, match="No space left") as error:
-        prepare_lib._write_shard(source, shard, ("a",), options)
+        shards.write(shard, os.fspath(source), ("a",), options)
     assert error.value.errno == errno.ENOSPC
-    assert not shard.path.exists()
+    assert not (tmp_path / "shard").exists()
     assert not os.path.lexists(temporary)
     assert not shard.is_done()
 
@@ -328,7 +326,7 @@ def test_another_data_set_is_not_written_over(source, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value"),
     [("short_side", 0), ("quality", 0), ("quality", 101), ("store_stride", 0),
-     ("records_per_shard", 0), ("workers", -1), ("name", "My videos")],
+     ("clips_per_shard", 0), ("workers", -1), ("name", "My videos")],
 )  # fmt: skip
 def test_options_out_of_range(source, tmp_path, option, value):
     with pytest.raises(InputError, match=option):

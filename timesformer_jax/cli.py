@@ -71,14 +71,40 @@ COMMANDS = {
         (
             _string("videos", None, "folder of videos: a folder a class, or as --annotations says"),
             _string("output", None, "folder to write the data set to"),
-            _string("annotations", None, "csv with columns path,label[,start,end,split]"),
+            _string(
+                "annotations",
+                None,
+                "csv with columns path,label[,start,end,split]; or the"
+                " folder of the files that the publisher of --dataset gives",
+            ),
+            _string(
+                "dataset",
+                None,
+                "kinetics400, kinetics600, something_v2, diving48, howto100m,"
+                " ucf101 or hmdb51; by default your own",
+            ),
             _string("labels", None, "file of class names, one a line; by default those found"),
-            _string("name", "videos", "name of the data set, for its files"),
+            _string("name", None, "name of the data set, for its files"),
             _integer("short_side", 256, "pixels that the short side is scaled to", least=1),
             _integer("quality", 90, "JPEG quality of the stored frames", least=1),
-            _integer("store_stride", 1, "store every n-th frame only", least=1),
+            _seconds("fps", "frames a second to resample to; by default as the video has them"),
+            _integer(
+                "store_stride",
+                None,
+                "store every n-th frame only; by default 4 for Kinetics and HowTo100M, else 1",
+                least=1,
+            ),
+            _seconds(
+                "segment_seconds",
+                "cut clips into equal records of about so many seconds; by"
+                " default 8.53 for HowTo100M, else whole",
+            ),
+            _integer("clips_per_shard", 32, "clips a file, at most", least=1),
             _integer("workers", 0, "processes; 0 for one a core"),
             _fraction("validation_fraction", 0.1, "share held out where no split is given"),
+            _integer("max_failures", None, "end when more clips than this cannot be decoded"),
+            _string("runner", "local", "local, or beam for Apache Beam"),
+            _string("beam_options", "", "of Beam, '--runner=DataflowRunner --project=p ...'"),
         ),
         required=("videos", "output"),
     ),

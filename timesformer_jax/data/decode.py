@@ -1,12 +1,17 @@
 """Video files to RGB frames. PyAV, and so every codec, is met in this file only.
 
-Time is in seconds from the first moment of the video. A clip is the frames shown in [start, end);
-its frames are counted from 0, as they are stored: nothing is repeated or dropped to even out a
-variable frame rate.
+Time is in seconds from the first moment of the video. A clip is the frames shown in [start, end),
+or the frames of a range of numbers; what is sampled from, and stored, are the frames shown at each
+tick of its timeline. Where frames come at a constant rate, that is each frame once; where they do
+not, the timeline has as many ticks, evenly spaced, so that equal numbers of frames are equal times.
 """
 
+import collections
+import glob
+import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +31,13 @@ SCALING = int(
     | Interpolation.BITEXACT
 )
 
+# Seconds; beyond the rounding of any container's clock, and below any frame.
+CLOCK = 5e-7
+
+# Of a folder of images, which says none: what the public extractions of Something-Something are at.
+IMAGES_FPS = 30
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
+
 
 class VideoError(Exception):
     """A video that cannot be decoded; the message is the reason, one line, without the path."""
@@ -33,21 +45,62 @@ class VideoError(Exception):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """fps: mean frame rate. width, height: pixels, as stored (before a
-    rotation that the file asks for). duration: seconds, None if unsaid."""
+    """What a file says of itself.
+
+    fps: mean frame rate. width, height: pixels, as stored (before a rotation that the file asks
+    for). duration: seconds, None if unsaid. codec, container: FFmpeg's names.
+    """
 
     fps: float
     width: int
     height: int
     duration: float | None
+    codec: str
+    container: str
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of a clip are shown.
+
+    times: (frames,) float64 seconds, ascending; the frames as they are in the file.
+    ticks: (n,) int64, ascending: which of those frames is shown at each tick. All of them in order
+      if they come at a constant rate; else some twice, and some not at all.
+    fps: ticks a second.
+    """
+
+    times: np.ndarray
+    ticks: np.ndarray
+    fps: float
+
+    def __len__(self) -> int:
+        return len(self.ticks)
+
+    @classmethod
+    def of(cls, times: np.ndarray, announced: float, fps: float | None = None) -> "Timeline":
+        """The timeline of frames shown at `times`, (frames,) ascending seconds.
+
+        Args:
+          announced: the frame rate that the file gives, which is the exact one of its timeline if
+            the times agree to a hundredth.
+          fps: ticks a second; None: as the frames come.
+        """
+        count = len(times)
+        mean = (count - 1) / (times[-1] - times[0]) if times[-1] > times[0] else announced
+        native = announced if abs(mean / announced - 1) < 0.01 else mean
+        constant = times[0] + np.arange(count) / mean
+        if fps is None and np.abs(times - constant).max() * mean < 0.5:
+            return cls(times, np.arange(count), native)
+        rate = fps or native
+        instants = times[0] + np.arange(max(round(count / mean * rate), 1)) / rate
+        # A container rounds its times: the frame that starts just after a tick is the one meant.
+        shown = np.searchsorted(times, instants + 0.5 / max(rate, mean), side="right") - 1
+        return cls(times, shown, rate)
 
 
 @dataclass(frozen=True)
 class Video:
-    """Frames of a clip. frames: (T, H, W, 3) uint8 RGB. fps: of the source.
-
-    num_frames: how many frames the clip has in the source.
-    """
+    """Frames of a clip. frames: (T, H, W, 3) uint8 RGB. fps, num_frames: of its timeline."""
 
     frames: np.ndarray
     fps: float
@@ -75,40 +128,37 @@ def decode(
     """Decodes frames of a clip into memory.
 
     Args:
-      path: the video file.
+      path: the video file, or a folder of images.
       start, end: seconds; None: from the beginning, to the end.
       short_side: pixels that the shorter side is resized to; None: as stored.
-      pick: from the number of frames in the clip and the frames a second to the indices wanted,
-        in [0, num_frames), in any order, repeats allowed. None: all of them. Every n-th:
+      pick: from the number of ticks of the clip's timeline and the ticks a second to the ticks
+        wanted, in [0, num_frames), in any order, repeats allowed. None: all of them. Every n-th:
         `lambda num_frames, fps: np.arange(0, num_frames, n)`.
 
     The frames are counted by reading the file without decoding; then only the part that holds the
-    wanted ones is decoded, and only those are kept. Where the decoder gives fewer frames than the
-    file announced (a cut last packet, say), the last one decoded takes their place, up to a tenth
-    of the clip.
+    wanted ones is decoded, and only those are kept.
 
     Raises:
-      VideoError: the file cannot be decoded, holds no frame in [start, end), or lacks more.
+      VideoError: the file cannot be decoded, holds no frame in [start, end), or ends early.
       ValueError: pick gives an index outside the clip, or none.
     """
     with VideoFile(path, threads=0) as video:
-        times = video.times(start, end)
-        if pick is None:
-            wanted = np.arange(len(times))
-        else:
-            wanted = np.asarray(pick(len(times), video.info.fps), np.int64)
-        if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= len(times):
-            raise ValueError(f"pick gave indices outside [0, {len(times)}), or none: {wanted}")
+        timeline = video.timeline(start, end)
+        count = len(timeline)
+        wanted = np.arange(count) if pick is None else np.asarray(pick(count, timeline.fps), int)
+        if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= count:
+            raise ValueError(f"pick gave indices outside [0, {count}), or none: {wanted}")
         needed, order = np.unique(wanted, return_inverse=True)
-        kept = _take(video, times, end, needed, short_side)
-        return Video(np.stack(kept)[order], video.info.fps, len(times))
+        kept = [video.rgb(frame, short_side) for frame in video.shown(timeline, needed)]
+        return Video(np.stack(kept)[order], timeline.fps, count)
 
 
 class VideoFile:
-    """An open video file: a context manager.
+    """An open video: a context manager.
 
     Args:
-      path: the file.
+      path: the file, which may be on gs://; or a folder whose images, in the order of their names,
+        are the frames.
       threads: of the decoder; 0: as many as the machine has. They do not change the frames.
 
     Attributes:
@@ -125,62 +175,82 @@ class VideoFile:
         self._scaler = VideoReformatter()
 
     def __enter__(self):
-        if not os.path.isfile(self._path):
-            raise VideoError("missing file")
-        if os.path.getsize(self._path) == 0:
-            raise VideoError("empty file")
         self._open()
         return self
 
     def __exit__(self, *_):
         self._container.close()
 
-    def times(self, start: float | None = None, end: float | None = None) -> np.ndarray:
-        """When each frame of a clip is shown, by reading the file without decoding it.
+    def timeline(
+        self,
+        start: float | None = None,
+        end: float | None = None,
+        *,
+        numbers: tuple[int, int] | None = None,
+        fps: float | None = None,
+    ) -> Timeline:
+        """When the frames of a clip are shown, by reading the file without decoding it.
 
-        Returns:
-          (num_frames,) float64 seconds, ascending.
+        Args:
+          start, end: seconds; None: no bound.
+          numbers: [first, last) of the video's frames, counted from 0, in place of start and end.
+          fps: ticks a second; None: as the frames come.
 
         Raises:
-          VideoError: the file cannot be read, or no frame is shown in [start, end).
+          VideoError: the file cannot be read, ends early, or holds no such frame.
         """
         with _reasons():
-            times = [self._seconds(_stamp(packet)) for packet in self._packets(start)]
-        times = sorted(time for time in times if _inside(time, start, end))
-        if not times:
+            times = [self._seconds(_stamp(packet)) for packet in self._packets(start, end)]
+        times = np.sort(np.array(times, np.float64))
+        if numbers is not None:
+            first, last = numbers
+            inside = times[first:last]
+            _require_most(len(inside), last - first, "frames")
+        else:
+            inside = times[_inside(times, start, end)]
+            if len(inside) and self._announced is not None:
+                begin, until = start or 0, min(self._announced, math.inf if end is None else end)
+                _require_most(inside[-1] + 1 / self.info.fps - begin, until - begin, "s")
+        if not len(inside):
             raise VideoError(_no_frame(start, end))
-        return np.array(times)
+        return Timeline.of(inside, self.info.fps, fps)
 
-    def frames(
-        self, start: float | None = None, end: float | None = None
-    ) -> Iterator[av.VideoFrame]:
-        """Decodes the frames of a clip in order, from the keyframe before its start.
+    def shown(self, timeline: Timeline, wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
+        """Decodes the frames shown at some ticks, ascending, from the keyframe before the first.
 
-        The frames are as stored; `rgb` makes an array of one.
+        Where the decoder gives fewer frames than the file announced (a cut last packet, say), the
+        last one decoded takes their place, up to a tenth of the clip. `rgb` makes an array of one.
 
         Raises:
-          VideoError: while iterating, the file cannot be decoded, or no frame is in [start, end).
+          VideoError: while iterating, the file cannot be decoded or lacks more.
         """
-        found = False
+        due = collections.deque(timeline.times[timeline.ticks[wanted]])
+        last = None
         with _reasons():
-            for frame in self._decoded(start):
+            for frame in self._decoded(due[0]):
                 time = self._seconds(frame.pts)
-                if end is not None and time >= end:
-                    break
-                if _inside(time, start, end):
-                    if frame.is_corrupt:
-                        raise VideoError(f"corrupt frame at {time:.2f} s")
-                    found = True
+                if time < due[0] - CLOCK:
+                    continue
+                if frame.is_corrupt:
+                    raise VideoError(f"corrupt frame at {time:.2f} s")
+                last = frame
+                while due and due[0] <= time + CLOCK:
+                    due.popleft()
                     yield frame
-        if not found:
-            raise VideoError(_no_frame(start, end))
+                if not due:
+                    return
+        decoded = 0 if last is None else (timeline.times <= self._seconds(last.pts) + CLOCK).sum()
+        _require_most(decoded, len(timeline.times), "frames")
+        yield from [last] * len(due)
 
     def rgb(self, frame: av.VideoFrame, short_side: int | None = None) -> np.ndarray:
-        """A decoded frame as an upright (H, W, 3) uint8 array, its shorter side `short_side`.
+        """A decoded frame as an upright (H, W, 3) uint8 array of square pixels.
 
-        All frames of a file get one size, also where the stream changes its own midway.
+        Its shorter side is `short_side`, by default as it is. All frames of a file get one size,
+        also where the stream changes its own midway.
         """
         width, height = self._stream.width, self._stream.height
+        width = max(round(width * (self._stream.sample_aspect_ratio or 1)), 1)
         if short_side is not None:
             scale = short_side / min(width, height)
             width, height = (max(short_side, round(scale * side)) for side in (width, height))
@@ -196,9 +266,15 @@ class VideoFile:
             yield from packet.decode()
         yield from self._stream.codec_context.decode(None)
 
-    def _packets(self, start: float | None) -> Iterator[av.Packet]:
-        """The packets from the last keyframe shown at or before `start`, in the file's order."""
+    def _packets(self, start: float | None, end: float | None = None) -> Iterator[av.Packet]:
+        """The packets from the last keyframe shown at or before `start`, in the file's order.
+
+        They go on until all that are shown before `end` were among them.
+        """
         for packet in self._demux_from(start or 0.0):
+            # No frame is shown before it is decoded.
+            if end is not None and packet.dts is not None and self._seconds(packet.dts) >= end:
+                return
             if packet.is_corrupt:
                 raise VideoError("truncated: a packet is cut short")
             if packet.size and not packet.is_discard:
@@ -234,12 +310,12 @@ class VideoFile:
 
     def _open(self) -> None:
         with _reasons():
-            # A title in a strange encoding is no reason to refuse the video.
-            self._container = av.open(self._path, metadata_errors="replace")
+            self._container = _open_container(self._path)
             try:
                 self._stream = _video_stream(self._container)
                 self._stream.codec_context.thread_count = self._threads
                 self.info = _info(self._container, self._stream)
+                self._announced = _announced_duration(self._container, self._stream)
             except BaseException:
                 self._container.close()
                 raise
@@ -255,17 +331,34 @@ class VideoFile:
         return float((stamp - self._origin) * self._stream.time_base)
 
 
-def _take(video: VideoFile, times, end, needed, short_side) -> list[np.ndarray]:
-    """The frames of the given indices, ascending; the last decoded stands for missing ones."""
-    kept = []
-    for position, frame in enumerate(video.frames(times[needed[0]], end), start=needed[0]):
-        if position == needed[len(kept)]:
-            kept.append(video.rgb(frame, short_side))
-            if len(kept) == len(needed):
-                return kept
-    if len(times) - 1 - position > len(times) / 10:
-        raise VideoError(f"truncated: {position + 1} frames of {len(times)}")
-    return kept + [video.rgb(frame, short_side)] * (len(needed) - len(kept))
+def _open_container(path: str) -> av.container.InputContainer:
+    # A title in a strange encoding is no reason to refuse the video.
+    lenient = {"metadata_errors": "replace"}
+    if "://" in path:
+        from etils import epath  # it brings TensorFlow or fsspec; local files need neither
+
+        if not (remote := epath.Path(path)).exists():
+            raise VideoError("missing file")
+        return av.open(remote.open("rb"), **lenient)
+    if os.path.isdir(path):
+        options = {"pattern_type": "glob", "framerate": str(IMAGES_FPS)}
+        return av.open(_images(path), format="image2", container_options=options, **lenient)
+    if not os.path.isfile(path):
+        raise VideoError("missing file")
+    if os.path.getsize(path) == 0:
+        raise VideoError("empty file")
+    return av.open(path, **lenient)
+
+
+def _images(folder: str) -> str:
+    """The pattern of a folder's images, whose names must sort as their numbers do."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_EXTENSIONS)]
+    if not names:
+        raise VideoError("no video file, and no folder of images")
+    stems, endings = zip(*map(os.path.splitext, names))
+    if len(set(endings)) > 1 or len({len(stem) for stem in stems}) > 1:
+        raise VideoError("images of names that differ in length or ending: pad their numbers")
+    return os.path.join(glob.escape(folder), f"*{endings[0]}")
 
 
 def _video_stream(container) -> av.VideoStream:
@@ -283,7 +376,25 @@ def _info(container, stream) -> VideoInfo:
     if not stream.width or not stream.height:
         raise VideoError("no frame size")
     duration = None if container.duration is None else container.duration / av.time_base
-    return VideoInfo(float(fps), stream.width, stream.height, duration)
+    codec, name = stream.codec_context.name, container.format.name
+    return VideoInfo(float(fps), stream.width, stream.height, duration, codec, name)
+
+
+def _announced_duration(container, stream) -> float | None:
+    """Seconds that the header says the frames take, where a file cut short still has a header.
+
+    MP4 is not among them: its packets are listed, and a list that leads beyond the end is an error.
+    """
+    if container.format.name == "avi":
+        return None if not stream.duration else float(stream.duration * stream.time_base)
+    if container.format.name != "matroska,webm":
+        return None
+    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.?\d*)", stream.metadata.get("DURATION", ""))
+    if tag is not None:
+        return sum(60**i * float(part) for i, part in enumerate(reversed(tag.groups())))
+    # The container's duration is that of the longest stream, which may be the sound.
+    alone = len(container.streams) == 1 and container.duration is not None
+    return container.duration / av.time_base if alone else None
 
 
 def _stamp(packet: av.Packet) -> int | None:
@@ -291,8 +402,14 @@ def _stamp(packet: av.Packet) -> int | None:
     return packet.dts if packet.pts is None else packet.pts
 
 
-def _inside(time: float, start: float | None, end: float | None) -> bool:
-    return (start is None or time >= start) and (end is None or time < end)
+def _inside(times: np.ndarray, start: float | None, end: float | None) -> np.ndarray:
+    return (times >= (start or 0)) & (times < (math.inf if end is None else end))
+
+
+def _require_most(found: float, announced: float, unit: str) -> None:
+    """Nine tenths of a clip stand for it; less is another clip than the one that is labelled."""
+    if found < 0.9 * announced:
+        raise VideoError(f"truncated: {found:.4g} {unit} of {announced:.4g}")
 
 
 def _no_frame(start: float | None, end: float | None) -> str:

@@ -28,7 +28,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from timesformer_jax.data import prepare as prepare_lib
+from timesformer_jax.data.prepare import prepare
+from timesformer_jax.data.storage import disk_errors, write_whole
+from timesformer_jax.data.workers import processors, worker_pool
 from timesformer_jax.errors import InputError
 
 # Clockwise from right, 45 degrees apart, in the frame's coordinates (y points down).
@@ -63,13 +65,13 @@ def prepare_demo(
     """
     videos = Path(directory) / "videos"
     make(videos, train, validation, seed)
-    prepare_lib.prepare(
+    prepare(
         videos,
         directory,
         annotations=videos / ANNOTATIONS,
         short_side=HEIGHT,
         quality=95,
-        records_per_shard=400,
+        clips_per_shard=400,
         name="demo",
     )
 
@@ -92,7 +94,7 @@ def make(
     """
     directory = Path(directory)
     counts = {"train": train, "validation": validation}
-    with prepare_lib.disk_errors(directory):
+    with disk_errors(directory):
         for split in counts:
             (directory / split).mkdir(parents=True, exist_ok=True)
         _claim(directory, {**counts, "seed": seed})
@@ -101,7 +103,7 @@ def make(
         names = [(split, i) for split, count in counts.items() for i in range(count)]
         missing = [name for name in names if not (directory / _path(*name)).exists()]
         _write_videos(directory, missing, seed)
-        prepare_lib.write_whole(directory / ANNOTATIONS, _annotations(names))
+        write_whole(directory / ANNOTATIONS, _annotations(names))
 
 
 def _path(split: str, index: int) -> str:
@@ -115,7 +117,7 @@ def _label(index: int) -> str:
 def _claim(directory: Path, settings: dict) -> None:
     path = directory / SETTINGS
     if not path.exists():
-        prepare_lib.write_whole(path, json.dumps(settings).encode())
+        write_whole(path, json.dumps(settings).encode())
     elif json.loads(path.read_text()) != settings:
         raise InputError(
             f"{directory} holds the demo's videos made otherwise ({path.read_text()});"
@@ -137,14 +139,14 @@ def _write_videos(directory: Path, names: list[tuple[str, int]], seed: int) -> N
     regions("train")  # here too, so that a missing photograph is an error of this process
     with (
         tqdm(total=len(names), unit="video", desc="making the demo's videos") as progress,
-        prepare_lib.worker_pool(prepare_lib.processors()) as pool,
+        worker_pool(processors()) as pool,
     ):
         for _ in pool.map(partial(_write_video, directory, seed), names, chunksize=32):
             progress.update()
 
 
 def _write_video(directory: Path, seed: int, name: tuple[str, int]) -> None:
-    prepare_lib.write_whole(directory / _path(*name), _encode(frames(*name, seed)))
+    write_whole(directory / _path(*name), _encode(frames(*name, seed)))
 
 
 # ---- a video ------------------------------------------------------------------------------------
