@@ -53,6 +53,7 @@ setuptools.setup(
         "test": [
             *DATA,
             *CONVERT,
+            "apache-beam>=2.77",
             "hypothesis>=6.150",
             "matplotlib>=3.11",
             "pytest>=9.0",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from gcs import gcs  # noqa: F401
 
 # Triton, which a PyTorch built for CUDA brings, crashes if it is imported after TensorFlow, as by
 # torch.optim in the tests.
