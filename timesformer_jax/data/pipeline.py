@@ -164,7 +164,7 @@ def _short_side(split: Split) -> int:
     if short.min() != short.max():
         raise InputError(
             f"split {split.name!r} holds frames of short side {short.min()} to {short.max()}; "
-            "prepare it again with one --short_side"
+            "make it again from the videos with `timesformer prepare` and one --short_side"
         )
     return int(short[0])
 
@@ -273,21 +273,27 @@ def _record(file: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
     return records.take(1).get_single_element()
 
 
-def _decode(jpegs: tf.Tensor, corners: tf.Tensor, side: int) -> tf.Tensor:
-    """(views, T) JPEG strings and (crops, 2) corners to (views * crops, T, side, side, 3) uint8."""
-    (views, clip_frames), crops = jpegs.shape, corners.shape[0]
+def _decode(images: tf.Tensor, corners: tf.Tensor, side: int) -> tf.Tensor:
+    """(views, T) JPEGs, PNGs and (crops, 2) corners to (views * crops, T, side, side, 3) uint8."""
+    (views, clip_frames), crops = images.shape, corners.shape[0]
 
-    def squares(jpeg: tf.Tensor) -> tf.Tensor:
-        if crops == 1:  # decode the square and nothing else
+    def squares(image: tf.Tensor) -> tf.Tensor:
+        def from_square() -> tf.Tensor:  # decodes the square and nothing else
             window = tf.concat([corners[0], [side, side]], 0)
-            return tf.io.decode_and_crop_jpeg(jpeg, window, channels=3)[None]
-        frame = tf.io.decode_jpeg(jpeg, channels=3)
-        origins = tf.pad(corners, [[0, 0], [0, 1]])
-        return tf.stack([tf.slice(frame, origins[i], [side, side, 3]) for i in range(crops)])
+            return tf.io.decode_and_crop_jpeg(image, window, channels=3)[None]
+
+        def from_frame() -> tf.Tensor:
+            frame = tf.io.decode_jpeg(image, channels=3)  # which decodes PNGs too
+            origins = tf.pad(corners, [[0, 0], [0, 1]])
+            return tf.stack([tf.slice(frame, origins[i], [side, side, 3]) for i in range(crops)])
+
+        if crops > 1:
+            return from_frame()
+        return tf.cond(tf.io.is_jpeg(image), from_square, from_frame)
 
     frames = tf.map_fn(
         squares,
-        tf.reshape(jpegs, [-1]),
+        tf.reshape(images, [-1]),
         fn_output_signature=tf.TensorSpec((crops, side, side, 3), tf.uint8),
     )
     frames = tf.reshape(frames, [views, clip_frames, crops, side, side, 3])
