@@ -1,12 +1,16 @@
 import subprocess
 import sys
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from videos import numbers, write_audio, write_video
 
-from timesformer_jax.data.decode import VideoError, VideoFile, decode, probe
+from timesformer_jax.data.decode import Timeline, VideoError, VideoFile, decode, probe
 
 B_FRAMES = {"g": "12", "bf": "3"}
 
@@ -19,6 +23,17 @@ CONTAINERS = [
     ("a.avi", "mpeg4", "yuv420p", {}),
     ("a.ts", "libx264", "yuv420p", B_FRAMES),
     ("a.gif", "gif", "rgb8", {}),
+    ("h264.avi", "libx264", "yuv420p", B_FRAMES),
+    ("b.avi", "mpeg4", "yuv420p", {"bf": "2", "qscale": "2"}),
+    ("rgb.avi", "rawvideo", "bgr24", {}),
+    ("vp8.webm", "libvpx", "yuv420p", {"auto-alt-ref": "1", "lag-in-frames": "16"}),
+    ("av1.mkv", "libsvtav1", "yuv420p10le", {"svtav1-params": "preset=12"}),
+    ("grey16.mkv", "ffv1", "gray16le", {}),
+    ("444.mp4", "libx264", "yuv444p10le", {}),
+    ("a.mpg", "mpeg2video", "yuv420p", {"bf": "2", "qscale": "2"}),
+    ("a.flv", "flv", "yuv420p", {}),
+    ("a.wmv", "wmv2", "yuv420p", {"qscale": "2"}),
+    ("a.mts", "libx264", "yuv420p", B_FRAMES),
 ]
 
 
@@ -110,9 +125,137 @@ def test_rotated_videos_stand_upright(tmp_path, rotation, corner):
     assert frame[0, 0].mean() < 50
 
 
+def test_pixels_that_are_not_square_are_made_so(tmp_path):
+    path = write_video(tmp_path / "a.mp4", frames=3, width=48, height=48, aspect=Fraction(4, 3))
+    assert decode(path, short_side=24).frames.shape == (3, 24, 32, 3)
+
+
+@pytest.mark.parametrize("pixels", ["gray", "gray10le"])
+def test_grey_video_keeps_its_levels(tmp_path, pixels):
+    path = write_video(tmp_path / "a.mp4", pixels=pixels, full_range=True)
+    frames = decode(path).frames
+    np.testing.assert_allclose(numbers(frames), np.arange(60), atol=1)
+    assert np.ptp(frames.astype(int), axis=-1).max() <= 1
+
+
+# ---- variable frame rates, and frame rates asked for --------------------------------------------
+
+
+def test_a_variable_frame_rate_is_evened_out(tmp_path):
+    """20 frames in the first second, 10 in each of the next two."""
+    times = [*range(0, 1000, 50), *range(1000, 3000, 100)]
+    path = write_video(tmp_path / "a.mkv", frames=40, times=times)
+    video = decode(path)
+    assert video.num_frames == 40
+    assert video.fps == pytest.approx(39 / 2.9)
+    # Of a tick, the number of the frame that a player would show then.
+    instants = np.arange(40) / video.fps * 1000
+    shown = [max(i for i, time in enumerate(times) if time <= t + 25) for t in instants]
+    np.testing.assert_allclose(numbers(video.frames), shown, atol=1)
+    second = decode(path, 1.0, 2.0)
+    assert (second.num_frames, second.fps) == (10, pytest.approx(10))
+    np.testing.assert_allclose(numbers(second.frames), np.arange(20, 30), atol=1)
+
+
+def test_times_that_a_container_rounds_are_a_constant_rate(tmp_path):
+    times = [round(1000 * i / 30) for i in range(60)]
+    video = decode(write_video(tmp_path / "a.mkv", times=times))
+    assert video.num_frames == 60
+    assert video.fps == pytest.approx(30, rel=1e-3)
+    np.testing.assert_allclose(numbers(video.frames), np.arange(60), atol=1)
+
+
+@given(
+    gaps=st.lists(st.floats(0.004, 0.4), min_size=0, max_size=60),
+    announced=st.floats(5, 60),
+    fps=st.none() | st.floats(1, 90),
+)
+def test_a_tick_shows_the_frame_of_its_time(gaps, announced, fps):
+    times = np.cumsum([0.3, *gaps])
+    timeline = Timeline.of(times, announced, fps)
+    ticks = timeline.ticks
+    assert (np.diff(ticks) >= 0).all()
+    assert ticks[0] >= 0
+    assert ticks[-1] < len(times)
+    if fps is None:
+        assert len(ticks) == len(times)
+    mean = len(gaps) / sum(gaps) if gaps else announced
+    # Ticks cover the clip: up to half of one is left, or added; there is one at least.
+    length = pytest.approx(len(times) / mean * timeline.fps, rel=0.01, abs=0.5)
+    assert len(timeline) == length or len(timeline) == 1
+    # The frame shown is one whose time lies within the rounding, and no later one does.
+    instants = times[0] + np.arange(len(ticks)) / timeline.fps
+    tolerance = 0.51 / min(mean, timeline.fps) + 0.01 * instants
+    assert (times[ticks] <= instants + tolerance).all()
+    later = np.append(times, np.inf)[ticks + 1]
+    assert (later >= instants - tolerance).all()
+
+
+@pytest.mark.parametrize(("fps", "shown"), [(10, [0, 3, 6, 9]), (60, [0, 0, 1, 1, 2, 2])])
+def test_a_frame_rate_can_be_asked_for(video, fps, shown):
+    with VideoFile(video) as opened:
+        timeline = opened.timeline(fps=fps)
+        assert timeline.fps == fps
+        assert len(timeline) == 2 * fps
+        frames = opened.shown(timeline, np.arange(len(shown)))
+        assert numbers([opened.rgb(frame) for frame in frames]) == shown
+
+
+def test_a_clip_may_be_given_by_frame_numbers(video):
+    with VideoFile(video) as opened:
+        timeline = opened.timeline(numbers=(7, 12))
+        frames = opened.shown(timeline, np.arange(5))
+        assert numbers([opened.rgb(frame) for frame in frames]) == [7, 8, 9, 10, 11]
+        assert len(opened.timeline(numbers=(50, 61))) == 10
+        with pytest.raises(VideoError, match="truncated: 10 frames of 14"):
+            opened.timeline(numbers=(50, 64))
+        with pytest.raises(VideoError, match="truncated: 0 frames of 10"):
+            opened.timeline(numbers=(70, 80))
+
+
+def test_a_folder_of_images_is_a_video(tmp_path, video):
+    for number, frame in enumerate(decode(video).frames[:20], start=1):
+        Image.fromarray(frame).save(tmp_path / f"frame%d_{number:05d}.png")
+    (tmp_path / "notes.txt").touch()
+    images = decode(tmp_path)
+    assert images.num_frames == 20
+    np.testing.assert_array_equal(images.frames, decode(video).frames[:20])
+    assert numbers(decode(tmp_path, 0.2, 0.3).frames) == [6, 7, 8]
+    (tmp_path / "frame_7.png").write_bytes((tmp_path / "frame%d_00007.png").read_bytes())
+    with pytest.raises(VideoError, match="pad their numbers"):
+        decode(tmp_path)
+
+
+def test_a_folder_without_images_is_no_video(tmp_path):
+    with pytest.raises(VideoError, match="no folder of images"):
+        decode(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4"), ("a.mp4", "libx264"),
+     ("a.flv", "flv"), ("a.mpg", "mpeg2video")],
+)  # fmt: skip
+def test_a_file_cut_short_is_no_shorter_video(tmp_path, name, codec):
+    whole = write_video(tmp_path / name, codec=codec).read_bytes()
+    for share in (0.3, 0.6, 0.8):
+        (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(VideoError):
+            decode(tmp_path / name)
+
+
+def test_the_part_of_a_cut_file_that_is_there_is_a_clip(tmp_path):
+    whole = write_video(tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(whole[: int(0.7 * len(whole))])
+    assert numbers(decode(tmp_path / "a.mkv", 0.1, 0.5).frames) == list(range(3, 15))
+    with pytest.raises(VideoError, match=r"truncated: .* s of 2"):
+        decode(tmp_path / "a.mkv")
+
+
 def test_probe_reads_the_header(video):
     info = probe(video)
     assert (info.fps, info.width, info.height) == (30.0, 64, 48)
+    assert (info.codec, "mp4" in info.container) == ("h264", True)
     assert info.duration == pytest.approx(2.0)
 
 

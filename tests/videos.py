@@ -1,7 +1,10 @@
 """Encodes videos whose every frame tells its own number."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
+from av.video.reformatter import ColorRange
 
 STEP = 4  # levels of brightness from one frame to the next
 
@@ -16,17 +19,32 @@ def write_video(
     pixels="yuv420p",
     options=None,
     rotation=None,
+    times=None,
+    full_range=False,
+    aspect=None,
 ):
-    """Frame i has the brightness STEP * i, and a white square at the upper left."""
+    """Frame i has the brightness STEP * i, and a white square at the upper left.
+
+    times: of each frame, in 1000ths of a second; by default they come at `fps`. full_range: says
+    so, of pixels that `reformat` makes such (grey). aspect: of a pixel, a Fraction.
+    """
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if full_range:
+            stream.codec_context.color_range = ColorRange.JPEG
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
         for number in range(frames):
             image = np.full((height, width, 3), STEP * number, np.uint8)
             image[: height // 4, : height // 4] = 255
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pixels)
+            if times is not None:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path

@@ -8,6 +8,7 @@ not, the timeline has as many ticks, evenly spaced, so that equal numbers of fra
 
 import collections
 import glob
+import itertools
 import math
 import os
 import re
@@ -176,6 +177,11 @@ class VideoFile:
 
     def __enter__(self):
         self._open()
+        try:
+            self._origin = self._first_moment()
+        except BaseException:
+            self._container.close()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -200,7 +206,7 @@ class VideoFile:
           VideoError: the file cannot be read, ends early, or holds no such frame.
         """
         with _reasons():
-            times = [self._seconds(_stamp(packet)) for packet in self._packets(start, end)]
+            times = [self._shown_at(packet) for packet in self._packets(start, end)]
         times = np.sort(np.array(times, np.float64))
         if numbers is not None:
             first, last = numbers
@@ -227,19 +233,18 @@ class VideoFile:
         due = collections.deque(timeline.times[timeline.ticks[wanted]])
         last = None
         with _reasons():
-            for frame in self._decoded(due[0]):
-                time = self._seconds(frame.pts)
+            for time, frame in self._decoded(due[0]):
                 if time < due[0] - CLOCK:
                     continue
                 if frame.is_corrupt:
                     raise VideoError(f"corrupt frame at {time:.2f} s")
-                last = frame
+                last, until = frame, time
                 while due and due[0] <= time + CLOCK:
                     due.popleft()
                     yield frame
                 if not due:
                     return
-        decoded = 0 if last is None else (timeline.times <= self._seconds(last.pts) + CLOCK).sum()
+        decoded = 0 if last is None else (timeline.times <= until + CLOCK).sum()
         _require_most(decoded, len(timeline.times), "frames")
         yield from [last] * len(due)
 
@@ -261,10 +266,19 @@ class VideoFile:
         # FFmpeg and NumPy both count degrees counter-clockwise.
         return np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90)))
 
-    def _decoded(self, start: float | None) -> Iterator[av.VideoFrame]:
-        for packet in self._packets(start):
-            yield from packet.decode()
-        yield from self._stream.codec_context.decode(None)
+    def _decoded(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+        """Frames from the last keyframe at or before `start`, in order, and when they are shown."""
+        packets = self._packets(start)
+        first = next(packets, None)
+        if first is None:
+            return
+        begin = self._shown_at(first)
+        decoder = self._stream.codec_context
+        whole = itertools.chain([first], packets, [None])  # None: give what you hold back
+        frames = itertools.chain.from_iterable(map(decoder.decode, whole))
+        for count, frame in enumerate(frames):
+            time = begin + count / self.info.fps if self._untimed else self._seconds(frame.pts)
+            yield time, frame
 
     def _packets(self, start: float | None, end: float | None = None) -> Iterator[av.Packet]:
         """The packets from the last keyframe shown at or before `start`, in the file's order.
@@ -288,7 +302,7 @@ class VideoFile:
             self._seek(reach)
             packets = self._container.demux(self._stream)
             first = next((packet for packet in packets if packet.is_keyframe), None)
-            if first is not None and self._seconds(_stamp(first)) <= start:
+            if first is not None and self._shown_at(first) <= start:
                 yield first
                 yield from packets
                 return
@@ -321,9 +335,29 @@ class VideoFile:
                 raise
         self._read = False
 
-    @property
-    def _origin(self) -> int:
+    def _first_moment(self) -> int:
+        """The time stamp from which the video's seconds are counted."""
+        if self.info.container == "avi" and not self._untimed:
+            # It starts at 0 by its own word, but the first frame is shown later if others are
+            # decoded before they are shown.
+            with _reasons():
+                first = next(self._container.demux(self._stream))
+            self._read = True
+            return first.pts or first.dts or 0
         return self._stream.start_time or 0
+
+    @property
+    def _untimed(self) -> bool:
+        """Whether only the order of the frames tells when they are shown.
+
+        AVI tells no frame's time, and FFmpeg guesses H.264's wrong where frames refer to later
+        ones; but they are decoded in order, and come at a constant rate.
+        """
+        return self.info.container == "avi" and self.info.codec in ("h264", "hevc")
+
+    def _shown_at(self, packet: av.Packet) -> float:
+        timed = packet.pts is not None and not self._untimed
+        return self._seconds(packet.pts if timed else packet.dts)
 
     def _seconds(self, stamp: int | None) -> float:
         if stamp is None:
@@ -384,6 +418,7 @@ def _announced_duration(container, stream) -> float | None:
     """Seconds that the header says the frames take, where a file cut short still has a header.
 
     MP4 is not among them: its packets are listed, and a list that leads beyond the end is an error.
+    Nor are MPEG-TS and WMV, which announce nothing once they are cut: their rest is a whole video.
     """
     if container.format.name == "avi":
         return None if not stream.duration else float(stream.duration * stream.time_base)
@@ -395,11 +430,6 @@ def _announced_duration(container, stream) -> float | None:
     # The container's duration is that of the longest stream, which may be the sound.
     alone = len(container.streams) == 1 and container.duration is not None
     return container.duration / av.time_base if alone else None
-
-
-def _stamp(packet: av.Packet) -> int | None:
-    # AVI stores decoding times only; without reordering they are the times shown.
-    return packet.dts if packet.pts is None else packet.pts
 
 
 def _inside(times: np.ndarray, start: float | None, end: float | None) -> np.ndarray:
