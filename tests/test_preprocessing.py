@@ -56,7 +56,14 @@ def test_flip_normalisation_and_channel_order(frames):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"channel_order": "rbg"}, {"start": "end"}, {"frames": 0}, {"std": (0, 1, 1)}]
+    "bad",
+    [
+        {"channel_order": "rbg"},
+        {"sampling": "even"},
+        {"start": "end"},
+        {"frames": 0},
+        {"std": (0, 1, 1)},
+    ],
 )
 def test_impossible_specs_are_refused(bad):
     with pytest.raises(InputError):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timesformer_jax.data import sampling
+from timesformer_jax.preprocessing import ClipSpec
 
 fractions = st.floats(0, 1, exclude_max=True)
 sizes = st.integers(1, 700)
@@ -39,6 +40,76 @@ def test_indices_are_ascending_frames_of_the_video(n, fps, frames, rate, positio
 def test_start_is_uniform_over_the_room_there_is(n, position):
     first = sampling.clip_indices(n, 30.0, 8, 32, position)[0]
     assert first == int(position * (n - 256))
+
+
+# 50 frames in 8 segments of 49/8 = 6.125: the borders 0, 6.125, 12.25, 18.375, 24.5, 30.625, 36.75,
+# 42.875, 49 round to these (24.5 to the even one).
+BORDERS = [0, 6, 12, 18, 24, 31, 37, 43, 49]
+
+
+def test_segments_of_50_frames_by_hand():
+    spec = ClipSpec(frames=8, sampling="segments")
+    least, most = np.zeros(8), np.full(8, np.nextafter(1, 0))
+    assert sampling.segment_indices(50, 8, least).tolist() == BORDERS[:-1]
+    assert sampling.segment_indices(50, 8, most).tolist() == BORDERS[1:]
+    # Midpoints; 27 of 24 to 31, which has two.
+    middle = [3, 9, 15, 21, 27, 34, 40, 46]
+    assert sampling.test_indices(50, 12.0, spec, views=1).tolist() == [middle]
+    # A quarter and three quarters of the way: of 7 frames the 2nd and 6th, of 8 the 2nd and 6th.
+    assert sampling.test_indices(50, 12.0, spec, views=2).tolist() == [
+        [1, 7, 13, 19, 25, 32, 38, 44],
+        [5, 11, 17, 23, 29, 36, 42, 48],
+    ]
+
+
+def test_every_frame_of_a_segment_is_as_likely():
+    draws = np.random.default_rng(0).random((20000, 8))
+    found = np.stack([sampling.segment_indices(50, 8, d) for d in draws])
+    for i in range(8):
+        frames, counts = np.unique(found[:, i], return_counts=True)
+        assert frames.tolist() == list(range(BORDERS[i], BORDERS[i + 1] + 1))
+        share = 20000 / len(frames)
+        assert np.abs(counts - share).max() < 5 * share**0.5
+
+
+@given(st.integers(1, 5000), st.integers(1, 96), st.data())
+def test_a_segment_clip_takes_one_frame_of_each_segment(n, frames, data):
+    draws = data.draw(st.lists(fractions, min_size=frames, max_size=frames))
+    found = sampling.segment_indices(n, frames, np.array(draws))
+    segment = (n - 1) / frames
+    for i, index in enumerate(found.tolist()):
+        assert round(segment * i) <= index <= round(segment * (i + 1))
+    assert found.min() >= 0
+    assert found.max() < n
+    assert (np.diff(found) >= 0).all()
+
+
+@given(st.integers(1, 5000), st.integers(1, 96), st.integers(1, 10))
+def test_segment_views_are_the_midpoint_and_symmetric_about_it(n, frames, views):
+    spec = ClipSpec(frames=frames, sampling="segments", start="first")
+    segment = (n - 1) / frames
+    borders = np.array([round(segment * i) for i in range(frames + 1)])
+    low, high = borders[:-1], borders[1:]
+    assert (sampling.test_indices(n, 12.0, spec, 1)[0] == (low + high) // 2).all()
+    found = sampling.test_indices(n, 12.0, spec, views)
+    assert (np.diff(found, axis=0) >= 0).all()
+    distances = (found - low) - (high - found[::-1])
+    assert distances.min() >= -1  # an even number of frames has no middle one
+    assert distances.max() <= 0
+
+
+@given(st.integers(1, 500), st.floats(1, 120), fractions, st.integers(0, 99))
+def test_a_spec_says_the_rule(n, fps, position, seed):
+    draws = np.random.default_rng(seed).random(8)
+    by_rate, by_segment = ClipSpec(rate=4), ClipSpec(rate=4, sampling="segments")
+    found = sampling.train_indices(n, fps, by_rate, position, draws)
+    assert (found == sampling.clip_indices(n, fps, 8, 4, position)).all()
+    found = sampling.train_indices(n, fps, by_segment, position, draws)
+    assert (found == sampling.segment_indices(n, 8, draws)).all()
+    for spec, first in [(by_rate, False), (ClipSpec(rate=4, start="first"), True)]:
+        places = sampling.view_positions(3, first)
+        expected = [sampling.clip_indices(n, fps, 8, 4, place) for place in places]
+        assert (sampling.test_indices(n, fps, spec, 3) == expected).all()
 
 
 @given(st.integers(1, 10))
@@ -81,10 +152,23 @@ def test_every_scale_of_the_jitter_is_as_likely():
 
 @pytest.mark.parametrize(
     ("height", "width", "corners"),
-    [(240, 320, [(0, 0), (0, 40), (0, 80)]), (320, 240, [(0, 0), (40, 0), (80, 0)])],
+    [
+        (240, 320, [(0, 0), (0, 40), (0, 80)]),
+        (320, 240, [(0, 0), (40, 0), (80, 0)]),
+        (240, 240, [(0, 0), (0, 0), (0, 0)]),
+    ],
 )
 def test_three_crops_lie_along_the_long_side(height, width, corners):
     found = sampling.test_windows(height, width, 3)
     assert found[:, :2].tolist() == [list(c) for c in corners]
     assert (found[:, 2] == 240).all()
     assert sampling.test_windows(height, width, 1).tolist() == [[*corners[1], 240]]
+
+
+@given(sizes, sizes)
+def test_three_crops_reach_both_ends_and_the_middle(height, width):
+    (first, middle, last) = sampling.test_windows(height, width, 3)
+    side = min(height, width)
+    assert first.tolist() == [0, 0, side]
+    assert last.tolist() == [height - side, width - side, side]
+    assert (middle == (first + last) / 2).all()

@@ -17,12 +17,15 @@ class ClipSpec:
 
     Attributes:
       frames: frames a clip, T.
-      rate: distance between them, in frames of a 30 fps video.
+      sampling: "rate", frames at a fixed distance, or "segments", one from each of T equal parts
+        of the whole video (the Something-Something recipes).
+      rate: distance between frames of sampling "rate", in frames of a 30 fps video.
       crop: side of a clip, in pixels.
       mean, std: normalisation of each channel, of values in [0, 1].
       channel_order: "rgb", or "bgr" for weights trained with OpenCV's order (the release's
         Something-Something ones).
-      start: "middle", the paper's test clip, or "first", the release's, which starts at frame 0.
+      start: of sampling "rate": "middle", the paper's test clip, or "first", the release's, which
+        starts at frame 0.
       short_side: of the frames that clips are cut from; videos are scaled to it first.
     """
 
@@ -34,6 +37,7 @@ class ClipSpec:
     channel_order: str = "rgb"
     start: str = "middle"
     short_side: int = 256
+    sampling: str = "rate"
 
     def __post_init__(self):
         # JSON and configs hold lists; equality and hashing need tuples.
@@ -41,6 +45,8 @@ class ClipSpec:
         object.__setattr__(self, "std", tuple(float(x) for x in self.std))
         if self.channel_order not in ("rgb", "bgr"):
             raise InputError(f"channel_order must be rgb or bgr, not {self.channel_order!r}")
+        if self.sampling not in ("rate", "segments"):
+            raise InputError(f"sampling must be rate or segments, not {self.sampling!r}")
         if self.start not in ("middle", "first"):
             raise InputError(f"start must be middle or first, not {self.start!r}")
         if min(self.frames, self.rate, self.crop) < 1:

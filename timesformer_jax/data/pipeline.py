@@ -179,30 +179,31 @@ def _train_plan(
     epoch: int,
 ) -> dict[str, Any]:
     random = _random(seed, epoch, row)
-    draws = random.random(5)
+    draws, draw, in_segment = random.random(5), random.integers(2**32), random.random(spec.frames)
+    n, fps = int(split.num_frames[row]), float(split.fps[row])
+    indices = sampling.train_indices(n, fps, spec, draws[0], in_segment)
     size = int(split.height[row]), int(split.width[row])
     return {
-        "indices": _stored(split, spec, row, draws[0])[None],
+        "indices": _stored(split, row, indices)[None],
         "windows": sampling.random_window(*size, spec.crop, jitter, draws[1:4])[None],
         "flip": flip and draws[4] < 0.5,
-        "draw": random.integers(2**32),
+        "draw": draw,
     }
 
 
 def _test_plan(split: Split, spec: ClipSpec, row: int, views: int, crops: int) -> dict[str, Any]:
-    positions = sampling.view_positions(views, first=spec.start == "first")
+    n, fps = int(split.num_frames[row]), float(split.fps[row])
     size = int(split.height[row]), int(split.width[row])
     return {
-        "indices": np.stack([_stored(split, spec, row, p) for p in positions]),
+        "indices": _stored(split, row, sampling.test_indices(n, fps, spec, views)),
         "windows": sampling.test_windows(*size, crops),
         "flip": False,
         "draw": 0,
     }
 
 
-def _stored(split: Split, spec: ClipSpec, row: int, position: float) -> np.ndarray:
-    n, fps, stride = int(split.num_frames[row]), float(split.fps[row]), int(split.stride[row])
-    indices = sampling.clip_indices(n, fps, spec.frames, spec.rate, position)
+def _stored(split: Split, row: int, indices: np.ndarray) -> np.ndarray:
+    n, stride = int(split.num_frames[row]), int(split.stride[row])
     return sampling.stored_indices(indices, stride, -(-n // stride))
 
 

@@ -10,6 +10,56 @@ import math
 
 import numpy as np
 
+from timesformer_jax.preprocessing import ClipSpec
+
+
+def train_indices(
+    num_frames: int, fps: float, spec: ClipSpec, position: float, draws: np.ndarray
+) -> np.ndarray:
+    """The source frames of a training clip by the rule of `spec`.
+
+    Args:
+      num_frames: frames of the video.
+      fps: its frame rate.
+      spec: says the rule.
+      position: a draw in [0, 1), where a clip of `clip_indices` starts.
+      draws: (T,) in [0, 1), one for each segment of `segment_indices`.
+
+    Returns:
+      (T,) int64 in [0, num_frames).
+    """
+    if spec.sampling == "segments":
+        return segment_indices(num_frames, spec.frames, draws)
+    return clip_indices(num_frames, fps, spec.frames, spec.rate, position)
+
+
+def test_indices(num_frames: int, fps: float, spec: ClipSpec, views: int) -> np.ndarray:
+    """The source frames of a video's test clips by the rule of `spec`.
+
+    Segments always span the video, so its views differ in the place within every segment: view v
+    takes the frame (v + 1/2) / views of the way through each, which for one view is the midpoint.
+
+    Args:
+      num_frames, fps, spec: as for `train_indices`.
+      views: temporal views.
+
+    Returns:
+      (views, T) int64 in [0, num_frames).
+    """
+    if spec.sampling == "segments":
+        # Just below, so that of the two middle frames of an even number the first is taken.
+        places = np.nextafter(view_positions(views), 0)
+        return np.stack(
+            [segment_indices(num_frames, spec.frames, np.full(spec.frames, p)) for p in places]
+        )
+    places = view_positions(views, first=spec.start == "first")
+    return np.stack(
+        [clip_indices(num_frames, fps, spec.frames, spec.rate, place) for place in places]
+    )
+
+
+test_indices.__test__ = False  # its name is the field's, but it is no test for pytest
+
 
 def clip_indices(
     num_frames: int, fps: float, clip_frames: int, rate: int, position: float
@@ -36,6 +86,26 @@ def clip_indices(
     # A span of less than a frame, at a frame a second, must not run backwards.
     indices = np.linspace(start, start + max(span - 1, 0), clip_frames)
     return np.clip(indices, 0, num_frames - 1).astype(np.int64)
+
+
+def segment_indices(num_frames: int, clip_frames: int, draws: np.ndarray) -> np.ndarray:
+    """The source frames of one clip by the rule of the authors' Something-Something recipes.
+
+    The video is cut into T equal segments of (num_frames - 1) / T frames, whose borders are rounded
+    to whole frames and belong to both sides; one frame is taken from each segment.
+
+    Args:
+      num_frames: frames of the video; where there are no more than T, some repeat.
+      clip_frames: frames of the clip, T.
+      draws: (T,) in [0, 1), where in its segment each frame lies; uniform draws in training.
+
+    Returns:
+      (T,) int64 in [0, num_frames), ascending.
+    """
+    segment = (num_frames - 1) / clip_frames
+    borders = np.rint(segment * np.arange(clip_frames + 1)).astype(np.int64)
+    first, last = borders[:-1], borders[1:]
+    return first + np.floor(draws * (last - first + 1)).astype(np.int64)
 
 
 def view_positions(views: int, first: bool = False) -> np.ndarray:

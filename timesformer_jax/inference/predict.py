@@ -50,15 +50,9 @@ class Predictor:
           decode.VideoError: if it cannot be decoded.
         """
         clip = self.card.clip
-        positions = sampling.view_positions(self.views, first=clip.start == "first")
 
         def pick(num_frames: int, fps: float) -> np.ndarray:
-            return np.concatenate(
-                [
-                    sampling.clip_indices(num_frames, fps, clip.frames, clip.rate, p)
-                    for p in positions
-                ]
-            )
+            return sampling.test_indices(num_frames, fps, clip, self.views).reshape(-1)
 
         frames = decode.decode(video, start, end, pick=pick, short_side=clip.short_side).frames
         windows = sampling.test_windows(*frames.shape[1:3], self.crops)
