@@ -1,4 +1,4 @@
-"""Top-k accuracy and its table by class, counted exactly."""
+"""Top-k accuracy and its table by class, counted exactly, a video once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ import os
 from typing import Any
 
 import numpy as np
+
+
+def average_pieces(probabilities: np.ndarray, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean prediction of each video over its records.
+
+    Args:
+      probabilities: (n, C), a row a record, in any order.
+      video: (n,) int, which video each is of.
+
+    Returns:
+      (m, C) float64 of the m videos, in the order of their numbers, and (m,) int, for each the row
+      of one of its records.
+    """
+    _, first, place, records = np.unique(
+        video, return_index=True, return_inverse=True, return_counts=True
+    )
+    total = np.zeros((len(first), probabilities.shape[1]))
+    np.add.at(total, place, probabilities)
+    return total / records[:, None], first
 
 
 @dataclasses.dataclass(frozen=True)

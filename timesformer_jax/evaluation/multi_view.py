@@ -1,4 +1,8 @@
-"""Evaluation: every video once, its views' probabilities averaged (the paper's protocol)."""
+"""Evaluation: every video once, its views' probabilities averaged (the paper's protocol).
+
+A long video that was prepared in pieces counts once too: the probabilities of its pieces, which do
+not overlap, are averaged (the paper's HowTo100M protocol).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from timesformer_jax.data.pipeline import Shard, eval_batches
 from timesformer_jax.data.records import Split, open_split
 from timesformer_jax.distributed.mesh import BATCH, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.metrics import Results
+from timesformer_jax.evaluation.metrics import Results, average_pieces
 from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
 from timesformer_jax.preprocessing import ClipSpec, preprocess
 
@@ -59,7 +63,8 @@ def evaluate(
     Args:
       params: parameters on `mesh`.
       model, clip: what they are parameters of, and the clips it expects.
-      split: a prepared split; every record counts once, on any number of hosts.
+      split: a prepared split; every video counts once, on any number of hosts, by the mean over
+        its records of their probabilities.
       mesh: the devices.
       batch_size: videos at a time, of all devices together.
       views: clips along a video.
@@ -69,7 +74,7 @@ def evaluate(
     step = jax.jit(
         lambda params, batch: (
             make_probabilities(model, clip)(params, batch["frames"], batch["windows"]),
-            batch["label"],
+            batch["record"],
             batch["valid"],
         ),
         in_shardings=(None, NamedSharding(mesh, BATCH)),
@@ -87,15 +92,17 @@ def evaluate(
         disable=jax.process_index() > 0,
         leave=False,
     )
-    probabilities, truth = [], []
+    probabilities, records = [], []
     for batch in progress:
-        arrays = put_batch(mesh, {k: batch[k] for k in ("frames", "windows", "label", "valid")})
-        p, label, valid = jax.device_get(step(params, arrays))
+        arrays = put_batch(mesh, {k: batch[k] for k in ("frames", "windows", "record", "valid")})
+        p, record, valid = jax.device_get(step(params, arrays))
         probabilities.append(p[valid])
-        truth.append(label[valid])
+        records.append(record[valid])
+    rows = np.concatenate(records)
+    averaged, first = average_pieces(np.concatenate(probabilities), split.video[rows])
     return Results.count(
-        np.concatenate(probabilities),
-        np.concatenate(truth),
+        averaged,
+        split.label[rows[first]],
         split.label_names,
         views=views,
         crops=crops,
