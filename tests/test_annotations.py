@@ -110,14 +110,24 @@ def test_ids_name_the_piece():
     assert Clip("a.mp4", "x", 2.0, 4.5, "").id == "a.mp4#2-4.5"
     assert Clip("a.mp4", "x", 12345.678, None, "").id == "a.mp4#12345.678-"
     assert Clip("a.mp4", "x", None, 3.0, "").id == "a.mp4#-3"
+    assert Clip("a.mp4", "x", None, None, "", (0, 90)).id == "a.mp4#f0-90"
+    assert Clip("a.mp4", "x", 2.0, 4.5, "", name="ID_000002_000004").id == "ID_000002_000004"
 
 
 def test_listed_but_missing_files_are_listed(tmp_path):
     rows = "path,label,split\na.mp4,x,train\ngone.mp4,x,train\n"
-    assert [clip.path for clip in read(tmp_path, table(tmp_path, rows)).clips] == [
-        "a.mp4",
-        "gone.mp4",
-    ]
+    listing = read(tmp_path, table(tmp_path, rows))
+    assert [clip.path for clip in listing.clips] == ["a.mp4", "gone.mp4"]
+    assert listing.missing == ("gone.mp4",)
+    assert listing.unlisted == ("b.mp4", "c.mp4", "d.mp4")
+
+
+def test_files_that_the_walk_passes_over_may_be_listed(tmp_path):
+    touch(tmp_path, "elsewhere/a.mp4", "videos/.hidden/b.mp4", "videos/c.vob")
+    paths = ("../elsewhere/a.mp4", str(tmp_path / "elsewhere/a.mp4"), ".hidden/b.mp4", "c.vob")
+    rows = "".join(f"{path},x,train\n" for path in paths)
+    listing = read(tmp_path / "videos", table(tmp_path, f"path,label,split\n{rows}../no.mp4,x,\n"))
+    assert listing.missing == ("../no.mp4",)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +161,7 @@ def test_files_that_cannot_be_read(tmp_path):
     refused("cannot read .*nowhere.csv", tmp_path, tmp_path / "nowhere.csv")
     (tmp_path / "latin.csv").write_bytes("path,label\na.mp4,café\n".encode("latin-1"))
     refused("not text in UTF-8", tmp_path, tmp_path / "latin.csv")
+    refused("is not one csv of clips", tmp_path, tmp_path)
     refused("validation fraction", tmp_path, None, validation_fraction=1.0)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from timesformer_jax.errors import InputError
+
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -73,6 +75,30 @@ class Found(NamedTuple):
 def label_names(clips: Sequence[Clip]) -> tuple[str, ...]:
     """The label map when none is given: the distinct labels, sorted; the class is the position."""
     return tuple(sorted({clip.label for clip in clips}))
+
+
+def name_classes(
+    rows: Sequence[Row], names: Sequence[str] | None
+) -> tuple[list[Row], tuple[str, ...]]:
+    """Names classes that rows give by number, as text: by `names`, or else by the number itself.
+
+    Returns:
+      The rows, and the names of all classes in order, also of those that no row is of.
+
+    Raises:
+      InputError: a number that `names` does not reach.
+    """
+    if names is None:
+        names = tuple(map(str, range(1 + max((int(clip.label) for _, clip in rows), default=-1))))
+    named = []
+    for where, clip in rows:
+        if int(clip.label) >= len(names):
+            raise InputError(
+                f"{where}: class {clip.label} is beyond the {len(names)} labels (from 0);"
+                " give the labels of these annotations"
+            )
+        named.append((where, replace(clip, label=names[int(clip.label)])))
+    return named, tuple(names)
 
 
 def assign_splits(clips: Sequence[Clip], validation_fraction: float) -> list[Clip]:

@@ -4,7 +4,14 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from timesformer_jax.data.annotations import own
+from timesformer_jax.data.annotations import (
+    diving48,
+    howto100m,
+    kinetics,
+    own,
+    something_v2,
+    ucf_hmdb,
+)
 from timesformer_jax.data.annotations.clips import Clip, Found, Row, assign_splits, label_names
 from timesformer_jax.data.annotations.files import AnnotationFiles, Location, annotation_files
 from timesformer_jax.data.annotations.listing import Listing
@@ -29,7 +36,52 @@ class Dataset(NamedTuple):
     segment_seconds: float | None = None
 
 
-DATASETS: dict[str, Dataset] = {}
+# Every fourth frame serves the paper's recipes on Kinetics and HowTo100M, which sample one of 4 to
+# one of 32. On the other data sets a clip is spread over a short video: any frame may be wanted.
+_STRIDE = 4
+
+DATASETS = {
+    "kinetics400": Dataset(
+        kinetics.read,
+        # arXiv 1808.01340, table 1 (train); arXiv 1705.06950: 50 clips a class for validation.
+        {"train": 246_245, "validation": 20_000},
+        store_stride=_STRIDE,
+    ),
+    "kinetics600": Dataset(
+        kinetics.read,
+        # arXiv 1808.01340, table 1: train, and 50 clips a class for validation.
+        {"train": 392_622, "validation": 30_000},
+        store_stride=_STRIDE,
+    ),
+    "something_v2": Dataset(
+        something_v2.read,
+        # The data set's page: 220,847 videos in all.
+        {"train": 168_913, "validation": 24_777, "test": 27_157},
+    ),
+    "diving48": Dataset(
+        diving48.read,
+        # The lists of version 2, in which labels were corrected.
+        {"train": 15_027, "test": 1_970},
+    ),
+    "howto100m": Dataset(
+        howto100m.read,
+        # The TimeSformer paper, section 4.6, which rounds.
+        {"train": 85_000, "test": 35_000},
+        store_stride=_STRIDE,
+        # What a clip of 8 frames at 1/32 covers, of a video at 30 frames a second.
+        segment_seconds=8 * 32 / 30,
+    ),
+    "ucf101": Dataset(
+        ucf_hmdb.read_ucf101,
+        # The length of trainlist01.txt and testlist01.txt.
+        {"train": 9_537, "test": 3_783},
+    ),
+    "hmdb51": Dataset(
+        ucf_hmdb.read_hmdb51,
+        # 70 videos for training and 30 for testing of each of 51 classes, in each split.
+        {"train": 3_570, "test": 1_530},
+    ),
+}
 
 
 def read(
@@ -63,10 +115,10 @@ def read(
         raise InputError(
             f"the validation fraction is {validation_fraction}; give one from 0 to below 1"
         )
-    published = published_dataset(dataset)
+    known = published_dataset(dataset)
     folder = walk(videos)
     files = None if annotations is None else annotation_files(annotations)
-    found = _found(dataset, published, folder, files, labels)
+    found = _found(dataset, known, folder, files, labels)
     order = found.labels if labels is None else tuple(labels)
     clips = sorted(_checked(found.rows, labels), key=lambda clip: clip.id)
     missing = tuple(clip.id for clip in clips if not folder.holds(clip.path))
@@ -84,7 +136,7 @@ def read(
         labels=order or label_names(clips),
         missing=missing,
         unlisted=tuple(path for path in folder.videos if path not in used),
-        published=found.published or (published.published if published else {}),
+        published=_counts(found, known),
         notes=found.notes,
     )
 
@@ -106,15 +158,21 @@ def published_dataset(name: str | None) -> Dataset | None:
     return DATASETS[name]
 
 
-def _found(dataset, published, folder, files, labels) -> Found:
-    if published is None:
+def _found(dataset, known, folder, files, labels) -> Found:
+    if known is None:
         return own.read_folders(folder) if files is None else own.read_csv(files)
     if files is None:
         raise InputError(f"{dataset} needs its annotations; give the folder of its files")
-    found = published.read(folder, files, labels)
+    found = known.read(folder, files, labels)
     if not found.rows:
         raise InputError(f"{files.where} lists no clip with a label; give the whole annotations")
     return found
+
+
+def _counts(found: Found, known: Dataset | None) -> Mapping[str, int]:
+    if found.published is not None:
+        return found.published
+    return known.published if known else {}
 
 
 def _checked(rows: Sequence[Row], labels: Sequence[str] | None) -> list[Clip]:

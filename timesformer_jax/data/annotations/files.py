@@ -8,9 +8,10 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from etils import epath
@@ -26,12 +27,21 @@ class AnnotationFiles:
     """Where annotations were said to be.
 
     where: as given, for messages. given: the files themselves, if files were given and not a
-    folder. by_name: every file of the folder, or of the folders that the files are in.
+    folder. folders: the folder, or those that the files are in.
     """
 
     where: str
     given: tuple[epath.Path, ...]
-    by_name: dict[str, epath.Path]
+    folders: tuple[epath.Path, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, epath.Path]:
+        """Every file of the folders."""
+        found = {}
+        for folder in self.folders:
+            with reading(folder):
+                found |= {path.name: path for path in folder.iterdir()}
+        return found
 
     def first(self, *names: str) -> epath.Path | None:
         """The file of the first of these names that is there."""
@@ -59,17 +69,16 @@ def annotation_files(annotations: Location | Sequence[Location]) -> AnnotationFi
     """
     many = isinstance(annotations, Sequence) and not isinstance(annotations, str)
     paths = [epath.Path(path) for path in (annotations if many else [annotations])]
-    given, by_name = [], {}
+    given, folders = [], []
     for path in paths:
         with reading(path):
             if path.is_dir():
-                folder = path
+                folders.append(path)
             else:
                 path.stat()  # a missing file is told of here
-                folder = path.parent
                 given.append(path)
-            by_name |= {entry.name: entry for entry in folder.iterdir()}
-    return AnnotationFiles(", ".join(map(os.fspath, paths)), tuple(given), by_name)
+                folders.append(path.parent)
+    return AnnotationFiles(", ".join(map(os.fspath, paths)), tuple(given), tuple(folders))
 
 
 def lines(path: epath.Path) -> Iterator[str]:
@@ -171,27 +180,23 @@ def read_json(path: epath.Path, kind: type, says: str) -> Any:
     return value
 
 
-def field(where: str, entry: Any, name: str, kind: Callable[[Any], Any]) -> Any:
-    """A field of a JSON object, made `kind` (int, str).
+def field(where: str, entry: Any, name: str) -> str:
+    """A field of a JSON object, text or a number, as text.
 
     Raises:
-      InputError: no object, no such field, or another kind of value.
+      InputError: no object, or no such field.
     """
-    if not isinstance(entry, dict) or name not in entry:
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if not isinstance(value, str | int):
         raise InputError(f"{where} has no '{name}'; download the file again")
-    value = entry[name]
-    return integer(where, name, value) if kind is int else str(value)
+    return str(value)
 
 
-def integer(where: str, name: str, value: Any) -> int:
-    """A whole number, 0 or more, from JSON or from text."""
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if number < 0 or isinstance(value, float | bool):
-        raise InputError(f"{where}: {name} '{value}' is not a whole number, 0 or more; correct it")
-    return number
+def integer(where: str, name: str, text: str) -> int:
+    """A whole number, 0 or more."""
+    if not text.isdecimal():
+        raise InputError(f"{where}: {name} '{text}' is not a whole number, 0 or more; correct it")
+    return int(text)
 
 
 def seconds(where: str, name: str, text: str) -> float | None:

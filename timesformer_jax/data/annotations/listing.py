@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from timesformer_jax.data.annotations.clips import Clip
 
@@ -25,7 +25,7 @@ class Listing:
     labels: tuple[str, ...]
     missing: tuple[str, ...] = ()
     unlisted: tuple[str, ...] = ()
-    published: Mapping[str, int] | None = None
+    published: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def report(self) -> str:
@@ -33,11 +33,10 @@ class Listing:
         listed = Counter(clip.split for clip in self.clips)
         absent = frozenset(self.missing)
         here = Counter(clip.split for clip in self.clips if clip.id not in absent)
-        published = self.published or {}
         report = [
-            _share(split, listed[split], here[split], published.get(split))
+            _share(split, listed[split], here[split], self.published.get(split))
             for split in SPLIT_ORDER
-            if split in listed or split in published
+            if split in listed or split in self.published
         ]
         if self.missing:
             report.append(_some("listed clips have no file", self.missing))
@@ -47,12 +46,10 @@ class Listing:
 
 
 def _share(split: str, listed: int, here: int, published: int | None) -> str:
-    line = f"{split}: {here:,} of {listed:,} listed are here"
+    line = f"{split}: none listed"
     if listed:
-        line += f" ({here / listed:.1%})"
-    if published:
-        line += f"; published {published:,} ({here / published:.1%})"
-    return line
+        line = f"{split}: {here:,} of {listed:,} listed are here ({here / listed:.1%})"
+    return f"{line}; published {published:,} ({here / published:.1%})" if published else line
 
 
 def _some(what: str, names: Sequence[str], most: int = 3) -> str:

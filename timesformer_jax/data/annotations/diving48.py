@@ -1,0 +1,51 @@
+"""Diving-48: JSON lists of clips by frames."""
+
+from collections.abc import Sequence
+
+from etils import epath
+
+from timesformer_jax.data.annotations.clips import Clip, Found, name_classes
+from timesformer_jax.data.annotations.files import AnnotationFiles, field, integer, read_json
+from timesformer_jax.data.annotations.videos import VideoFolder
+from timesformer_jax.errors import InputError
+
+
+def read(folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None) -> Found:
+    """Reads Diving48_V2_{train,test}.json, or where they are not there the lists of version 1.
+
+    The classes are named by `labels`, by Diving48_vocab.json (the four parts of a dive, joined) or
+    by their numbers. `end_frame` counts as the first frame that is not of the clip.
+    """
+    vocabulary = annotations.first("Diving48_vocab.json", "vocab.json")
+    if labels is None and vocabulary:
+        labels = _class_names(vocabulary)
+    rows = []
+    for split in ("train", "test"):
+        path = annotations.first(*_list_names(split))
+        for number, entry in enumerate(read_json(path, list, "a list of clips") if path else ()):
+            where = f"{path} entry {number}"
+            name = field(where, entry, "vid_name")
+            label, first, last = (
+                integer(where, key, field(where, entry, key))
+                for key in ("label", "start_frame", "end_frame")
+            )
+            if last <= first:
+                raise InputError(f"{where}: end_frame {last} is not after start_frame {first}")
+            file = folder.find(name) or f"{name}.mp4"
+            rows.append((where, Clip(file, str(label), None, None, split, (first, last), name)))
+    if not rows:
+        raise annotations.lacks(*_list_names("train"), *_list_names("test"))
+    return Found(*name_classes(rows, labels))
+
+
+def _list_names(split: str) -> tuple[str, ...]:
+    return f"Diving48_V2_{split}.json", f"{split}.json", f"Diving48_{split}.json"
+
+
+def _class_names(path: epath.Path) -> tuple[str, ...]:
+    """Names such as `Back 15som 05Twis FREE`."""
+    entries = read_json(path, list, "a list of classes")
+    for number, parts in enumerate(entries):
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise InputError(f"{path} entry {number} is not a list of words; download it again")
+    return tuple(" ".join(parts) for parts in entries)
