@@ -80,6 +80,7 @@ def _environment(port: int, bundle: pathlib.Path) -> dict[str, str]:
         "CURL_CA_BUNDLE": str(bundle),
         "TENSORSTORE_CA_BUNDLE": str(bundle),
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+        "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "100000",  # what fails does so soon
         "STORAGE_EMULATOR_HOST": proxy,  # for google-cloud-storage, which Orbax asks of a bucket
     }
 
@@ -228,6 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.request = self.server.tls.wrap_socket(self.request, server_side=True)
         self.setup()  # goes on with what comes through the tunnel
+        self.close_connection = False  # as some ask for a tunnel by HTTP/1.0
 
     def finish(self):
         super().finish()
