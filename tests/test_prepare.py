@@ -23,6 +23,7 @@ from videos import numbers, write_audio, write_video
 
 from timesformer_jax.data import records, shards
 from timesformer_jax.data.annotations import Clip
+from timesformer_jax.data.decode import decode
 from timesformer_jax.data.prepare import prepare
 from timesformer_jax.errors import InputError
 
@@ -294,6 +295,155 @@ def test_a_full_disk_loses_nothing(source, prepared, tmp_path):
     assert digests(tmp_path / "out") == digests(prepared)
 
 
+# ---- damaged videos, and decoders that crash -----------------------------------------------------
+
+
+def damaged(whole, rng):
+    """A file cut anywhere, or with bits flipped, or both."""
+    bits = np.unpackbits(np.frombuffer(whole, np.uint8))
+    if rng.random() < 0.7:
+        bits[rng.integers(len(bits), size=rng.integers(1, 60))] ^= 1
+    content = np.packbits(bits).tobytes()
+    return content[: rng.integers(len(content))] if rng.random() < 0.5 else content
+
+
+def test_among_hundreds_of_damaged_videos_every_good_clip_is_prepared(tmp_path):
+    videos, rng = tmp_path / "videos", np.random.default_rng(0)
+    made = [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")]
+    for label in ("good", "damaged"):
+        (videos / "train" / label).mkdir(parents=True)
+    for ending, codec in made:
+        whole = write_video(videos / f"train/good/whole.{ending}", frames=8, codec=codec)
+        for i in range(100):
+            path = videos / f"train/damaged/{i}.{ending}"
+            path.write_bytes(damaged(whole.read_bytes(), rng))
+    summary = prepare(videos, tmp_path / "out", short_side=24, clips_per_shard=101, workers=2)
+    with open(tmp_path / "out" / "failures.csv", newline="") as file:
+        failures = {row["id"]: row["reason"] for row in csv.DictReader(file)}
+    assert summary.failures == len(failures) > 100
+    assert all(len(reason.splitlines()) == 1 for reason in failures.values())
+    split = records.open_split(tmp_path / "out", "train")
+    assert len(split) + len(failures) == 404
+    assert not set(split.ids) & set(failures)
+    for ending, _ in made:
+        (place,) = np.flatnonzero(split.ids == f"train/good/whole.{ending}")
+        frames = decode(videos / split.ids[place], short_side=24).frames
+        with open(split.files[split.shard[place]], "rb") as file:
+            file.seek(split.offset[place] + records.RECORD_HEADER_BYTES)
+            jpegs = records.parse(file.read(split.size[place]))["video"]
+        stored = np.stack([tf.io.decode_jpeg(jpeg) for jpeg in jpegs])
+        assert stored.shape == frames.shape
+        assert np.abs(stored.astype(int) - frames).mean() < 3
+
+
+def test_a_clip_that_crashes_the_decoder_is_left_out(source, prepared, tmp_path, capsys):
+    """A segmentation fault ends a process; what it was at is to blame, and nothing else is lost."""
+
+    def crash_one():
+        while not (workers := active_children()) or not list((tmp_path / "out").glob("*.part")):
+            time.sleep(0.01)
+        os.kill(workers[0].pid, signal.SIGSEGV)
+
+    crasher = threading.Thread(target=crash_one)
+    crasher.start()
+    summary = prepare(**arguments(source, tmp_path / "out", max_failures=6))
+    crasher.join()
+    with open(tmp_path / "out" / "failures.csv", newline="") as file:
+        failures = {row["id"]: row["reason"] for row in csv.DictReader(file)}
+    crashed = {id for id, reason in failures.items() if "crash" in reason}
+    assert len(crashed) == 1
+    assert failures[next(iter(crashed))] == "the decoder crashes: SIGSEGV"
+    assert sum(summary.clips.values()) == sum(SPLITS.values()) - len(crashed - bad(prepared))
+    assert "crashed the decoder (SIGSEGV); going on without it" in capsys.readouterr().err
+
+
+def bad(prepared):
+    with open(prepared / "failures.csv", newline="") as file:
+        return {row["id"] for row in csv.DictReader(file)}
+
+
+def test_too_many_failures_end_the_run(source, prepared, tmp_path):
+    """Missing files are no failure to decode: 5 of the 6 count."""
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="more than --max_failures=4"):
+        prepare(**arguments(source, out, max_failures=4))
+    assert not (out / "dataset_info.json").exists()
+    assert "reason" in (out / "failures.csv").read_text()
+    prepare(**arguments(source, out, max_failures=5))
+    assert digests(out) == digests(prepared)
+
+
+def test_videos_that_were_missing_are_prepared_once_they_are_there(source, tmp_path, capsys):
+    videos = shutil.copytree(source, tmp_path / "videos")
+    (videos / "train3.mp4").rename(tmp_path / "later.mp4")
+    out = tmp_path / "out"
+    assert prepare(**arguments(videos, out)).clips == {"train": 13, "validation": 6}
+    before = digests(out)
+    assert "2 listed clips have no file" in capsys.readouterr().out
+    (tmp_path / "later.mp4").rename(videos / "train3.mp4")
+    assert prepare(**arguments(videos, out)).clips == SPLITS
+    prepare(**arguments(videos, tmp_path / "at once"))
+    assert digests(out) == digests(tmp_path / "at once")
+    assert sum(before[name] != now for name, now in digests(out).items()) == 1
+
+
+# ---- options ------------------------------------------------------------------------------------
+
+
+def test_long_videos_are_cut_into_equal_pieces(tmp_path):
+    """60 frames at 25 a second in pieces of about 0.7 s: 3 of 20; 20 frames: 1."""
+    (tmp_path / "v" / "train" / "a").mkdir(parents=True)
+    write_video(tmp_path / "v/train/a/long.mp4", frames=60, fps=25)
+    write_video(tmp_path / "v/train/a/short.mp4", frames=20, fps=25)
+    summary = prepare(
+        tmp_path / "v", tmp_path / "out", short_side=24, segment_seconds=0.7, store_stride=3,
+        workers=1,
+    )  # fmt: skip
+    assert (summary.clips, summary.records) == ({"train": 2}, {"train": 4})
+    assert "train: 2 clips in 4 records" in str(summary)
+    split = records.open_split(tmp_path / "out", "train")
+    assert sorted(split.ids) == [
+        "train/a/long.mp4#0.00-0.80",
+        "train/a/long.mp4#0.80-1.60",
+        "train/a/long.mp4#1.60-2.40",
+        "train/a/short.mp4",
+    ]
+    long = np.array([name.startswith("train/a/long") for name in split.ids])
+    assert len(set(split.video[long])) == 1
+    assert set(split.video[~long]).isdisjoint(split.video[long])
+    assert set(split.num_frames) == {20}
+    for row in tfds.builder_from_directory(tmp_path / "out").as_dataset("train"):
+        first = round(25 * float(str(row["id"].numpy().decode()).partition("#")[2][:4] or 0))
+        np.testing.assert_allclose(
+            numbers(row["video"].numpy()), np.arange(first, first + 20, 3), atol=1
+        )
+
+
+def test_frames_are_stored_at_the_rate_asked_for(tmp_path):
+    (tmp_path / "v" / "train" / "a").mkdir(parents=True)
+    write_video(tmp_path / "v/train/a/x.mp4", frames=60, fps=30)
+    prepare(tmp_path / "v", tmp_path / "out", short_side=24, fps=10, workers=1)
+    split = records.open_split(tmp_path / "out", "train")
+    assert (split.num_frames.tolist(), split.fps.tolist()) == ([20], [10])
+    (row,) = tfds.builder_from_directory(tmp_path / "out").as_dataset("train")
+    np.testing.assert_allclose(numbers(row["video"].numpy()), np.arange(0, 60, 3), atol=1)
+
+
+# ---- elsewhere ----------------------------------------------------------------------------------
+
+
+def test_apache_beam_writes_the_same_bytes(source, prepared, tmp_path):
+    out = tmp_path / "out"
+    beam = {"runner": "beam", "beam_options": "--runner=DirectRunner --direct_num_workers=1"}
+    summary = prepare(**arguments(source, out, **beam))
+    assert (summary.clips, summary.failures) == (SPLITS, 6)
+    assert digests(out) == digests(prepared)
+    assert (out / "failures.csv").read_bytes() == (prepared / "failures.csv").read_bytes()
+    next(out.glob("*-train.*")).unlink()
+    prepare(**arguments(source, out, **beam))  # what is lost is made anew, by Beam as here
+    assert digests(out) == digests(prepared)
+
+
 # ---- refused ------------------------------------------------------------------------------------
 
 
@@ -326,10 +476,12 @@ def test_another_data_set_is_not_written_over(source, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value"),
     [("short_side", 0), ("quality", 0), ("quality", 101), ("store_stride", 0),
-     ("clips_per_shard", 0), ("workers", -1), ("name", "My videos")],
+     ("clips_per_shard", 0), ("workers", -1), ("name", "My videos"), ("fps", -1.0),
+     ("segment_seconds", float("inf")), ("max_failures", -1), ("runner", "spark"),
+     ("beam_options", "--runner=FlinkRunner"), ("dataset", "kinetic400")],
 )  # fmt: skip
 def test_options_out_of_range(source, tmp_path, option, value):
-    with pytest.raises(InputError, match=option):
+    with pytest.raises(InputError, match=option.replace("dataset", "data set")):
         prepare(**arguments(source, tmp_path, **{option: value}))
 
 

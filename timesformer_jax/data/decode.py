@@ -399,6 +399,8 @@ def _video_stream(container) -> av.VideoStream:
     for stream in container.streams.video:
         # A cover picture of a song is a video stream of one frame.
         if not stream.disposition & Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise VideoError("a codec that FFmpeg does not know")
             return stream
     raise VideoError("no video stream")
 

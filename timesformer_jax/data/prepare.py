@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -301,7 +302,9 @@ def _write_here(shards: Sequence[Shard], work: tuple, processes: int, max_failur
                     shard = todo[progress.shard_of(process)]
                     clip = shard.clips[progress.finished(shard.name)]
                     crashed[shard.name][clip.id] = how
-                    bar.write(f"{clip.path} crashed the decoder ({how}); going on without it")
+                    tqdm.write(
+                        f"{clip.path} crashed the decoder ({how}); going on without it", sys.stderr
+                    )
 
 
 class _Progress:
