@@ -64,16 +64,20 @@ def check_videos(
     """
     names = None if labels is None else annotations_lib.read_labels(labels)
     listing = annotations_lib.read(videos, annotations, names, dataset=dataset)
+    _write(output, [], {})  # one that cannot be written is not to be met after hours
     missing = frozenset(listing.missing)
     there = [clip for clip in listing.clips if clip.id not in missing]
     found = dict.fromkeys(missing, _Found(MISSING)) | examine_all(
         os.fspath(absolute(videos)), there, share, workers or workers_lib.processors()
     )
     bad = [clip for clip in listing.clips if found[clip.id].reason]
-    if output is not None:
-        with disk_errors(output):
-            write_whole(absolute(output), _csv(bad, found))
-    return _summary(listing, found, share), [f"{clip.id}: {found[clip.id].reason}" for clip in bad]
+    _write(output, bad, found)
+    # The missing ones last: there may be very many, and no file to look at.
+    problems = [
+        f"{clip.id}: {found[clip.id].reason}"
+        for clip in sorted(bad, key=lambda clip: clip.id in missing)
+    ]
+    return _summary(listing, found, share), problems
 
 
 # ---- in processes -------------------------------------------------------------------------------
@@ -188,11 +192,16 @@ def _properties(infos: Iterable[VideoInfo]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _csv(clips: Sequence[Clip], found: Mapping[str, _Found]) -> bytes:
+def _write(
+    output: str | os.PathLike | None, clips: Sequence[Clip], found: Mapping[str, _Found]
+) -> None:
+    if output is None:
+        return
     text = io.StringIO()
     columns = ["id", *(field.name for field in fields(Clip) if field.name != "name"), "reason"]
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for clip in clips:
         writer.writerow({"id": clip.id, **asdict(clip), "reason": found[clip.id].reason})
-    return text.getvalue().encode()
+    with disk_errors(output):
+        write_whole(absolute(output), text.getvalue().encode())
