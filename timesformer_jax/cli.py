@@ -108,6 +108,20 @@ COMMANDS = {
         ),
         required=("videos", "output"),
     ),
+    "check": Command(
+        "finds what is wrong with prepared directories, or with videos before that",
+        "timesformer_jax.data.check:check",
+        (
+            _string("videos", None, "folder of videos to check, in place of prepared directories"),
+            _string("annotations", None, "of the videos, as prepare takes them"),
+            _string("dataset", None, "of the videos, as prepare takes it"),
+            _string("labels", None, "of the videos, as prepare takes them"),
+            _fraction("decode", 0.05, "share of the clips whose frames are decoded too"),
+            _integer("workers", 0, "threads, or for videos processes; 0 for one a core"),
+            _string("output", None, "csv file for the videos that cannot be used, and why"),
+        ),
+        words=("directories...",),
+    ),
     "train": Command(
         "trains a recipe, or goes on with it, and evaluates",
         "timesformer_jax.training.loop:train_and_report",

@@ -1,0 +1,533 @@
+"""What `timesformer check` says of data that were damaged in a known place."""
+
+import collections
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from videos import write_audio, write_video
+
+from timesformer_jax.data import records
+from timesformer_jax.data.annotations import Clip
+from timesformer_jax.data.check import check, is_chosen
+from timesformer_jax.data.check_prepared import check_prepared, histogram
+from timesformer_jax.data.check_videos import examine_all
+from timesformer_jax.data.prepare import prepare
+from timesformer_jax.errors import InputError
+
+SHARD = "tiny-train.tfrecord-00001-of-00003"
+REMAKE_SHARD = "; delete it and run `timesformer prepare` again .*: it makes only this shard anew"
+REMAKE_INDEX = "; delete dataset_info.json and run `timesformer prepare` again .*, and no shard"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """11 videos of 2 labels, 8 of them for training; and 2 that cannot be decoded."""
+    folder = tmp_path_factory.mktemp("source")
+    rows = [("path", "label", "split")]
+    for i in range(11):
+        path = write_video(folder / f"{i}.mp4", frames=10 + i, fps=25 if i else 30)
+        rows.append((path.name, "ab"[i % 3 > 0], "train" if i < 8 else "validation"))
+    (folder / "text.mp4").write_text("no video " * 50)
+    rows += [("text.mp4", "a", "train"), ("missing.mp4", "b", "validation")]
+    with open(folder / "clips.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    (folder / "labels.txt").write_text("a\nb\nunseen\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source_of_all_kinds(source, tmp_path_factory):
+    """The same, and one more of each way in which a clip cannot be used; and a file of no list."""
+    folder = shutil.copytree(source, tmp_path_factory.mktemp("kinds") / "videos")
+    whole = (folder / "7.mp4").read_bytes()
+    (folder / "empty.mp4").touch()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    write_audio(folder / "audio.mp4")
+    write_video(folder / "vp9.webm", frames=30, width=96, fps=15, codec="libvpx-vp9")
+    # The first half of the pictures' bytes: its packets are all there.
+    begin = whole.index(b"mdat") + 4
+    (folder / "noise.mp4").write_bytes(whole[:begin] + bytes(200) + whole[begin + 200 :])
+    shutil.copy(folder / "7.mp4", folder / "unlisted.mp4")
+    with open(folder / "clips.csv", "a", newline="") as file:
+        rows = [(f"{name}.mp4", "a", "train") for name in ("empty", "cut", "audio", "noise")]
+        csv.writer(file).writerows([*rows, ("vp9.webm", "b", "validation")])
+    return folder
+
+
+def prepare_from(source, output):
+    prepare(
+        source, output, annotations=source / "clips.csv", labels=source / "labels.txt",
+        short_side=24, store_stride=3, clips_per_shard=3, workers=1, name="tiny",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(source, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared") / "tiny"
+    prepare_from(source, output)
+    return output
+
+
+@pytest.fixture
+def damaged(prepared, tmp_path):
+    """A copy, to damage."""
+    return shutil.copytree(prepared, tmp_path / "copy")
+
+
+def problems_of(capsys, directory, **options):
+    """The lines of problems; there are as many as the error says."""
+    capsys.readouterr()
+    with pytest.raises(InputError) as error:
+        check([directory], workers=1, **options)
+    count = re.fullmatch(rf"(\d+) problems? in {re.escape(str(directory))}", str(error.value))[1]
+    return capsys.readouterr().out.splitlines()[-int(count) :]
+
+
+# ---- a prepared directory -----------------------------------------------------------------------
+
+
+def test_a_good_directory(prepared, capsys):
+    check([prepared], decode=1.0, workers=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{prepared}: every record is read, and the frames of 11 are decoded"
+    megabytes = {
+        split: f"{sum(path.stat().st_size for path in prepared.glob(f'*-{split}.*')) / 1e6:.1f}"
+        for split in ("train", "validation")
+    }
+    frames = [-(-(10 + i) // 3) for i in range(11)]
+    assert [line.split() for line in lines[2:4]] == [
+        ["train", "8", "8", "3", megabytes["train"], str(sum(frames[:8])), "24", "25-30", "1"],
+        [
+            "validation",
+            "3",
+            "3",
+            "2",
+            megabytes["validation"],
+            str(sum(frames[8:])),
+            "24",
+            "25",
+            "1",
+        ],
+    ]
+    assert lines[4:] == [
+        *("train: 2 of 3 classes have clips", "  no clip of: unseen", "       5 b", "       3 a"),
+        *("validation: 2 of 3 classes have clips", "  no clip of: unseen"),
+        *("       2 b", "       1 a", "no problems"),
+    ]
+
+
+def rewrite(directory, change):
+    """Writes record 1 of a shard again, changed in place, with checksums that are right."""
+    path = directory / SHARD
+    contents = [record.numpy() for record in tf.data.TFRecordDataset(os.fspath(path))]
+    changed = change(contents[1])
+    assert len(changed) == len(contents[1])
+    with records.ShardWriter(os.fspath(path)) as writer:
+        for content in (contents[0], changed, contents[2]):
+            writer.write(content)
+
+
+def without_the_last_jpeg(content):
+    jpeg = records.parse(content)["video"][-1].numpy()
+    return content.replace(jpeg, bytes(len(jpeg)))
+
+
+def flip(path, position, bit=0):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def reindex(directory, **changes):
+    """Writes the index of train again, with some columns changed."""
+    path = directory / "train.index.npz"
+    with np.load(path) as index:
+        columns = dict(index)
+    for column, (row, value) in changes.items():
+        columns[column][row] = value
+    np.savez(path, **columns)
+
+
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def cut(directory):
+    os.truncate(directory / SHARD, (directory / SHARD).stat().st_size - 1)
+
+
+def cut_between_records(directory):
+    split = records.open_split(directory, "train")
+    os.truncate(directory / SHARD, split.offset[split.shard == 1][2])
+
+
+def append(directory):
+    with open(directory / SHARD, "ab") as file:
+        file.write(b"more")
+
+
+def set_length(directory, change):
+    def edit(info):
+        train = next(split for split in info["splits"] if split["name"] == "train")
+        change(train)
+
+    edit_json(directory / "dataset_info.json", edit)
+
+
+ID = r"\d\.mp4"
+DAMAGE = {
+    "a cut shard": (cut, rf"{SHARD} record 2 \({ID}\) is cut short, .* not read{REMAKE_SHARD}"),
+    "a record less": (
+        cut_between_records,
+        rf"{SHARD} ends before record 2 \({ID}\): it has 2 of 3 records{REMAKE_SHARD}",
+    ),
+    "an empty shard": (
+        lambda d: (d / SHARD).write_bytes(b""),
+        rf"{SHARD} ends before record 0 \({ID}\): it has 0 of 3 records{REMAKE_SHARD}",
+    ),
+    "bytes at the end": (append, f"{SHARD} has 4 bytes after its 3 records{REMAKE_SHARD}"),
+    "no shard": (lambda d: (d / SHARD).unlink(), f"{SHARD} is missing; run .* only this shard"),
+    "a rest": (
+        lambda d: (d / f"{SHARD}.7.part").touch(),
+        f"{SHARD}.7.part is the rest of a run that was killed; delete it",
+    ),
+    "a stray": (
+        lambda d: (d / "tiny-train.tfrecord-00000-of-00009").touch(),
+        "tiny-train.tfrecord-00000-of-00009 is in no index; delete it",
+    ),
+    "a record of another name": (
+        lambda d: rewrite(d, lambda content: content.replace(b".mp4", b".avi")),
+        rf"{SHARD} record 1 \({ID}\): id \d.avi where the index has {ID}{REMAKE_SHARD}",
+    ),
+    "no record": (
+        lambda d: rewrite(d, lambda content: b"\xff" * len(content)),
+        rf"{SHARD} record 1 \({ID}\): it is not what `timesformer prepare` writes{REMAKE_SHARD}",
+    ),
+    "a frame that is no JPEG": (
+        lambda d: rewrite(d, without_the_last_jpeg),
+        rf"{SHARD} record 1 \({ID}\): frame \d cannot be decoded{REMAKE_SHARD}",
+    ),
+    "frames of another size": (
+        lambda d: reindex(d, height=(0, 30)),
+        rf".* record 0 \({ID}\): frame 0 is of shape \(24, 32, 3\) where the index has"
+        rf" \(30, 32, 3\){REMAKE_SHARD}",
+    ),
+    "another label in the index": (
+        lambda d: reindex(d, label=(0, 2)),
+        rf".* record 0 \({ID}\): label [01] where the index has 2{REMAKE_SHARD}",
+    ),
+    "other numbers in the index": (
+        lambda d: reindex(d, num_frames=(0, 90), fps=(0, 12.5), stride=(0, 2), offset=(0, 5)),
+        rf".* record 0 \({ID}\): offset 0 where the index has 5, num_frames \d+ where the index has"
+        rf" 90, fps \d+.0 where the index has 12.5, stride 3 where the index has 2, stored frames"
+        rf" \d+ where the index has 45{REMAKE_SHARD}",
+    ),
+    "a class that there is not": (
+        lambda d: reindex(d, label=(0, 3)),
+        rf"the index of train has {ID} with label 3 of 3{REMAKE_INDEX}",
+        rf".* record 0 .* label [01] where the index has 3{REMAKE_SHARD}",
+    ),
+    "a cut index": (
+        lambda d: os.truncate(d / "train.index.npz", 400),
+        rf"the index of train or the labels cannot be read \(.*\){REMAKE_INDEX}",
+    ),
+    "no index": (
+        lambda d: (d / "train.index.npz").unlink(),
+        f"the split train has no index, only its dataset_info.json{REMAKE_INDEX}",
+    ),
+    "no label map": (
+        lambda d: (d / "labels.txt").unlink(),
+        rf"the index of train or the labels cannot be read \(.*labels.txt.*\){REMAKE_INDEX}",
+        rf"the index of validation or the labels cannot be read \(.*\){REMAKE_INDEX}",
+    ),
+    "another label map": (
+        lambda d: (d / "labels.txt").write_text("a\nc\nunseen\n"),
+        f"TFDS has other label names than labels.txt{REMAKE_INDEX}",
+    ),
+    "a cut description": (
+        lambda d: os.truncate(d / "dataset_info.json", 100),
+        rf"TFDS cannot open .* \(.*\){REMAKE_INDEX}",
+    ),
+    "another count": (
+        lambda d: set_length(d, lambda train: train.update(shardLengths=["2", "2", "3"])),
+        f"dataset_info.json has 2 records in {SHARD} where the index has 3{REMAKE_INDEX}",
+    ),
+    "fewer shards": (
+        lambda d: set_length(d, lambda train: train.update(shardLengths=["3", "3"])),
+        f"dataset_info.json has 2 shards of train where the index has 3{REMAKE_INDEX}",
+    ),
+    "other bytes": (
+        lambda d: set_length(d, lambda train: train.update(numBytes="5")),
+        rf"dataset_info.json has 5 bytes of train where the shards have \d+{REMAKE_INDEX}",
+    ),
+    "no manifest": (
+        lambda d: (d / "manifests" / f"{SHARD}.json").unlink(),
+        rf"{SHARD} has no manifest that can be read \(.*\){REMAKE_SHARD}",
+    ),
+    "a manifest of another size": (
+        lambda d: edit_json(d / "manifests" / f"{SHARD}.json", lambda m: m.update(bytes=5)),
+        rf"{SHARD} has \d+ bytes where its manifest has 5{REMAKE_SHARD}",
+    ),
+    "a manifest of fewer records": (
+        lambda d: edit_json(d / "manifests" / f"{SHARD}.json", lambda m: m["records"].pop()),
+        rf"{SHARD} has other records than its manifest \(3, and 2 there\){REMAKE_SHARD}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_with_what_to_do(damaged, capsys, name):
+    damage, *expected = DAMAGE[name]
+    damage(damaged)
+    problems = problems_of(capsys, damaged, decode=1.0)
+    assert len(problems) == len(expected), problems
+    for problem, pattern in zip(problems, expected):
+        assert re.fullmatch(pattern, problem)
+
+
+def test_frames_are_decoded_of_the_share_asked_for(damaged):
+    rewrite(damaged, without_the_last_jpeg)
+    check([damaged], decode=0.0)
+    with pytest.raises(InputError, match="1 problem in"):
+        check([damaged], decode=1.0)
+
+
+@given(share=st.floats(0, 1), more=st.floats(0, 1))
+def test_a_larger_share_holds_the_smaller(share, more):
+    share, more = sorted((share, more))
+    ids = [f"{i}.mp4" for i in range(400)]
+    chosen = {clip for clip in ids if is_chosen(clip, share)}
+    assert chosen <= {clip for clip in ids if is_chosen(clip, more)}
+    assert abs(len(chosen) - 400 * share) <= 5 * 10  # 5 standard deviations, at most 10 each
+    assert not any(is_chosen(clip, 0.0) for clip in ids)
+    assert all(is_chosen(clip, 1.0) for clip in ids)
+
+
+@pytest.fixture(scope="module")
+def flippable(prepared, tmp_path_factory):
+    return shutil.copytree(prepared, tmp_path_factory.mktemp("flippable") / "copy")
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_flipped_bit_is_found_in_its_record(flippable, data):
+    split = records.open_split(flippable, "train")
+    ids, ends = (of[split.shard == 1] for of in (split.ids, split.offset + split.size + 16))
+    position = data.draw(st.integers(0, int(ends[-1]) - 1))
+    record = int(np.searchsorted(ends, position, side="right"))
+    bit = data.draw(st.integers(0, 7))
+    flip(flippable / SHARD, position, bit)
+    try:
+        _, problems = check_prepared(flippable, 0.0, workers=1)
+    finally:
+        flip(flippable / SHARD, position, bit)
+    assert len(problems) == 1
+    where = f"{SHARD} record {record} ({ids[record]}) "
+    assert problems[0].startswith((f"{where}has a wrong checksum", f"{where}is cut short"))
+
+
+def digests(directory):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+    }
+
+
+def test_what_is_advised_mends_it(source, prepared, damaged, capsys):
+    """Deletes what the problems say, prepares again, and finds all as it was."""
+    shards = sorted(damaged.glob("tiny-*"))
+    flip(shards[0], 100)
+    cut(damaged)
+    shards[2].unlink()
+    (damaged / "tiny-train.tfrecord-00000-of-00009").touch()
+    sound = {path: path.stat().st_mtime_ns for path in shards[3:]}
+    assert follow(problems_of(capsys, damaged), damaged) == 4
+    prepare_from(source, damaged)
+    check([damaged])
+    assert digests(damaged) == digests(prepared)
+    assert sound == {path: path.stat().st_mtime_ns for path in sound}
+
+    sound = {path: path.stat().st_mtime_ns for path in damaged.glob("tiny-*")}
+    (damaged / "train.index.npz").unlink()
+    (damaged / "labels.txt").write_text("a\nc\nunseen\n")
+    assert follow(problems_of(capsys, damaged), damaged) == 2
+    prepare_from(source, damaged)
+    check([damaged])
+    assert digests(damaged) == digests(prepared)
+    assert sound == {path: path.stat().st_mtime_ns for path in sound}
+
+
+def follow(problems, directory):
+    for problem in problems:
+        what, advice = problem.split("; ")
+        if advice.startswith("delete it"):
+            (directory / what.split()[0]).unlink()
+        elif named := re.match(r"delete ([\w.]+) and run", advice):
+            (directory / named[1]).unlink(missing_ok=True)
+        else:
+            assert advice.startswith("run `timesformer prepare` again")
+    return len(problems)
+
+
+def test_a_directory_prepared_in_part_is_one_line(damaged, tmp_path):
+    (damaged / "dataset_info.json").unlink()
+    with pytest.raises(InputError, match=r"in part: 5 shards are done, .* run `timesformer"):
+        check([damaged])
+    (tmp_path / "dataset_info.json").touch()
+    with pytest.raises(InputError, match="was not made by `timesformer prepare`"):
+        check([tmp_path])
+
+
+def test_without_what_only_prepare_reads(damaged, capsys):
+    """A copy of what training reads is as good; what it does not tell is not made up."""
+    shutil.rmtree(damaged / "manifests")
+    (damaged / "failures.csv").unlink()
+    check([damaged])
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:4]] == ["?", "?"]
+
+
+def test_pieces_of_a_video_are_one_clip(damaged, capsys):
+    reindex(damaged, video=(1, 0))
+    check([damaged])
+    assert capsys.readouterr().out.splitlines()[2].split()[:3] == ["train", "7", "8"]
+
+
+def test_many_classes_are_shown_by_their_ends(prepared, tmp_path, capsys):
+    """A data set of 60 classes, class i of which has 1 + i // 2 clips; and 1 that has none."""
+    counts = collections.Counter({f"class {i}": 1 + i // 2 for i in range(60)})
+    labels = [*counts.elements()]
+    split = records.open_split(prepared, "train")
+    many = dataclasses.replace(
+        split,
+        label_names=(*counts, "unseen"),
+        label=np.array([[*counts].index(label) for label in labels]),
+    )
+    lines = histogram(many).splitlines()
+    assert lines[:2] == ["train: 60 of 61 classes have clips", "  no clip of: unseen"]
+    assert [line.split(maxsplit=1) for line in lines[2:7]] == [
+        ["30", "class 58"], ["30", "class 59"], ["29", "class 56"], ["29", "class 57"],
+        ["28", "class 54"],
+    ]  # fmt: skip
+    assert lines[7].strip() == "..."
+    assert [line.split(maxsplit=1) for line in lines[8:]] == [
+        ["3", "class 5"], ["2", "class 2"], ["2", "class 3"], ["1", "class 0"], ["1", "class 1"],
+    ]  # fmt: skip
+
+
+def test_on_a_bucket_from_the_command_line(prepared, gcs, timesformer, monkeypatch):
+    for name, value in gcs.environment.items():
+        monkeypatch.setenv(name, value)
+    shutil.copytree(prepared, gcs.root / "bucket" / "bad")
+    flip(gcs.root / "bucket" / "bad" / SHARD, 100)
+    done = timesformer("check", "gs://bucket/bad", check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: 1 problem in gs://bucket/bad"
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("gs://bucket/bad: every record is read, and the frames of ")
+    assert re.search(rf"\n{SHARD} record 0 \({ID}\) has a wrong checksum.*\n$", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "give prepared directories to check, or the folder of --videos"),
+        ({"directories": ["a"], "videos": "b"}, "give prepared directories to check, or"),
+        ({"directories": ["a"], "output": "b.csv"}, "go with --videos only"),
+        ({"directories": ["a"], "decode": 1.5}, "decode is 1.5; give the share"),
+        ({"directories": ["a"], "workers": -1}, "workers is -1; give 1 or more"),
+        ({"videos": "/nowhere"}, "there is no folder /nowhere"),
+        ({"directories": ["/nowhere"]}, "there is no folder /nowhere"),
+    ],
+)
+def test_what_cannot_be_checked(arguments, said):
+    with pytest.raises(InputError, match=said):
+        check(**arguments)
+
+
+# ---- raw videos ---------------------------------------------------------------------------------
+
+
+def test_videos_are_as_preparing_finds_them(source_of_all_kinds, tmp_path, capsys):
+    source = source_of_all_kinds
+    prepare_from(source, tmp_path / "prepared")
+    capsys.readouterr()
+    listed = {"annotations": source / "clips.csv", "labels": source / "labels.txt"}
+    with pytest.raises(InputError, match=f"6 problems in {source}"):
+        check(videos=source, **listed, decode=1.0, workers=2, output=tmp_path / "bad.csv")
+    assert (tmp_path / "bad.csv").read_text() == (tmp_path / "prepared/failures.csv").read_text()
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "train: 13 of 13 listed are here (100.0%)" in lines
+    assert "1 listed clips have no file: missing.mp4" in lines
+    assert "1 video files are in no list: unlisted.mp4" in lines
+    assert "the packets of 17 clips are read, and 17 of them are decoded" in lines
+    hours = {"train": 10 / 30 / 3600 + sum(range(11, 18)) / 25 / 3600}
+    hours["validation"] = (18 + 19 + 20) / 25 / 3600 + 30 / 15 / 3600
+    words = [line.split() for line in lines]
+    assert ["train", "13", f"{hours['train']:.2f}", "5"] in words
+    assert ["validation", "4", f"{hours['validation']:.2f}", "0"] in words
+    for row in (
+        ["codec", "h264", "11"], ["codec", "vp9", "1"], ["container", "matroska,webm", "1"],
+        ["size", "64x48", "11"], ["size", "96x48", "1"],
+        ["fps", "25", "10"], ["fps", "30", "1"], ["fps", "15", "1"],
+    ):  # fmt: skip
+        assert row in words
+    problems = [line.split(": ")[0] for line in lines[-6:]]
+    assert problems == [
+        *("audio.mp4", "cut.mp4", "empty.mp4", "noise.mp4", "text.mp4", "missing.mp4")
+    ]
+
+
+def test_an_output_that_cannot_be_written_is_told_first(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("timesformer_jax.data.check_videos.examine_all", None)
+    arguments = {"annotations": source / "clips.csv", "labels": source / "labels.txt"}
+    with pytest.raises(InputError, match=r"cannot write .*bad.csv"):
+        check(videos=source, **arguments, output=tmp_path / "nowhere" / "bad.csv")
+
+
+def test_good_videos_from_the_command_line(source, timesformer, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            shutil.copy(source / f"{number}.mp4", tmp_path / name)
+    done = timesformer("check", f"--videos={tmp_path}", f"--output={tmp_path / 'bad.csv'}")
+    assert done.stdout.splitlines()[-1] == "no problems"
+    with open(tmp_path / "bad.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == []
+
+
+def test_a_video_that_crashes_the_decoder(source_of_all_kinds, tmp_path, monkeypatch):
+    # A clip that ends the process that looks for its file, as a decoder of bad memory would.
+    (tmp_path / "crashing.py").write_text(
+        "import multiprocessing, os, signal\n"
+        "from timesformer_jax.data.annotations import Clip\n"
+        "class Crashing(Clip):\n"
+        "    def __getattribute__(self, name):\n"
+        "        if name == 'path' and multiprocessing.parent_process():\n"
+        "            os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "        return super().__getattribute__(name)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import crashing
+
+    # Nothing is decoded, so that noise in the place of pictures is not met.
+    names = ["0.mp4", "noise.mp4", "text.mp4"]
+    clips = [Clip(name, "a", None, None, "train") for name in names]
+    clips[1:1] = [crashing.Crashing("0.mp4", "a", None, None, "train", name="bad")]
+    found = examine_all(str(source_of_all_kinds), clips, share=0.0, processes=1)
+    reasons = {clip: of_clip.reason for clip, of_clip in found.items()}
+    assert reasons.pop("bad") == "the decoder crashes: SIGSEGV"
+    assert [name for name in names if reasons[name]] == ["text.mp4"]
