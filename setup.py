@@ -17,6 +17,7 @@ BASE = [
     "absl-py>=2.1",
     "av>=18.0,<19",  # 18 brings the scaling flags; 19 takes away metadata_errors
     "dm-pix>=0.4.3",
+    "etils[epath]>=1.15",
     "ml-collections>=1.1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
