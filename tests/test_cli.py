@@ -19,7 +19,7 @@ def test_help_lists_commands_and_flags(timesformer):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], "no command 'trian'; there are: prepare, train"),
+        (["trian"], "no command 'trian'; there are: prepare, check, train"),
         (["train"], "needs --config"),
         (["train", f"--config={DEMO}"], "needs --workdir"),
         (["train", f"--config={DEMO}", "--workdir=x", "--config.batchsize=3"], '"batch_size"'),
@@ -29,6 +29,7 @@ def test_help_lists_commands_and_flags(timesformer):
         (["train", f"--config={DEMO}", "--workdir=/dev/null/x", "--config.data.demo=False",
           "--config.data.directory=/nowhere"], "/nowhere"),
         (["train", "--wrokdir=x"], "workdir"),
+        (["check"], "give prepared directories to check, or the folder of --videos"),
         (["convert", "a.pyth"], "takes SRC DST, not 'a.pyth'"),
         (["convert", "/nowhere.pyth", "x"], "/nowhere.pyth"),
         (["train", "word", f"--config={DEMO}", "--workdir=x"], "takes flags only"),
