@@ -133,8 +133,9 @@ COMMANDS = {
         "timesformer_jax.evaluation.multi_view:evaluate_checkpoint",
         (
             CHECKPOINT,
-            _string("data", None, "prepared folder; by default the one it was trained on"),
+            _string("data", None, "folder of records, or tfds:NAME; by default its training data"),
             _string("split", None, "by default the one its config evaluates on"),
+            _flag(flags.DEFINE_float, "fps", None, "frame rate of records that do not say theirs"),
             *VIEWS,
             _integer("batch_size", None, "videos at a time; by default the config's", least=1),
             _string("output", None, "JSON file for the results"),

@@ -1,4 +1,4 @@
-"""What a record holds, and where the records of a prepared directory lie.
+"""What a record holds, and where the records of a data set lie.
 
 A prepared directory is a TFDS data set (`tfds.builder_from_directory` opens it) of TFRecord
 shards, one tf.train.Example a clip, with one JPEG a stored frame. Beside the shards of each split
@@ -8,13 +8,15 @@ lies an index, so that one record can be read without the ones before it:
     SPLIT.index.npz                      a row a record: where it is and what shape it has
     labels.txt                           a label a line; the class is the line's position
     features.json, dataset_info.json     TFDS's; the second is written last
+
+Records of other projects are opened by foreign.py.
 """
 
 import errno
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from timesformer_jax.data.prepare import OPTIONS_FILE
 from timesformer_jax.errors import InputError
 
 # TensorFlow reads and decodes; left alone it would take the GPU's whole memory from JAX.
@@ -29,6 +32,9 @@ tf.config.set_visible_devices([], "GPU")
 
 LABELS_FILE = "labels.txt"
 INFO_FILE = "dataset_info.json"
+
+# A data set by its TFDS name: tfds:NAME[/CONFIG][:VERSION][@DATA_DIR].
+TFDS_SCHEME = "tfds:"
 
 # A TFRecord is a length (8 bytes), its checksum (4), the data, and the data's checksum (4).
 RECORD_HEADER_BYTES = 12
@@ -97,11 +103,16 @@ def parse(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
     return tf.io.parse_single_example(serialized, _EXAMPLE_SPEC)
 
 
+def encoded_frames(serialized: tf.Tensor) -> tf.Tensor:
+    """The stored frames of a serialized record, inside tf.data too: (stored frames,) string."""
+    return parse(serialized)["video"]
+
+
 @dataclass(frozen=True)
 class Split:
     """Where the n records of a split are, and what they hold. The arrays are (n,), a row a record.
 
-    name: `train`, `validation` or `test`.
+    name: `train`, `validation` or `test`; another project's may have any.
     files: absolute paths of the shards.
     label_names: name of each class.
     ids: str. Clip.id.
@@ -115,6 +126,8 @@ class Split:
     height, width: int32, pixels of the stored frames.
     label: int32, class.
     video: int32, which video of the split the record is of: the pieces of a long video share it.
+    encoded_frames: from () string, a serialized record, to its (stored frames,) string, a JPEG or
+      PNG each; works inside tf.data.
     """
 
     name: str
@@ -131,24 +144,57 @@ class Split:
     width: np.ndarray
     label: np.ndarray
     video: np.ndarray
+    encoded_frames: Callable[[tf.Tensor], tf.Tensor] = encoded_frames
 
     def __len__(self) -> int:
         return len(self.label)
 
-    def encoded_frames(self, serialized: tf.Tensor) -> tf.Tensor:
-        """The (stored frames,) encoded images of a serialized record, inside tf.data too."""
-        return parse(serialized)["video"]
 
+def open_split(source: str | os.PathLike, split: str, fps: float | None = None) -> Split:
+    """Opens a split: reads its index, no record.
 
-def open_split(directory: str | os.PathLike, split: str) -> Split:
-    """Opens a split of a prepared directory: reads its index, no record.
+    Records that `prepare` did not write have no index: when they are first opened they are read
+    once, and the index is kept for the next time.
+
+    Args:
+      source: a prepared directory, one of TFDS, one of DMVR's or Scenic's TFRecord tables, all on
+        gs:// too; or `tfds:NAME[/CONFIG][:VERSION][@DATA_DIR]`, a data set that TFDS has built.
+      split: its name; of a table, a word of its name will do if no other table has it.
+      fps: frames a second of the records that do not say theirs; none or 0 if all do.
 
     Raises:
-      InputError: no such folder, not a (wholly) prepared one, no such split, an empty split.
+      InputError: no such source or split, one that is not whole, an empty split, records that
+        cannot be used or do not say their frame rate.
     """
-    directory = os.path.abspath(directory) if _is_local(directory) else os.fspath(directory)
-    if not tf.io.gfile.isdir(directory):
-        raise InputError(f"there is no folder {directory}; make it with `timesformer prepare`")
+    if fps and not 0 < fps < np.inf:
+        raise InputError(f"a frame rate (fps) must be above 0, not {fps}")
+    source = resolved(source)
+    if _is_foreign(source):
+        # It imports this module.
+        from timesformer_jax.data import foreign
+
+        return foreign.open_split(source, split, fps or None)
+    return _open_prepared(source, split)
+
+
+def resolved(source: str | os.PathLike) -> str:
+    """A source as `open_split` takes it, such that it is the same from any working directory."""
+    source = os.fspath(source)
+    if source.startswith(TFDS_SCHEME):
+        name, at, data_dir = source.partition("@")
+        return f"{name}{at}{resolved(data_dir)}" if at else source
+    return os.path.abspath(source) if _is_local(source) else source
+
+
+def _is_foreign(source: str) -> bool:
+    if source.startswith(TFDS_SCHEME):
+        return True
+    if not tf.io.gfile.isdir(source):
+        raise InputError(f"there is no folder {source}; make it with `timesformer prepare`")
+    return not (split_names(source) or tf.io.gfile.exists(os.path.join(source, OPTIONS_FILE)))
+
+
+def _open_prepared(directory: str, split: str) -> Split:
     if not tf.io.gfile.exists(os.path.join(directory, INFO_FILE)):
         raise InputError(
             f"{directory} is not a prepared data set (no {INFO_FILE}, which is written last);"

@@ -113,6 +113,7 @@ def evaluate_checkpoint(
     checkpoint: str,
     data: str | None = None,
     split: str | None = None,
+    fps: float | None = None,
     views: int = 1,
     crops: int = 3,
     batch_size: int | None = None,
@@ -122,8 +123,10 @@ def evaluate_checkpoint(
 
     Args:
       checkpoint: a workdir of training, its checkpoints folder, or one step of it.
-      data: a prepared directory; by default the one that it was trained on.
+      data: what `open_split` opens; by default what it was trained on.
       split: by default the one that its config evaluates on.
+      fps: frames a second of records that do not say theirs; by default, on the data that it was
+        trained on, as its config says.
       views, crops: as for `evaluate`.
       batch_size: videos at a time; by default as in its config.
       output: a JSON file for the results.
@@ -142,7 +145,11 @@ def evaluate_checkpoint(
     }
     if not (data or trained["data"]["directory"]):
         raise InputError(f"{checkpoint} was not trained here: say with --data what to evaluate on")
-    found = open_split(data or trained["data"]["directory"], split or trained["data"]["eval_split"])
+    if data is None:
+        fps = fps or trained["data"].get("fps")  # older configs have none
+    found = open_split(
+        data or trained["data"]["directory"], split or trained["data"]["eval_split"], fps
+    )
     if not card.labels and len(found.label_names) == card.model.num_classes:
         logging.warning("the checkpoint names no classes: the data's are taken in their order")
     elif found.label_names != card.labels:
