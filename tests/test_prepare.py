@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from conftest import interruptible
+from conftest import command as cli_command
+from conftest import environment, interruptible
 from videos import numbers, write_audio, write_video
 
 from timesformer_jax.data import records, shards
@@ -442,6 +443,32 @@ def test_apache_beam_writes_the_same_bytes(source, prepared, tmp_path):
     next(out.glob("*-train.*")).unlink()
     prepare(**arguments(source, out, **beam))  # what is lost is made anew, by Beam as here
     assert digests(out) == digests(prepared)
+
+
+def test_on_gs_it_writes_the_same_bytes(source, prepared, gcs, timesformer_on):
+    bucket = gcs.root / "bucket"
+    shutil.copytree(source, bucket / "videos")
+    options = {**OPTIONS, "store_stride": 3, "annotations": "gs://bucket/videos/clips.csv"}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = ("prepare", "--videos=gs://bucket/videos", "--output=gs://bucket/out", *flags)
+    done = timesformer_on(gcs, *command)
+    assert done.returncode == 0, done.stderr
+    assert digests(bucket / "out") == digests(prepared)
+    assert (bucket / "out/failures.csv").read_bytes() == (prepared / "failures.csv").read_bytes()
+    assert "already prepared" in timesformer_on(gcs, *command).stdout
+
+
+@pytest.fixture
+def timesformer_on():
+    """Runs the command line in a process that takes a stand-in for Google Cloud Storage."""
+
+    def run(gcs, *arguments):
+        return subprocess.run(
+            cli_command(*arguments),
+            capture_output=True, text=True, env=environment() | dict(gcs.environment),
+        )  # fmt: skip
+
+    return run
 
 
 # ---- refused ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ not, the timeline has as many ticks, evenly spaced, so that equal numbers of fra
 
 import collections
 import glob
+import io
 import itertools
 import math
 import os
@@ -20,6 +21,9 @@ import av
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
+from etils import epath
+
+from timesformer_jax.data.storage import RemoteFile, is_remote
 
 # Bicubic is what `ffmpeg -vf scale` does, so frames equal those of copies that people have scaled
 # with ffmpeg; swscale widens its support when it shrinks, so it does not alias. The flags choose
@@ -368,12 +372,11 @@ class VideoFile:
 def _open_container(path: str) -> av.container.InputContainer:
     # A title in a strange encoding is no reason to refuse the video.
     lenient = {"metadata_errors": "replace"}
-    if "://" in path:
-        from etils import epath  # it brings TensorFlow or fsspec; local files need neither
-
-        if not (remote := epath.Path(path)).exists():
+    if is_remote(path):
+        if not epath.Path(path).exists():
             raise VideoError("missing file")
-        return av.open(remote.open("rb"), **lenient)
+        # What is read is small and scattered: every request takes as long as a megabyte.
+        return av.open(io.BufferedReader(RemoteFile(path), 1 << 20), **lenient)
     if os.path.isdir(path):
         options = {"pattern_type": "glob", "framerate": str(IMAGES_FPS)}
         return av.open(_images(path), format="image2", container_options=options, **lenient)

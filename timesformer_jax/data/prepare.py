@@ -320,9 +320,10 @@ class _Progress:
             process, name, *self._told[name] = events.get()
             self._shard_of[process] = name
         finished, failed = (sum(column) for column in zip(*self._told.values()))
-        self._bar.update(finished - self._bar.n)
         if failed:
             self._bar.set_postfix_str(f"{failed} failed", refresh=False)
+        if finished != self._bar.n:
+            self._bar.update(finished - self._bar.n)
         _require_few(failed, self._max_failures)
 
     def shard_of(self, process: int) -> str:

@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import io
 import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from etils import epath
 
@@ -12,8 +14,56 @@ from timesformer_jax.errors import InputError
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is on gs:// or the like. An object there appears whole, or it does not."""
+    """Whether a path is on gs:// or the like."""
     return "://" in os.fspath(path)
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on gs:// to read, as Python's own are, which TensorFlow's are not quite.
+
+    Raises:
+      InputError: on reading, the storage does not answer: not the file's fault, who reads it must
+        not take it for damaged.
+    """
+
+    def __init__(self, path: str):
+        self.name = path
+        self._opened = ExitStack()
+        with _storage_errors(path):
+            self._file = self._opened.enter_context(epath.Path(path).open("rb"))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        with _storage_errors(self.name):
+            content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with _storage_errors(self.name):
+            self._file.seek(offset, whence)
+            return self._file.tell()
+
+    def close(self) -> None:
+        self._opened.close()
+        super().close()
+
+
+@contextmanager
+def _storage_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    # TensorFlow's errors and those of other back ends have no base in common but this.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"cannot read {path}: {reason}; run the same command again: what is finished is kept"
+        ) from error
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
@@ -24,10 +74,13 @@ def absolute(path: str | os.PathLike) -> epath.Path:
 def appearing(path: epath.Path) -> Iterator[epath.Path]:
     """Yields where to write a file, such that `path` is there whole or not, even if the power goes.
 
-    On a disk that is a temporary file beside it, renamed at the end.
+    That is a temporary file, beside it on a disk, renamed at the end; or on a disk here, sent.
     """
     if is_remote(path):
-        yield path
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = epath.Path(folder) / path.name
+            yield temporary
+            temporary.copy(path, overwrite=True)
         return
     # Named by process, so that a straggler of a run before cannot spoil what is written here.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
