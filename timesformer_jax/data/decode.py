@@ -373,8 +373,10 @@ def _open_container(path: str) -> av.container.InputContainer:
     # A title in a strange encoding is no reason to refuse the video.
     lenient = {"metadata_errors": "replace"}
     if is_remote(path):
-        if not epath.Path(path).exists():
+        if not (file := epath.Path(path)).exists():
             raise VideoError("missing file")
+        if file.stat().length == 0:
+            raise VideoError("empty file")
         # What is read is small and scattered: every request takes as long as a megabyte.
         return av.open(io.BufferedReader(RemoteFile(path), 1 << 20), **lenient)
     if os.path.isdir(path):
@@ -459,5 +461,5 @@ def _reasons() -> Iterator[None]:
     """Turns what PyAV raises into a VideoError that gives the reason in a line."""
     try:
         yield
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise VideoError((error.strerror or str(error)).splitlines()[0]) from error

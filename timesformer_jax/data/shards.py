@@ -60,11 +60,11 @@ class Shard:
 
     def is_done(self) -> bool:
         path = epath.Path(self.path)
-        return (
-            self.manifest.exists()
-            and path.exists()
-            and path.stat().length == self.read_manifest()["bytes"]
-        )
+        try:
+            num_bytes = self.read_manifest()["bytes"]
+        except (OSError, ValueError, KeyError):  # not there, or damaged since
+            return False
+        return path.exists() and path.stat().length == num_bytes
 
     def read_manifest(self) -> dict:
         """bytes: of the shard. records: an index row each. failures: a row each; see `write`."""

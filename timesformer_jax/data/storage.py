@@ -30,6 +30,7 @@ class RemoteFile(io.RawIOBase):
         self.name = path
         self._opened = ExitStack()
         with _storage_errors(path):
+            self._size = epath.Path(path).stat().length
             self._file = self._opened.enter_context(epath.Path(path).open("rb"))
 
     def readable(self) -> bool:
@@ -46,7 +47,11 @@ class RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with _storage_errors(self.name):
-            self._file.seek(offset, whence)
+            origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._size}
+        if offset + origin[whence] < 0:  # what a damaged file asks for is its own fault
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        with _storage_errors(self.name):
+            self._file.seek(offset + origin[whence])
             return self._file.tell()
 
     def close(self) -> None:
