@@ -1,0 +1,212 @@
+"""What a compiled program sends between devices, read from its HLO text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+KINDS = (
+    "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
+    "ragged-all-to-all", "reduce-scatter",
+)  # fmt: skip
+
+
+class Collective(NamedTuple):
+    """One kind of exchange, of one size, between the same devices.
+
+    Attributes:
+      kind: one of `KINDS`.
+      num_bytes: size on one device of what is exchanged: of the whole that an all-gather makes or
+        a reduce-scatter starts from, and of the result (as large as the operand) of the others.
+      axes: the mesh axes along which those who exchange differ.
+      count: how many times one run of the program does it.
+    """
+
+    kind: str
+    num_bytes: int
+    axes: tuple[str, ...]
+    count: int
+
+
+def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collective]:
+    """The collectives of a compiled program, those that move most first.
+
+    A collective in a loop counts as often as the loop runs, where the compiler knows that; once
+    otherwise. Every branch of a conditional counts. An asynchronous collective counts where it
+    starts.
+
+    Args:
+      compiled: what `jax.jit(f).lower(...).compile()` gives, or its `as_text()`.
+      mesh: that the program was compiled for.
+
+    Raises:
+      ValueError: if the text is not a compiled program, or names devices in an unknown notation.
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    computations, entry = _computations(text)
+    found: Counter = Counter()
+
+    def visit(name: str, times: int) -> None:
+        for shape, opcode, attributes in computations[name]:
+            kind = opcode.removesuffix("-start")
+            if kind in KINDS:
+                groups = _groups(kind, attributes, mesh.devices.size)
+                if axes := _axes(groups, mesh):
+                    size = _num_bytes(kind, opcode, shape, len(groups[0]))
+                    found[kind, size, axes] += times
+            elif opcode not in ("async-update", "async-done"):
+                for called in _called(attributes):
+                    visit(called, times * _trips(attributes))
+
+    visit(entry, 1)
+    listed = [Collective(*what, count) for what, count in found.items()]
+    return sorted(listed, key=lambda c: (-c.num_bytes * c.count, c))
+
+
+# The text: a computation is a line `%name (...) -> shape {`, its instructions, and `}`; an
+# instruction is `%name = shape opcode(operands), attribute=value, ...`.
+
+Instruction = tuple[str, str, str]  # shape, opcode, the rest
+
+
+def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Every computation's instructions, by its name, and the name of the entry."""
+    found: dict[str, list[Instruction]] = {}
+    entry, current = None, []
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+            current = found.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif instruction := re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (.*)", line):
+            current.append(_instruction(instruction[1]))
+    if entry is None:
+        raise ValueError("no ENTRY computation in the text; give what compile().as_text() returns")
+    return found, entry
+
+
+def _instruction(text: str) -> Instruction:
+    text = re.sub(r"/\*.*?\*/", "", text)
+    end = len(_parts(text)[0]) if text.startswith("(") else text.index(" ")
+    opcode, _, rest = text[end:].lstrip().partition("(")
+    return text[:end], opcode, rest
+
+
+def _parts(text: str) -> list[str]:
+    """The tuple that the text begins with, and then its elements."""
+    depth, begin, parts = 0, 1, []
+    for i, character in enumerate(text):
+        if character in ",)" and depth == 1:
+            parts.append(text[begin:i].strip())
+            begin = i + 1
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            return [text[: i + 1], *parts]
+    raise ValueError(f"no end of the tuple in {text!r}")
+
+
+def _num_bytes(kind: str, opcode: str, shape: str, group: int) -> int:
+    # What starts an asynchronous collective holds the operands, then the results, then what the
+    # runtime needs; an all-reduce the results alone.
+    if opcode.endswith("-start") and kind != "all-reduce":
+        shape = _parts(shape)[2]
+    bits = 0
+    for dtype, sizes in re.findall(r"(\w+)\[([\d,<=]*)\]", shape):
+        width = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or [0])[0])
+        bits += width * math.prod(int(s.removeprefix("<=")) for s in sizes.split(",") if s)
+    return bits // 8 * (group if kind == "reduce-scatter" else 1)
+
+
+def _called(attributes: str) -> list[str]:
+    one = r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
+    many = r"\b(?:branch_computations|called_computations)=\{([^}]*)\}"
+    names = re.findall(one, attributes)
+    for listed in re.findall(many, attributes):
+        names += [name.strip().removeprefix("%") for name in listed.split(",") if name.strip()]
+    return names
+
+
+def _trips(attributes: str) -> int:
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
+    return int(known[1]) if known else 1
+
+
+# Who takes part. Devices are numbered by their place in the mesh.
+
+
+def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
+    """The axes along which the members of a group differ."""
+    differs = np.zeros(mesh.devices.ndim, bool)
+    for group in groups:
+        place = np.stack(np.unravel_index(group, mesh.devices.shape))
+        differs |= (place != place[:, :1]).any(axis=1)
+    return tuple(name for name, one in zip(mesh.axis_names, differs) if one)
+
+
+def _groups(kind: str, attributes: str, devices: int) -> list[list[int]]:
+    """Which devices exchange with one another; pairs, where each sends to one."""
+    if kind == "collective-permute":
+        return _lists(re.search(r"source_target_pairs=\{(.*?\})?\}", attributes)[0])
+    everyone = [list(range(devices))]
+    flagged = kind in ("all-gather", "all-reduce", "reduce-scatter")
+    if flagged and "use_global_device_ids=true" not in attributes:
+        # Then the groups are of replicas, of which a sharded program has one; with a channel all
+        # its devices take part.
+        return everyone if "channel_id=" in attributes else [[0]]
+    written = re.search(r"replica_groups=(.*)", attributes)
+    if written is None or written[1].startswith("{}"):
+        return everyone
+    if written[1].startswith("{{"):
+        return _lists(written[1].partition("}}")[0])
+    iota = re.match(r"(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", written[1])
+    if iota:
+        return _iota(iota[2]).reshape(_numbers(iota[1])).tolist()
+    named = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", written[1])
+    if named is None:
+        raise ValueError(f"devices in an unknown notation: {written[1][:80]}")
+    return _along_named_axes(*named.groups())
+
+
+def _along_named_axes(axes: str, order: str | None, along: str) -> list[list[int]]:
+    """Groups written as axes of a mesh: `'a'=4,'b'=2`, the order of its devices, `'a':(2)2`.
+
+    `'a':(2)2` is a part of an axis: of (2, 2, the rest) that it is cut into, the second.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'?([\w.-]+)'?=(\d+)", axes)}
+    shape, chosen = [], []
+    parts = {name: [] for name in sizes}
+    for name, before, size in re.findall(r"'?([\w.-]+)'?(?::\((\d+)\)(\d+))?", along):
+        parts[name].append((int(before or 1), int(size or sizes[name])))
+    for name, size in sizes.items():
+        done = 1
+        for before, part in sorted(parts[name]):
+            chosen.append(len(shape) + 1)
+            shape += [before // done, part]
+            done = before * part
+        shape.append(size // done)
+    devices = _iota(order or str([math.prod(shape)])).reshape(shape)
+    others = [axis for axis in range(len(shape)) if axis not in chosen]
+    members = math.prod(shape[axis] for axis in chosen)
+    return devices.transpose(*others, *chosen).reshape(-1, members).tolist()
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`, the numbers from 0 in that shape, transposed and flat; `0,2,1,3` as it is."""
+    if not text.startswith("["):
+        return np.array(_numbers(text))
+    shape, _, order = text.partition("T")
+    counted = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return counted.transpose(_numbers(order) if order else None).reshape(-1)
+
+
+def _lists(text: str) -> list[list[int]]:
+    return [_numbers(one) for one in re.findall(r"\{([\d,]+)", text)]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
