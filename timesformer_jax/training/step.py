@@ -11,11 +11,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from timesformer_jax.augmentation import OFF, Augmentation, augment
 from timesformer_jax.distributed.mesh import BATCH
 from timesformer_jax.distributed.sharding import shardings
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, with_parameters
 from timesformer_jax.models.timesformer import parameters as parameters_of
-from timesformer_jax.preprocessing import ClipSpec, preprocess
+from timesformer_jax.preprocessing import ClipSpec, crop, normalise
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -73,6 +74,7 @@ def make_train_step(
     target: TrainState,
     mesh: Mesh,
     seed: int,
+    augmentation: Augmentation = OFF,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step. It gives the state's memory to the new state: do not use the old one.
 
@@ -82,20 +84,31 @@ def make_train_step(
       target: what `abstract_state` gave.
       mesh: the devices.
       seed: of drop path; each step folds its number in.
+      augmentation: of the clips and labels; off by default, and then it costs nothing.
 
     Returns:
       A function of the state and a batch (frames (B, T, S, S, 3) uint8, windows (B, 3), flip (B,)
-      and label (B,)) to the new state and the batch's metrics: loss, accuracy, gradient_norm (of
-      the raw gradient) and learning_rate, each () float32.
+      and label (B,), and draw (B,) uint32 where there is augmentation) to the new state and the
+      batch's metrics: loss, accuracy (of the clips' own labels), gradient_norm (of the raw
+      gradient) and learning_rate, each () float32.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        video = preprocess(batch["frames"], batch["windows"], clip, batch["flip"])
+        video = crop(batch["frames"], batch["windows"], clip.crop, batch["flip"])
+        if augmentation.on:
+            video, targets = augment(
+                video, batch["label"], batch["draw"], augmentation,
+                fill=clip.mean, classes=model.num_classes, mesh=mesh,
+            )  # fmt: skip
+        video = normalise(video, clip)
 
         def loss_of(params):
             logits = with_parameters(model, params)(video, key=key)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+            if augmentation.on:
+                losses = optax.softmax_cross_entropy(logits, targets)
+            else:
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
             return losses.mean(), logits
 
         (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
