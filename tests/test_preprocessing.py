@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 
 from timesformer_jax.errors import InputError
@@ -33,6 +34,21 @@ def test_resampling_is_pillows_antialiased_one(frames, side):
             inner = np.s_[1:-1, 1:-1]  # Pillow cuts its kernel at the box, ours reads beyond it
             difference = np.abs(np.asarray(ours[clip, t]) - np.asarray(theirs, np.float32))[inner]
             assert difference.max() <= 2
+
+
+@pytest.mark.parametrize("shrink", [1.0, 1.15, 1.6, 2.0, 2.5])
+@pytest.mark.parametrize("crop", [64, 63])
+def test_a_photograph_is_resized_as_pillow_does_to_the_border(shrink, crop):
+    # The corner, where the kernel is cut, and an odd place within the frame.
+    photograph = skimage.data.astronaut()[60:237, 160:347]
+    side = np.float32(crop * shrink)
+    spec = ClipSpec(frames=1, crop=crop, **PLAIN)
+    for top, left in ((0.0, 0.0), (11.0, 7.5)):
+        window = np.array([[top, left, side]], np.float32)
+        ours = np.asarray(preprocess(photograph[None, None], window, spec))[0, 0]
+        box = (left, top, float(left + side), float(top + side))
+        theirs = Image.fromarray(photograph).resize((crop, crop), Image.Resampling.BILINEAR, box)
+        assert np.abs(ours - np.asarray(theirs, np.float32)).max() < 1.5  # Pillow rounds twice
 
 
 def test_a_window_of_the_crops_size_is_cut_exactly(frames):
