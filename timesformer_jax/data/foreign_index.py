@@ -34,8 +34,8 @@ from timesformer_jax.errors import InputError
 # Of an index: raise it when what an index says changes.
 VERSION = 1
 
-# What is read faster than processes start: each imports TensorFlow.
-BYTES_WORTH_A_WORKER = 1 << 29
+# What one process reads while another starts, which has to import TensorFlow: some seconds.
+BYTES_WORTH_A_WORKER = 1 << 32
 
 # A label from here on is no class number but something else, a hash say.
 MAX_CLASSES = 1 << 20
