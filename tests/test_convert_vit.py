@@ -201,9 +201,10 @@ def test_jax_vit_with_pre_logits_and_a_missing_key(jax_vit, tmp_path):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_attention_starts_from_the_image_models(scheme, timm):
     ours = flat(tsf.from_pretrained(VIT, num_heads=4, attention=scheme, num_frames=5))
+    qkv = timm["blocks.1.attn.qkv.weight"]
     for step in SCHEMES[scheme].steps:
         path = f"blocks/1/attention/{step.name}"
-        assert np.array_equal(ours[f"{path}/qkv/kernel"], timm["blocks.1.attn.qkv.weight"].T)
+        assert np.array_equal(ours[f"{path}/qkv/kernel"].reshape(48, -1), qkv.T)
         assert np.array_equal(ours[f"{path}/proj/bias"], timm["blocks.1.attn.proj.bias"])
         assert np.array_equal(ours[f"{path}/norm/scale"], timm["blocks.1.norm1.weight"])
     further = [value for name, value in ours.items() if "/fc/" in name]

@@ -121,7 +121,8 @@ def reference(config, p: dict[str, torch.Tensor], clip: torch.Tensor) -> torch.T
             read_cls, read = block_input if config.attention == "parallel" else (cls, patches)
 
             def project_in(x, at=at):
-                qkv = linear(norm(x, f"{at}/norm"), f"{at}/qkv")
+                kernel, bias = p[f"{at}/qkv/kernel"].flatten(1), p[f"{at}/qkv/bias"].flatten()
+                qkv = norm(x, f"{at}/norm") @ kernel + bias
                 return qkv.reshape(*x.shape[:-1], 3, config.num_heads, -1)
 
             def project_out(x, at=at, has_fc=has_fc):

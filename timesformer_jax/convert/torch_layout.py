@@ -32,7 +32,8 @@ def to_ours(ours: str, value: np.ndarray) -> np.ndarray:
         return value.reshape(-1)
     if ours in ("embedding/space", "embedding/time"):
         return value[0]
-    return value.T if ours.endswith("/kernel") else value
+    value = value.T if ours.endswith("/kernel") else value
+    return value.reshape(*value.shape[:-1], 3, -1) if "/qkv/" in ours else value
 
 
 def to_theirs(ours: str, value: np.ndarray, config: TimeSformerConfig) -> np.ndarray:
@@ -44,6 +45,8 @@ def to_theirs(ours: str, value: np.ndarray, config: TimeSformerConfig) -> np.nda
         return value[None, None]
     if ours in ("embedding/space", "embedding/time"):
         return value[None]
+    if "/qkv/" in ours:
+        value = value.reshape(*value.shape[:-2], -1)
     return value.T if ours.endswith("/kernel") else value
 
 

@@ -53,8 +53,8 @@ def names(config: TimeSformerConfig) -> dict[str, str]:
 def to_ours(ours: str, value: np.ndarray) -> np.ndarray:
     if ours == "embedding/patch/kernel":
         return value.reshape(-1, value.shape[-1])  # p q c d -> (p q c) d
-    if ours.endswith("/qkv/kernel"):
-        return value.reshape(value.shape[0], -1)  # d 3 h k -> d (3 h k)
+    if "/qkv/" in ours:
+        return value.reshape(*value.shape[:-2], -1)  # ... 3 h k -> ... 3 (h k)
     if ours.endswith("/proj/kernel"):
         return value.reshape(-1, value.shape[-1])  # h k d -> (h k) d
     if ours == "embedding/space":
@@ -71,8 +71,8 @@ def to_theirs(ours: str, value: np.ndarray, config: TimeSformerConfig) -> np.nda
     }
     if ours in shapes:
         return value.reshape(shapes[ours])
-    if ours.endswith(("/qkv/kernel", "/qkv/bias")):
-        return value.reshape(*value.shape[:-1], 3, heads, -1)
+    if "/qkv/" in ours:
+        return value.reshape(*value.shape[:-1], heads, -1)
     return value.reshape(heads, -1, width) if ours.endswith("/proj/kernel") else value
 
 

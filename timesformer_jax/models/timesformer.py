@@ -19,36 +19,43 @@ from timesformer_jax.models.config import TimeSformerConfig
 
 
 def _linear(
-    config: TimeSformerConfig, inputs: int, outputs: int, rngs: nnx.Rngs, *, further: bool = False
-) -> nnx.Linear:
+    config: TimeSformerConfig,
+    inputs: int,
+    outputs: int | tuple[int, ...],
+    rngs: nnx.Rngs,
+    *,
+    further: bool = False,
+) -> Linear:
     if config.init == "width_scaled":
         init = nnx.initializers.normal(inputs**-0.5)
     else:
         init = nnx.initializers.zeros if further else nnx.initializers.normal(0.02)
-    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    return Linear(inputs, outputs, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 def _norm(config: TimeSformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # In float32 always; the linear layer that follows rounds.
     return nnx.LayerNorm(
-        config.hidden_size, epsilon=1e-6, use_fast_variance=False,
-        dtype=jnp.dtype(config.dtype), rngs=rngs,
-    )  # fmt: skip
+        config.hidden_size, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
+    )
 
 
-def drop_path(x: Tokens, rate: float, sequences: np.ndarray, key: jax.Array | None) -> Tokens:
+def drop_path(
+    x: Tokens, rate: float | jax.Array, sequences: np.ndarray, key: jax.Array | None
+) -> Tokens:
     """Stochastic depth: zero a sequence's residual with probability `rate`, scale the others up.
 
     Args:
       x: the residuals, (B, T, N, D) patches and, where it takes part, one token a sequence,
         (B, S, D).
-      rate: probability of dropping.
+      rate: probability of dropping, a number or (); of a number 0 nothing is computed.
       sequences: (T, N), the number of each patch's sequence; one draw for each.
       key: None outside training: nothing is dropped.
     """
-    if key is None or rate == 0:
+    if key is None or (isinstance(rate, float) and rate == 0):
         return x
     draws = jax.random.bernoulli(key, 1 - rate, (len(x.patches), sequences.max() + 1))
-    factor = draws.astype(x.patches.dtype) / (1 - rate)
+    factor = (draws / (1 - rate)).astype(x.patches.dtype)
     cls = None if x.cls is None else x.cls * factor.reshape(*x.cls.shape[:-1], 1)
     return Tokens(cls, x.patches * factor[:, sequences, None])
 
@@ -57,7 +64,8 @@ class Attention(nnx.Module):
     """One residual attention: norm, qkv, the scheme's mixing, projection, drop path.
 
     `fc` is the further linear layer of every attention but the scheme's plain one. In the
-    release's init it starts at zero.
+    release's init it starts at zero. The qkv kernel is (D, 3, D) and its bias (3, D), so that a
+    split of the last axis is one by heads, which tensor parallelism needs.
     """
 
     def __init__(
@@ -66,7 +74,7 @@ class Attention(nnx.Module):
         width = config.hidden_size
         self.step, self.rate, self.heads = step, rate, config.num_heads
         self.norm = _norm(config, rngs)
-        self.qkv = _linear(config, width, 3 * width, rngs)
+        self.qkv = _linear(config, width, (3, width), rngs)
         self.proj = _linear(config, width, width, rngs)
         self.fc = None if plain else _linear(config, width, width, rngs, further=True)
 
@@ -94,7 +102,7 @@ class Attention(nnx.Module):
 
     def _project_in(self, x: jax.Array) -> jax.Array:
         qkv = self.qkv(self.norm(x))
-        return qkv.reshape(*x.shape[:-1], 3, self.heads, -1)  # ... (3 h d) -> ... 3 h d
+        return qkv.reshape(*x.shape[:-1], 3, self.heads, -1)  # ... 3 (h d) -> ... 3 h d
 
 
 class MLP(nnx.Module):
