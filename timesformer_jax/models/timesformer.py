@@ -25,37 +25,37 @@ def _linear(
     rngs: nnx.Rngs,
     *,
     further: bool = False,
-) -> Linear:
+) -> nnx.LinearGeneral:
     if config.init == "width_scaled":
         init = nnx.initializers.normal(inputs**-0.5)
     else:
         init = nnx.initializers.zeros if further else nnx.initializers.normal(0.02)
-    return Linear(inputs, outputs, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs)
-
-
-def _norm(config: TimeSformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # In float32 always; the linear layer that follows rounds.
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
+    return nnx.LinearGeneral(
+        inputs, outputs, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs
     )
 
 
-def drop_path(
-    x: Tokens, rate: float | jax.Array, sequences: np.ndarray, key: jax.Array | None
-) -> Tokens:
+def _norm(config: TimeSformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=1e-6, use_fast_variance=False,
+        dtype=jnp.dtype(config.dtype), rngs=rngs,
+    )  # fmt: skip
+
+
+def drop_path(x: Tokens, rate: float, sequences: np.ndarray, key: jax.Array | None) -> Tokens:
     """Stochastic depth: zero a sequence's residual with probability `rate`, scale the others up.
 
     Args:
       x: the residuals, (B, T, N, D) patches and, where it takes part, one token a sequence,
         (B, S, D).
-      rate: probability of dropping, a number or (); of a number 0 nothing is computed.
+      rate: probability of dropping.
       sequences: (T, N), the number of each patch's sequence; one draw for each.
       key: None outside training: nothing is dropped.
     """
-    if key is None or (isinstance(rate, float) and rate == 0):
+    if key is None or rate == 0:
         return x
     draws = jax.random.bernoulli(key, 1 - rate, (len(x.patches), sequences.max() + 1))
-    factor = (draws / (1 - rate)).astype(x.patches.dtype)
+    factor = draws.astype(x.patches.dtype) / (1 - rate)
     cls = None if x.cls is None else x.cls * factor.reshape(*x.cls.shape[:-1], 1)
     return Tokens(cls, x.patches * factor[:, sequences, None])
 
