@@ -16,10 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from timesformer_jax import checkpoints, recipes
 from timesformer_jax.data import foreign, foreign_index, pipeline, records
 from timesformer_jax.data.records import open_split
 from timesformer_jax.errors import InputError
+from timesformer_jax.evaluation.multi_view import evaluate_checkpoint
+from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.preprocessing import ClipSpec
+from timesformer_jax.training import loop
 
 # TFDS reads its description with a name that protobuf is to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:label.. is deprecated:DeprecationWarning")
@@ -251,6 +255,31 @@ def test_the_frame_rate_is_what_a_record_says_before_what_is_told(tmp_path):
     for impossible in (-1, float("nan"), float("inf")):
         with pytest.raises(InputError, match="must be above 0"):
             open_split(tmp_path, "train", fps=impossible)
+
+
+def test_training_and_evaluation_are_told_the_frame_rate(tmp_path, monkeypatch):
+    """Seen by how far they come: with it, to labels that do not fit the model."""
+    for name in ("train", "validation"):
+        write(tmp_path / f"{name}.tfrecord", [clip(0, image__frame_rate=0.0)])
+    config = recipes.demo()
+    config.data.update(directory=os.fspath(tmp_path), demo=False)
+    config.model.num_classes = 5
+    with pytest.raises(InputError, match="do not say their frame rate"):
+        loop.train(config, os.fspath(tmp_path / "run"))
+    config.data.fps = 10.0
+    with pytest.raises(InputError, match="has 1 labels, the config's model 5"):
+        loop.train(config, os.fspath(tmp_path / "run"))
+
+    card = checkpoints.Card(
+        TimeSformerConfig(num_classes=5), SPEC, tuple("abcde"), config.to_dict()
+    )
+    monkeypatch.setattr(checkpoints, "load_card", lambda _: card)
+    with pytest.raises(InputError, match="has 1 labels"):
+        evaluate_checkpoint("run")
+    with pytest.raises(InputError, match="do not say their frame rate"):
+        evaluate_checkpoint("run", data=os.fspath(tmp_path))
+    with pytest.raises(InputError, match="has 1 labels"):
+        evaluate_checkpoint("run", data=os.fspath(tmp_path), fps=10.0)
 
 
 @given(

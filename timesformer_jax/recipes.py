@@ -44,6 +44,7 @@ def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
     config.data.demo = False  # make the embedded data set there if it is not there yet
     config.data.train_split = "train"
     config.data.eval_split = "validation"
+    config.data.fps = 0.0  # of records that do not say theirs
     config.data.jitter = (256, 320)  # random short side, in pixels
     config.data.flip = True
 

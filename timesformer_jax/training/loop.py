@@ -62,8 +62,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # The data, and what it says of the model and its clips.
     if config.data.demo:
         demo.prepare_demo(config.data.directory)
-    train_split = records.open_split(config.data.directory, config.data.train_split)
-    eval_split = records.open_split(config.data.directory, config.data.eval_split)
+    data = config.data
+    train_split, eval_split = (
+        records.open_split(data.directory, split, data.fps)
+        for split in (data.train_split, data.eval_split)
+    )
     short_side = int(min(train_split.height[0], train_split.width[0]))
     clip = ClipSpec(**config.clip, short_side=short_side)
     model = model_config(config, train_split.label_names)
@@ -189,7 +192,7 @@ def model_config(config: ConfigDict, labels: tuple[str, ...]) -> TimeSformerConf
 def _plain(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON values, its data found from any folder."""
     fields = json.loads(config.to_json())
-    fields["data"]["directory"] = os.path.abspath(config.data.directory)
+    fields["data"]["directory"] = records.resolved(config.data.directory)
     return fields
 
 
