@@ -26,12 +26,14 @@ BASE = [
 ]
 DATA = [
     "clu>=0.0.12",
+    "google-crc32c>=1.7",  # checksums of records
     "pillow>=12.3",
     "scikit-image>=0.26",  # photographs of the embedded data set
     "tensorboard>=2.21",  # neither TensorFlow nor clu brings it
     "tensorflow>=2.21",  # tensorflow-datasets does not bring it
     "tensorflow-datasets>=4.9.10",
 ]
+BENCHMARK = ["opencv-python-headless>=5.0", "simplejpeg>=1.9"]  # a loop to compare with
 CONVERT = ["safetensors>=0.8", "torch>=2.13"]
 
 setuptools.setup(
@@ -50,9 +52,11 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "data": DATA,
         "convert": CONVERT,
+        "benchmark": BENCHMARK,
         "beam": ["apache-beam>=2.77"],
         "test": [
             *DATA,
+            *BENCHMARK,
             *CONVERT,
             "apache-beam>=2.77",
             "hypothesis>=6.150",

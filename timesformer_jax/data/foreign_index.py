@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError
 from PIL import Image
 from tqdm import tqdm
 
+from timesformer_jax.data import records
 from timesformer_jax.data.records import RECORD_FRAME_BYTES
 from timesformer_jax.data.storage import write_whole
 from timesformer_jax.data.workers import processors, worker_pool
@@ -113,13 +114,10 @@ class SequenceExamples:
             id=ids[0] if ids else "",
         )
 
-    def encoded_frames(self, serialized: tf.Tensor) -> tf.Tensor:
+    def encoded_frames(self, serialized: bytes, indices: Sequence[int]) -> list[bytes]:
         """As `Split.encoded_frames`."""
-        feature = tf.io.FixedLenSequenceFeature((), tf.string)
-        _, lists = tf.io.parse_single_sequence_example(
-            serialized, sequence_features={self.frames: feature}
-        )
-        return lists[self.frames]
+        lists = tf.train.SequenceExample.FromString(serialized).feature_lists.feature_list
+        return [_only(lists[self.frames].feature[i]) for i in indices]
 
 
 @dataclass(frozen=True)
@@ -134,10 +132,9 @@ class Examples:
         feature = tf.train.Example.FromString(serialized).features.feature
         return Contents(feature[self.video].bytes_list.value, feature[self.label].int64_list.value)
 
-    def encoded_frames(self, serialized: tf.Tensor) -> tf.Tensor:
+    def encoded_frames(self, serialized: bytes, indices: Sequence[int]) -> list[bytes]:
         """As `Split.encoded_frames`."""
-        feature = tf.io.FixedLenSequenceFeature((), tf.string, allow_missing=True)
-        return tf.io.parse_single_example(serialized, {self.video: feature})[self.video]
+        return records.encoded_frames(serialized, indices, self.video)
 
 
 Format = SequenceExamples | Examples

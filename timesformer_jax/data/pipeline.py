@@ -1,9 +1,8 @@
-"""tf.data: from a prepared split to batches of decoded clips.
+"""From a split to batches of decoded clips.
 
 What a batch is made of (which records, frames and squares) is planned in numpy, statelessly from
-(seed, epoch, record); TensorFlow reads just those records, by their offset in the shard, and
-decodes just those frames and squares. So a shuffle holds no clips, and the iterator's state is two
-numbers.
+(seed, epoch, record); `reading` reads just those records, by their offset in the shard, and decodes
+just those frames and squares. So a shuffle holds no clips, and the iterator's state is two numbers.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from timesformer_jax.data import sampling
+from timesformer_jax.data import reading, sampling
 from timesformer_jax.data.records import Split
 from timesformer_jax.errors import InputError
 from timesformer_jax.preprocessing import ClipSpec
@@ -82,29 +80,44 @@ def train_batches(
       InputError: if there are fewer records than a batch, or the jitter is too small for the crop.
     """
     per_epoch = batches_per_epoch(split, batch_size)
-    if not spec.crop <= jitter[0] <= jitter[1]:
-        raise InputError(
-            f"scale jitter {tuple(jitter)} must be two sizes, ascending, of at least the crop, "
-            f"{spec.crop}"
-        )
-    short = _short_side(split)
-    side = sampling.decoded_side(short, spec.crop, jitter[0])
-
-    def plans() -> Iterator[dict[str, np.ndarray]]:
-        at = position
-        while True:
-            order = _random(seed, at.epoch).permutation(len(split))
-            for i in range(at.batches, per_epoch):
-                rows = shard.of(order[i * batch_size : (i + 1) * batch_size])
-                plans = [_train_plan(split, spec, r, jitter, flip, seed, at.epoch) for r in rows]
-                yield _stack(plans, rows, side, split)
-            at = Position(at.epoch + 1)
-
+    sampling.check_jitter(jitter, spec.crop)
+    plans = train_plans(
+        split, spec, batch_size=batch_size, jitter=jitter, flip=flip, seed=seed,
+        position=position, shard=shard,
+    )  # fmt: skip
     at = position
-    for batch in _read(plans, split, spec, side, batch_size // shard.count):
+    for plan, frames in reading.clips(plans, split, train_side(split, spec, jitter)):
         done = at.batches + 1
         at = Position(at.epoch + 1) if done == per_epoch else Position(at.epoch, done)
-        yield batch | {"frames": batch["frames"][:, 0], "windows": batch["windows"][:, 0]}, at
+        yield _batch(plan, frames[:, 0], plan["windows"][:, 0]), at
+
+
+def train_plans(
+    split: Split,
+    spec: ClipSpec,
+    *,
+    batch_size: int,
+    jitter: tuple[int, int],
+    flip: bool,
+    seed: int,
+    position: Position = Position(),
+    shard: Shard = Shard(),
+) -> Iterator[reading.Plan]:
+    """What the batches of `train_batches` are made of, without end."""
+    per_epoch = batches_per_epoch(split, batch_size)
+    side = train_side(split, spec, jitter)
+    while True:
+        order = _random(seed, position.epoch).permutation(len(split))
+        for i in range(position.batches, per_epoch):
+            rows = shard.of(order[i * batch_size : (i + 1) * batch_size])
+            plans = [_train_plan(split, spec, r, jitter, flip, seed, position.epoch) for r in rows]
+            yield _stack(plans, rows, side, split)
+        position = Position(position.epoch + 1)
+
+
+def train_side(split: Split, spec: ClipSpec, jitter: tuple[int, int]) -> int:
+    """Side in pixels of the squares that training decodes."""
+    return sampling.decoded_side(_short_side(split), spec.crop, jitter[0])
 
 
 def eval_batches(
@@ -132,7 +145,7 @@ def eval_batches(
     steps = -(-len(split) // batch_size)
     order = np.arange(steps * batch_size)
 
-    def plans() -> Iterator[dict[str, np.ndarray]]:
+    def plans() -> Iterator[reading.Plan]:
         for rows in order.reshape(steps, batch_size):
             mine = shard.of(rows)
             valid = mine < len(split)
@@ -140,7 +153,9 @@ def eval_batches(
             plans = [_test_plan(split, spec, row, views, crops) for row in mine]
             yield _stack(plans, mine, side, split) | {"valid": valid}
 
-    yield from _read(plans, split, spec, side, batch_size // shard.count, views, crops)
+    for plan, frames in reading.clips(plans(), split, side):
+        # One window a clip: crops vary fastest.
+        yield _batch(plan, frames, np.tile(plan["windows"], (1, views, 1)))
 
 
 def batches_per_epoch(split: Split, batch_size: int) -> int:
@@ -207,9 +222,7 @@ def _stored(split: Split, row: int, indices: np.ndarray) -> np.ndarray:
     return sampling.stored_indices(indices, stride, -(-n // stride))
 
 
-def _stack(
-    plans: list[dict[str, Any]], rows: np.ndarray, side: int, split: Split
-) -> dict[str, np.ndarray]:
+def _stack(plans: list[dict[str, Any]], rows: np.ndarray, side: int, split: Split) -> reading.Plan:
     """A batch's plans as arrays, and the corner of the square to decode for each window."""
     windows = np.stack([plan["windows"] for plan in plans])  # b crops 3
     size = np.stack([split.height[rows], split.width[rows]], axis=-1)[:, None]
@@ -218,8 +231,6 @@ def _stack(
     corners = np.clip(np.floor(centre - side / 2), 0, size - side)
     windows[..., :2] -= corners
     return {
-        "shard": split.shard[rows],
-        "offset": split.offset[rows],
         "indices": np.stack([plan["indices"] for plan in plans]).astype(np.int32),
         "corners": corners.astype(np.int32),
         "windows": windows.astype(np.float32),
@@ -231,72 +242,6 @@ def _stack(
     }
 
 
-def _read(
-    plans, split: Split, spec: ClipSpec, side: int, batch_size: int, views: int = 1, crops: int = 1
-) -> Iterator[Batch]:
-    """Runs plans, a generator function of batches of them, through tf.data."""
-    signature = {
-        "shard": tf.TensorSpec((batch_size,), tf.int32),
-        "offset": tf.TensorSpec((batch_size,), tf.int64),
-        "indices": tf.TensorSpec((batch_size, views, spec.frames), tf.int32),
-        "corners": tf.TensorSpec((batch_size, crops, 2), tf.int32),
-        "windows": tf.TensorSpec((batch_size, crops, 3), tf.float32),
-        "flip": tf.TensorSpec((batch_size,), tf.bool),
-        "draw": tf.TensorSpec((batch_size,), tf.uint32),
-        "label": tf.TensorSpec((batch_size,), tf.int32),
-        "record": tf.TensorSpec((batch_size,), tf.int32),
-        "valid": tf.TensorSpec((batch_size,), tf.bool),
-    }
-    files = tf.constant(split.files)
-
-    @tf.autograph.experimental.do_not_convert
-    def load(plan: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        video = split.encoded_frames(_record(files[plan["shard"]], plan["offset"]))
-        frames = _decode(tf.gather(video, plan["indices"]), plan["corners"], side)
-        out = {key: plan[key] for key in ("flip", "draw", "label", "record", "valid")}
-        # One window a clip: crops vary fastest.
-        return out | {"frames": frames, "windows": tf.tile(plan["windows"], [views, 1])}
-
-    data = tf.data.Dataset.from_generator(plans, output_signature=signature)
-    data = data.unbatch()
-    data = data.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    data = data.batch(batch_size, drop_remainder=True).prefetch(2)
-    return data.as_numpy_iterator()
-
-
-def _record(file: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
-    """The serialized record at a byte offset of a TFRecord file."""
-    # TFRecordDataset's own signature lacks the offset that its operation takes.
-    variant = tf.raw_ops.TFRecordDatasetV2(
-        filenames=file[None], compression_type="", buffer_size=1 << 20, byte_offsets=offset[None]
-    )
-    records = tf.data.experimental.from_variant(variant, tf.TensorSpec((), tf.string))
-    return records.take(1).get_single_element()
-
-
-def _decode(images: tf.Tensor, corners: tf.Tensor, side: int) -> tf.Tensor:
-    """(views, T) JPEGs, PNGs and (crops, 2) corners to (views * crops, T, side, side, 3) uint8."""
-    (views, clip_frames), crops = images.shape, corners.shape[0]
-
-    def squares(image: tf.Tensor) -> tf.Tensor:
-        def from_square() -> tf.Tensor:  # decodes the square and nothing else
-            window = tf.concat([corners[0], [side, side]], 0)
-            return tf.io.decode_and_crop_jpeg(image, window, channels=3)[None]
-
-        def from_frame() -> tf.Tensor:
-            frame = tf.io.decode_jpeg(image, channels=3)  # which decodes PNGs too
-            origins = tf.pad(corners, [[0, 0], [0, 1]])
-            return tf.stack([tf.slice(frame, origins[i], [side, side, 3]) for i in range(crops)])
-
-        if crops > 1:
-            return from_frame()
-        return tf.cond(tf.io.is_jpeg(image), from_square, from_frame)
-
-    frames = tf.map_fn(
-        squares,
-        tf.reshape(images, [-1]),
-        fn_output_signature=tf.TensorSpec((crops, side, side, 3), tf.uint8),
-    )
-    frames = tf.reshape(frames, [views, clip_frames, crops, side, side, 3])
-    frames = tf.transpose(frames, [0, 2, 1, 3, 4, 5])  # views t crops -> views crops t
-    return tf.reshape(frames, [views * crops, clip_frames, side, side, 3])
+def _batch(plan: reading.Plan, frames: np.ndarray, windows: np.ndarray) -> Batch:
+    kept = {key: plan[key] for key in ("flip", "draw", "label", "record", "valid")}
+    return kept | {"frames": frames, "windows": windows}

@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from timesformer_jax.data import wire
 from timesformer_jax.data.prepare import OPTIONS_FILE
 from timesformer_jax.errors import InputError
 
@@ -103,9 +104,12 @@ def parse(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
     return tf.io.parse_single_example(serialized, _EXAMPLE_SPEC)
 
 
-def encoded_frames(serialized: tf.Tensor) -> tf.Tensor:
-    """The stored frames of a serialized record, inside tf.data too: (stored frames,) string."""
-    return parse(serialized)["video"]
+def encoded_frames(
+    serialized: bytes, indices: Sequence[int], feature: str = "video"
+) -> list[bytes]:
+    """Some of the stored frames of a serialized record, in a feature of this name."""
+    places = wire.bytes_list(serialized, feature)
+    return [serialized[places[i]] for i in indices]
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,8 @@ class Split:
     height, width: int32, pixels of the stored frames.
     label: int32, class.
     video: int32, which video of the split the record is of: the pieces of a long video share it.
-    encoded_frames: from () string, a serialized record, to its (stored frames,) string, a JPEG or
-      PNG each; works inside tf.data.
+    encoded_frames: from a serialized record and the numbers of stored frames to those frames, each
+      the bytes of a JPEG or PNG.
     """
 
     name: str
@@ -144,7 +148,7 @@ class Split:
     width: np.ndarray
     label: np.ndarray
     video: np.ndarray
-    encoded_frames: Callable[[tf.Tensor], tf.Tensor] = encoded_frames
+    encoded_frames: Callable[[bytes, Sequence[int]], list[bytes]] = encoded_frames
 
     def __len__(self) -> int:
         return len(self.label)

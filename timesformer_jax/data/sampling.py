@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from timesformer_jax.errors import InputError
 from timesformer_jax.preprocessing import ClipSpec
 
 
@@ -125,6 +126,15 @@ def view_positions(views: int, first: bool = False) -> np.ndarray:
 def stored_indices(indices: np.ndarray, stride: int, stored: int) -> np.ndarray:
     """The stored frames nearest to source frames `indices` when every stride-th was stored."""
     return np.minimum(np.rint(indices / stride).astype(np.int64), stored - 1)
+
+
+def check_jitter(jitter: tuple[int, ...], crop: int) -> None:
+    """Refuses a scale jitter that `random_window` cannot draw from."""
+    if len(jitter) != 2 or not crop <= jitter[0] <= jitter[1]:
+        raise InputError(
+            "the scale jitter (data.jitter) must be two sizes, ascending, of at least the crop, "
+            f"{crop}; not {jitter}"
+        )
 
 
 def random_window(

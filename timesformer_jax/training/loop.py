@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from timesformer_jax import checkpoints as ckpt
 from timesformer_jax import convert
-from timesformer_jax.data import demo, pipeline, records
+from timesformer_jax.data import demo, pipeline, records, sampling
 from timesformer_jax.distributed.mesh import check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results
@@ -212,12 +212,7 @@ def _check(config: ConfigDict) -> None:
         raise InputError(f"--config.optimizer.learning_rate must be above 0, not {rate}")
     if values["eval.crops"] not in (1, 3):
         raise InputError(f"--config.eval.crops must be 1 or 3, not {values['eval.crops']}")
-    jitter, crop = tuple(values["data.jitter"]), values["clip.crop"]
-    if len(jitter) != 2 or not crop <= jitter[0] <= jitter[1]:
-        raise InputError(
-            f"--config.data.jitter must be two sizes, ascending, of at least the crop, {crop}; "
-            f"not {jitter}"
-        )
+    sampling.check_jitter(tuple(values["data.jitter"]), values["clip.crop"])
     if not values["data.directory"]:
         raise InputError("say with --config.data.directory where the prepared data is")
 
