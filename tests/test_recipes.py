@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from timesformer_jax import recipes
+from timesformer_jax.augmentation import Augmentation
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 from timesformer_jax.preprocessing import ClipSpec
 
@@ -52,6 +53,7 @@ def test_the_released_recipes(name, frames, rate, crop, jitter, attention, count
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.momentum) == ("sgd", 0.005, 0.9)
     assert optimizer.weight_decay == 1e-4
+    assert not Augmentation(**config.augment).on
     assert (config.eval.views, config.eval.crops, config.eval.every_epochs) == (1, 3, 5)
     assert config.clip.mean == (0.45, 0.45, 0.45)
     assert config.clip.std == (0.225, 0.225, 0.225)

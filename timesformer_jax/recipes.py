@@ -10,6 +10,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from timesformer_jax.augmentation import OFF
 from timesformer_jax.models.presets import preset
 from timesformer_jax.preprocessing import ClipSpec
 
@@ -47,6 +48,8 @@ def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
     config.data.fps = 0.0  # of records that do not say theirs
     config.data.jitter = (256, 320)  # random short side, in pixels
     config.data.flip = True
+
+    config.augment = ConfigDict(dataclasses.asdict(OFF))  # the paper has none
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "sgd"

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from timesformer_jax import checkpoints as ckpt
 from timesformer_jax import convert
+from timesformer_jax.augmentation import Augmentation
 from timesformer_jax.data import demo, pipeline, records, sampling
 from timesformer_jax.distributed.mesh import check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
@@ -59,6 +60,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       Preempted: on SIGTERM or Ctrl-C, after saving.
     """
     _check(config)
+    augmentation = Augmentation(**config.augment)
     # The data, and what it says of the model and its clips.
     if config.data.demo:
         demo.prepare_demo(config.data.directory)
@@ -81,7 +83,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     schedule = learning_rate(config.optimizer, config.batch_size, per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
     target = abstract_state(model, optimizer, mesh)
-    step = make_train_step(model, clip, optimizer, schedule, target, mesh, config.seed)
+    step = make_train_step(
+        model, clip, optimizer, schedule, target, mesh, config.seed, augmentation
+    )
 
     with (
         jax.set_mesh(mesh),
@@ -286,7 +290,7 @@ def _initial(config: ConfigDict, card: ckpt.Card) -> tuple[Any, ckpt.Card]:
 
 
 def _for_step(batch: pipeline.Batch) -> pipeline.Batch:
-    return {name: batch[name] for name in ("frames", "windows", "flip", "label")}
+    return {name: batch[name] for name in ("frames", "windows", "flip", "draw", "label")}
 
 
 def _mean(window: list[dict[str, jax.Array]]) -> dict[str, float]:
