@@ -240,7 +240,7 @@ def test_drop_path_draws_once_a_sequence_for_its_patches_and_its_token(scheme):
     cls_shape = (b, t, 8) if config.scheme.token_per_frame else (b, 8)
     x = Tokens(*(rng.standard_normal(s).astype(np.float32) for s in (cls_shape, (b, t, n, 8))))
     for step in config.scheme.steps:
-        module = Attention(config, step, plain=True, rate=rate, rngs=nnx.Rngs(0))
+        module = Attention(config, step, plain=True, rngs=nnx.Rngs(0))
         number = step.sequences(t, grid)
         count = number.max() + 1
         copies = None
@@ -251,7 +251,7 @@ def test_drop_path_draws_once_a_sequence_for_its_patches_and_its_token(scheme):
         def run(x, copies, key, module=module, step=step):
             mixed = step.mix(jax.tree.map(module._project_in, Tokens(copies, x.patches)), grid)
             update = jax.tree.map(module.proj, mixed)
-            return module(x, grid), module(x, grid, key), update.cls
+            return module(x, grid), module(x, grid, key, rate), update.cls
 
         kept, dropped, update = run(x, copies, jax.random.key(3))
         factor = np.asarray(dropped.patches / kept.patches)
@@ -282,8 +282,7 @@ def test_drop_path_keeps_the_expectation(rate):
 
 def test_drop_path_rises_linearly_and_acts_only_with_a_key():
     model = tsf.TimeSformer(config_of("divided", depth=3, drop_path=0.4), rngs=nnx.Rngs(0))
-    rates = [(b.mlp.rate, b.attention["temporal"].rate) for b in model.blocks]
-    np.testing.assert_allclose(rates, [(0, 0), (0.2, 0.2), (0.4, 0.4)])
+    np.testing.assert_allclose(model.config.drop_path_rates, [0, 0.2, 0.4])
     video = random_video()
     drop = jax.jit(lambda key: model(video, key=key), compiler_options=QUICK)
     outputs = [drop(jax.random.key(seed)) for seed in (0, 0, 1)]

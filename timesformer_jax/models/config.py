@@ -7,11 +7,11 @@ import difflib
 
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import SCHEMES, Grid, Scheme
+from timesformer_jax.models.remat import REMATS
 
 POSITION_EMBEDDINGS = ("none", "space", "space_time")
 POSITION_RESIZES = ("nearest", "smooth")
 INITS = ("release", "width_scaled")
-REMATS = ("none", "block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,14 @@ class TimeSformerConfig:
         video model starts as the image model that it is made from. "width_scaled", for small
         models from scratch: 1 / sqrt(inputs) for every linear layer, 1 / sqrt(hidden_size) for
         every embedding, and nothing at zero but biases.
-      dtype: of the computation, "float32" or "bfloat16"; parameters are float32 always.
-      remat: "none", or "block" to keep only each block's input for the backward pass.
+      dtype: of the computation, "float32" or "bfloat16". Parameters and their gradients, norms,
+        softmax, features and logits are float32 always.
+      remat: what the backward pass finds of the forward pass and does not compute again: "none",
+        everything is kept; "outputs", those of linear layers and attentions (norms, GELU and
+        attention weights are computed again); "block", each block's input; "offload", the same,
+        kept in the host's memory.
+      scan_layers: compile one block and run it `depth` times, rather than compile each. The same
+        numbers and checkpoints, sooner compiled.
     """
 
     num_classes: int = 400
@@ -59,6 +65,7 @@ class TimeSformerConfig:
     init: str = "release"
     dtype: str = "float32"
     remat: str = "none"
+    scan_layers: bool = False
 
     def __post_init__(self):
         for field, known in {
@@ -99,6 +106,12 @@ class TimeSformerConfig:
         """Patches down and across that the position embedding is made for."""
         side = self.image_size // self.patch_size
         return side, side
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Of each block."""
+        last = max(self.depth - 1, 1)
+        return tuple(self.drop_path * i / last for i in range(self.depth))
 
     @property
     def mlp_size(self) -> int:

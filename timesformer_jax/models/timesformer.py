@@ -6,16 +6,20 @@ Every quirk of the authors' release that its checkpoints need is named where it 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.ad_checkpoint import checkpoint_name
 
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import Grid, Step, Tokens, by_clip, by_frame
 from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.linear import Linear
+from timesformer_jax.models.remat import BLOCK_INPUT, OUTPUT, checkpointed
 
 
 def _linear(
@@ -25,37 +29,44 @@ def _linear(
     rngs: nnx.Rngs,
     *,
     further: bool = False,
-) -> nnx.LinearGeneral:
+    dtype: str | None = None,
+) -> Linear:
     if config.init == "width_scaled":
         init = nnx.initializers.normal(inputs**-0.5)
     else:
         init = nnx.initializers.zeros if further else nnx.initializers.normal(0.02)
-    return nnx.LinearGeneral(
-        inputs, outputs, kernel_init=init, dtype=jnp.dtype(config.dtype), rngs=rngs
-    )
+    dtype = jnp.dtype(dtype or config.dtype)
+    return Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
+
+
+def _head(config: TimeSformerConfig, rngs: nnx.Rngs) -> Linear:
+    # The loss is computed from the logits in float32.
+    return _linear(config, config.hidden_size, config.num_classes, rngs, dtype="float32")
 
 
 def _norm(config: TimeSformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # In float32 always; the linear layer that follows rounds.
     return nnx.LayerNorm(
-        config.hidden_size, epsilon=1e-6, use_fast_variance=False,
-        dtype=jnp.dtype(config.dtype), rngs=rngs,
-    )  # fmt: skip
+        config.hidden_size, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
+    )
 
 
-def drop_path(x: Tokens, rate: float, sequences: np.ndarray, key: jax.Array | None) -> Tokens:
+def drop_path(
+    x: Tokens, rate: float | jax.Array, sequences: np.ndarray, key: jax.Array | None
+) -> Tokens:
     """Stochastic depth: zero a sequence's residual with probability `rate`, scale the others up.
 
     Args:
       x: the residuals, (B, T, N, D) patches and, where it takes part, one token a sequence,
         (B, S, D).
-      rate: probability of dropping.
+      rate: probability of dropping, a number or (); of a number 0 nothing is computed.
       sequences: (T, N), the number of each patch's sequence; one draw for each.
       key: None outside training: nothing is dropped.
     """
-    if key is None or rate == 0:
+    if key is None or (isinstance(rate, float) and rate == 0):
         return x
     draws = jax.random.bernoulli(key, 1 - rate, (len(x.patches), sequences.max() + 1))
-    factor = draws.astype(x.patches.dtype) / (1 - rate)
+    factor = (draws / (1 - rate)).astype(x.patches.dtype)
     cls = None if x.cls is None else x.cls * factor.reshape(*x.cls.shape[:-1], 1)
     return Tokens(cls, x.patches * factor[:, sequences, None])
 
@@ -68,25 +79,25 @@ class Attention(nnx.Module):
     split of the last axis is one by heads, which tensor parallelism needs.
     """
 
-    def __init__(
-        self, config: TimeSformerConfig, step: Step, *, plain: bool, rate: float, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: TimeSformerConfig, step: Step, *, plain: bool, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.step, self.rate, self.heads = step, rate, config.num_heads
+        self.step, self.heads = step, config.num_heads
         self.norm = _norm(config, rngs)
         self.qkv = _linear(config, width, (3, width), rngs)
         self.proj = _linear(config, width, width, rngs)
         self.fc = None if plain else _linear(config, width, width, rngs, further=True)
 
-    def __call__(self, x: Tokens, grid: Grid, key: jax.Array | None = None) -> Tokens:
+    def __call__(
+        self, x: Tokens, grid: Grid, key: jax.Array | None = None, rate: float | jax.Array = 0.0
+    ) -> Tokens:
         """Returns the update of `x`; its cls is None where the token takes no part."""
         sequences = self.step.sequences(x.patches.shape[1], grid)
         y = Tokens(self._copies(x.cls, sequences.max() + 1), x.patches)
         y = jax.tree.map(self._project_in, y)
-        y = self.step.mix(y, grid)
+        y = _named(OUTPUT, self.step.mix(y, grid))
         y = jax.tree.map(self.proj, y)
         # The release drops before temporal_fc, so a dropped row still gets that layer's bias.
-        y = drop_path(y, self.rate, sequences, key)
+        y = drop_path(y, rate, sequences, key)
         y = y if self.fc is None else jax.tree.map(self.fc, y)
         if y.cls is not None and y.cls.ndim > x.cls.ndim:
             y = y._replace(cls=y.cls.mean(axis=1))
@@ -108,41 +119,41 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The residual MLP on every token; drop path draws once a clip (a frame, for space only)."""
 
-    def __init__(self, config: TimeSformerConfig, *, rate: float, rngs: nnx.Rngs):
-        self.rate = rate
+    def __init__(self, config: TimeSformerConfig, *, rngs: nnx.Rngs):
         self.sequences = by_frame if config.scheme.token_per_frame else by_clip
         self.norm = _norm(config, rngs)
         self.fc1 = _linear(config, config.hidden_size, config.mlp_size, rngs)
         self.fc2 = _linear(config, config.mlp_size, config.hidden_size, rngs)
 
-    def __call__(self, x: Tokens, grid: Grid, key: jax.Array | None = None) -> Tokens:
+    def __call__(
+        self, x: Tokens, grid: Grid, key: jax.Array | None = None, rate: float | jax.Array = 0.0
+    ) -> Tokens:
         y = jax.tree.map(
             lambda t: self.fc2(jax.nn.gelu(self.fc1(self.norm(t)), approximate=False)), x
         )
-        return drop_path(y, self.rate, self.sequences(x.patches.shape[1], grid), key)
+        return drop_path(y, rate, self.sequences(x.patches.shape[1], grid), key)
 
 
 class Block(nnx.Module):
     """One encoder block: the scheme's attentions, then the MLP, each a residual."""
 
-    def __init__(self, config: TimeSformerConfig, *, rate: float, rngs: nnx.Rngs):
+    def __init__(self, config: TimeSformerConfig, *, rngs: nnx.Rngs):
         steps, plain = config.scheme.steps, config.scheme.steps[config.scheme.plain]
         self.order = tuple(step.name for step in steps)  # an nnx.Dict sorts its keys
         self.parallel = config.scheme.parallel
         self.attention = nnx.Dict(
-            {
-                step.name: Attention(config, step, plain=step is plain, rate=rate, rngs=rngs)
-                for step in steps
-            }
+            {step.name: Attention(config, step, plain=step is plain, rngs=rngs) for step in steps}
         )
-        self.mlp = MLP(config, rate=rate, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: Tokens, grid: Grid, key: jax.Array | None = None) -> Tokens:
-        block_input = x
+    def __call__(
+        self, x: Tokens, grid: Grid, key: jax.Array | None = None, rate: float | jax.Array = 0.0
+    ) -> Tokens:
+        block_input = x = _named(BLOCK_INPUT, x)
         for i, name in enumerate(self.order):
             read = block_input if self.parallel else x
-            x = _add(x, self.attention[name](read, grid, _fold(key, i)))
-        return _add(x, self.mlp(x, grid, _fold(key, len(self.order))))
+            x = _add(x, self.attention[name](read, grid, _fold(key, i), rate))
+        return _add(x, self.mlp(x, grid, _fold(key, len(self.order)), rate))
 
 
 def _add(x: Tokens, update: Tokens) -> Tokens:
@@ -150,8 +161,12 @@ def _add(x: Tokens, update: Tokens) -> Tokens:
     return Tokens(cls, x.patches + update.patches)
 
 
-def _fold(key: jax.Array | None, data: int) -> jax.Array | None:
+def _fold(key: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, data)
+
+
+def _named(name: str, x: Tokens) -> Tokens:
+    return jax.tree.map(lambda t: checkpoint_name(t, name), x)
 
 
 def resize_space(table: jax.Array, old: Grid, new: Grid, how: str = "nearest") -> jax.Array:
@@ -203,7 +218,7 @@ class Embedding(nnx.Module):
             bound = inputs**-0.5
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        self.patch = nnx.Linear(
+        self.patch = Linear(
             inputs, width, kernel_init=conv2d_default, bias_init=conv2d_default,
             dtype=jnp.dtype(config.dtype), rngs=rngs,
         )  # fmt: skip
@@ -229,16 +244,17 @@ class Embedding(nnx.Module):
         x = video.reshape(b, t, grid[0], p, grid[1], p, 3)
         x = x.transpose(0, 1, 2, 4, 3, 5, 6)  # b t y p x q c -> b t y x p q c
         patches = self.patch(x.reshape(b, t, grid[0] * grid[1], p * p * 3))
-        cls = self.cls[...].astype(dtype)
+        # Positions are added in float32, and so are their gradients, which are sums over clips.
+        cls = self.cls[...]
         if self.space is not None:
             space = resize_space(self.space[...], config.grid, grid, config.position_resize)
-            space = space.astype(dtype)
             cls, patches = cls + space[0], patches + space[1:]
         if self.time is not None:
-            time = resize_time(self.time[...], t, config.position_resize).astype(dtype)
+            time = resize_time(self.time[...], t, config.position_resize)
             patches = patches + time[:, None]
         one_a_frame = (t,) if config.scheme.token_per_frame else ()
-        return Tokens(jnp.broadcast_to(cls, (b, *one_a_frame, cls.shape[-1])), patches)
+        cls = jnp.broadcast_to(cls, (b, *one_a_frame, cls.shape[-1]))
+        return Tokens(cls.astype(dtype), patches.astype(dtype))
 
 
 def _grid(config: TimeSformerConfig, video: jax.Array) -> Grid:
@@ -257,10 +273,9 @@ class TimeSformer(nnx.Module):
     def __init__(self, config: TimeSformerConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Embedding(config, rngs)
-        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nnx.List([Block(config, rate=rate, rngs=rngs) for rate in rates])
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.norm = _norm(config, rngs)
-        self.head = _linear(config, config.hidden_size, config.num_classes, rngs)
+        self.head = _head(config, rngs)
 
     def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Class logits of clips.
@@ -275,18 +290,40 @@ class TimeSformer(nnx.Module):
         Raises:
           InputError: if the video is not of that shape.
         """
-        return self.head(self.features(video, key=key)).astype(jnp.float32)
+        return self.head(self.features(video, key=key))
 
     def features(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """(B, T, H, W, 3) to (B, D): the classification token after the final norm."""
         self._check(video)
         x, grid = self.embedding(video), _grid(self.config, video)
-        for i, block in enumerate(self.blocks):
-            remat = self.config.remat == "block"
-            forward = jax.checkpoint(block, static_argnums=1) if remat else block
-            x = forward(x, grid, _fold(key, i))
+        x = self._scanned(x, grid, key) if self.config.scan_layers else self._each(x, grid, key)
         cls = x.cls.mean(axis=1) if self.config.scheme.token_per_frame else x.cls
         return self.norm(cls)
+
+    def _each(self, x: Tokens, grid: Grid, key: jax.Array | None) -> Tokens:
+        """The blocks one after another."""
+        for i, (block, rate) in enumerate(zip(self.blocks, self.config.drop_path_rates)):
+            forward = functools.partial(block, grid=grid, rate=rate)
+            x = checkpointed(self.config.remat, forward, scanned=False)(x, key=_fold(key, i))
+        return x
+
+    def _scanned(self, x: Tokens, grid: Grid, key: jax.Array | None) -> Tokens:
+        """The blocks as one that is compiled once and run `depth` times; the same numbers.
+
+        Parameters are stacked here, and their gradients taken apart again: one copy of each, little
+        beside the step, and everything outside sees them layer by layer.
+        """
+        graph, _ = nnx.split(self.blocks[0])
+        layers = jax.tree.map(lambda *p: jnp.stack(p), *map(nnx.state, self.blocks))
+        rates = jnp.asarray(self.config.drop_path_rates, jnp.float32)
+
+        def forward(x: Tokens, layer: tuple) -> Tokens:
+            params, i, rate = layer
+            return nnx.merge(graph, params)(x, grid, _fold(key, i), rate)
+
+        forward = checkpointed(self.config.remat, forward, scanned=True)
+        numbered = layers, jnp.arange(self.config.depth), rates
+        return jax.lax.scan(lambda x, layer: (forward(x, layer), None), x, numbered)[0]
 
     def _check(self, video: jax.Array) -> None:
         p = self.config.patch_size
@@ -313,7 +350,7 @@ def parameters(model: TimeSformer) -> dict:
 
 def new_head(config: TimeSformerConfig, seed: int = 0) -> dict:
     """Fresh parameters for the head: kernel (D, num_classes) and bias (num_classes,)."""
-    head = _linear(config, config.hidden_size, config.num_classes, nnx.Rngs(seed))
+    head = _head(config, nnx.Rngs(seed))
     return {"kernel": head.kernel[...], "bias": head.bias[...]}
 
 
