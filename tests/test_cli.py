@@ -120,10 +120,9 @@ def test_predict_gives_the_evaluated_probabilities(trained, demo_data):
     from timesformer_jax.inference.predict import Predictor
 
     split = records.open_split(demo_data, "validation")
-    model, params = checkpoints.load_parameters(trained)
-    card = checkpoints.load_card(trained)
+    card, params = checkpoints.load_parameters(trained)
     batch = next(pipeline.eval_batches(split, card.clip, batch_size=8, views=2, crops=3))
-    evaluated = make_probabilities(model, card.clip)(params, batch["frames"], batch["windows"])
+    evaluated = make_probabilities(card.model, card.clip)(params, batch["frames"], batch["windows"])
     predictor = Predictor(trained, views=2, crops=3)
     for row in range(8):
         predicted = predictor(demo_data / "videos" / split.ids[batch["record"][row]])

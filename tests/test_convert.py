@@ -98,11 +98,11 @@ def test_models_without_embeddings_go_out_with_zeros(kept, tmp_path):
 def test_card_of_our_own_checkpoints_is_kept(tmp_path):
     source = ours(tmp_path / "a", tiny(), labels=("x", "y", "z"), seed=5)
     convert(source, tmp_path / "b")
-    before, after = checkpoints.load_card(source), checkpoints.load_card(tmp_path / "b")
+    before, after = (checkpoints.load_parameters(path)[0] for path in (source, tmp_path / "b"))
     assert (after.clip, after.labels, after.config["seed"]) == (before.clip, before.labels, 5)
     # Another length and another head change what the card says of them.
     convert(source, tmp_path / "c", num_frames=16, num_classes=2)
-    card = checkpoints.load_card(tmp_path / "c")
+    card = checkpoints.load_parameters(tmp_path / "c")[0]
     assert (card.clip.frames, card.clip.rate, card.labels) == (16, 16, ())
     assert (card.model.num_frames, card.model.num_classes) == (16, 2)
 
@@ -112,7 +112,7 @@ def test_license_of_the_release_stays_with_its_weights(tmp_path, caplog):
     assert "CC-BY-NC-4.0: no commercial use" in caplog.text
     convert(tmp_path / "ours", tmp_path / "hf", to="hf")
     convert(tmp_path / "hf", tmp_path / "r.pyth", to="release")
-    assert checkpoints.load_card(tmp_path / "ours").license == "CC-BY-NC-4.0"
+    assert checkpoints.load_parameters(tmp_path / "ours")[0].license == "CC-BY-NC-4.0"
     assert torch.load(tmp_path / "r.pyth", weights_only=True)["license"] == "CC-BY-NC-4.0"
     with safe_open(tmp_path / "hf" / "model.safetensors", "np") as f:
         assert f.metadata()["license"] == "CC-BY-NC-4.0"

@@ -66,7 +66,7 @@ def test_a_video_run_starts_at_the_image_models_features(
     expected = with_parameters(image.config, image.load()).features(frame)
     np.testing.assert_allclose(features, expected, atol=1e-5)
 
-    card = checkpoints.load_card(tmp_path / "run")
+    card = checkpoints.load_parameters(tmp_path / "run")[0]
     split = records.open_split(demo_data, "train")
     options = {"batch_size": 8, "jitter": (32, 40), "flip": False, "seed": 0}
     batch, _ = next(pipeline.train_batches(split, card.clip, **options))
@@ -107,9 +107,9 @@ def test_a_license_stays_with_what_is_trained_from_it(
     source = torch.load(tmp_path / "r.pyth", weights_only=True)
     torch.save(source | {"license": "CC-BY-NC-4.0"}, tmp_path / "r.pyth")
     timesformer(*arguments(pretrained=tmp_path / "r.pyth", epochs=1))
-    assert checkpoints.load_card(tmp_path / "run").license == "CC-BY-NC-4.0"
+    assert checkpoints.load_parameters(tmp_path / "run")[0].license == "CC-BY-NC-4.0"
     timesformer(*arguments(pretrained=tmp_path / "r.pyth"))
-    assert checkpoints.load_card(tmp_path / "run").license == "CC-BY-NC-4.0"
+    assert checkpoints.load_parameters(tmp_path / "run")[0].license == "CC-BY-NC-4.0"
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_what_a_run_leaves(whole, demo_data):
     assert results["videos"] == 21
     assert 0 <= results["top1"] <= results["top5"] <= 1
     assert len(results["classes"]) == 8
-    card = checkpoints.load_card(whole)
+    card, _ = checkpoints.load_parameters(whole)
     assert card.labels[0] == "down"
     assert (card.clip.frames, card.clip.rate, card.clip.crop, card.clip.short_side) == (
         8,

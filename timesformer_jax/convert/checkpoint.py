@@ -84,7 +84,7 @@ def read(path: str | os.PathLike, resize: str = "bicubic", **overrides: Any) -> 
     """
     path = os.fspath(path)
     _check_options(resize, overrides)
-    if os.path.isdir(path) and not files.is_weights_directory(path):
+    if checkpoints.is_ours(path) and not files.is_weights_directory(path):
         source = _read_ours(path)
     else:
         source = _read_foreign(path, overrides.get("num_heads"))
@@ -122,12 +122,11 @@ def _target(source: Checkpoint, overrides: dict[str, Any]) -> TimeSformerConfig:
 
 
 def _read_ours(path: str) -> Checkpoint:
-    card = checkpoints.load_card(path)
-    config, params = checkpoints.load_parameters(path)
+    card, params = checkpoints.load_parameters(path)
     flat = traverse_util.flatten_dict(params, sep="/")
     return Checkpoint(
         path=path,
-        config=config,
+        config=card.model,
         params={k: Stored(v.shape, functools.partial(np.asarray, v)) for k, v in flat.items()},
         clip=card.clip,
         labels=card.labels,

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from timesformer_jax.data import storage
+
 
 def average_pieces(probabilities: np.ndarray, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean prediction of each video over its records.
@@ -105,9 +107,7 @@ class Results:
                 lines.append(f"{label:<{width}}  {videos:>6}  {share1:>6}  {share5:>6}")
         return "\n".join([*lines, self.summary()])
 
-    def save(self, path: str, **more: Any) -> None:
+    def save(self, path: str | os.PathLike, **more: Any) -> None:
         """Writes `to_json`, and what else is given, whole or not at all."""
-        with open(path + ".new", "w") as f:
-            json.dump(more | self.to_json(), f, indent=2)
-            f.write("\n")
-        os.replace(path + ".new", path)
+        content = json.dumps(more | self.to_json(), indent=2) + "\n"
+        storage.write_whole(storage.absolute(path), content.encode())

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from timesformer_jax import checkpoints
+from timesformer_jax.data import storage
 from timesformer_jax.data.pipeline import Shard, eval_batches
 from timesformer_jax.data.records import Split, open_split
 from timesformer_jax.distributed.mesh import BATCH, check_batch, make_mesh, put_batch
@@ -122,7 +123,7 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint and prints the table of its classes.
 
     Args:
-      checkpoint: a workdir of training, its checkpoints folder, or one step of it.
+      checkpoint: of a run of ours, as `checkpoints.load_parameters` takes it.
       data: what `open_split` opens; by default what it was trained on.
       split: by default the one that its config evaluates on.
       fps: frames a second of records that do not say theirs; by default, on the data that it was
@@ -138,7 +139,7 @@ def evaluate_checkpoint(
         raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
     if output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise InputError(f"the folder of --output={output} does not exist")
-    card = checkpoints.load_card(checkpoint)
+    card, params = checkpoints.load_parameters(checkpoint)
     trained = card.config or {  # weights of another project know no data
         "data": {"directory": "", "eval_split": "validation"},
         "eval": {"batch_size": 8},
@@ -161,14 +162,13 @@ def evaluate_checkpoint(
     batch_size = batch_size or trained["eval"]["batch_size"]
     mesh = make_mesh()
     check_batch(mesh, batch_size, "--batch_size")
-    model, params = checkpoints.load_parameters(checkpoint)
     params = jax.device_put(params, NamedSharding(mesh, P()))
     results = evaluate(
-        params, model, card.clip, found, mesh, batch_size=batch_size, views=views, crops=crops
+        params, card.model, card.clip, found, mesh, batch_size=batch_size, views=views, crops=crops
     )
     print(results.table())
     if output is not None:
-        results.save(output, checkpoint=os.path.abspath(checkpoint), split=found.name)
+        results.save(output, checkpoint=str(storage.absolute(checkpoint)), split=found.name)
         print(f"written to {output}")
 
 

@@ -18,7 +18,7 @@ class Predictor:
     """A checkpoint, ready to be shown videos.
 
     Args:
-      checkpoint: a workdir of training, its checkpoints folder, or one step of it.
+      checkpoint: of a run of ours, as `checkpoints.load_parameters` takes it.
       views: clips along a video whose probabilities are averaged.
       crops: squares of each clip: 3 for left, centre and right, 1 for the centre.
 
@@ -30,8 +30,8 @@ class Predictor:
     def __init__(self, checkpoint: str | os.PathLike, views: int = 1, crops: int = 3):
         if views < 1 or crops not in (1, 3):
             raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
-        self.card = checkpoints.load_card(checkpoint)
-        model, params = checkpoints.load_parameters(checkpoint)
+        self.card, params = checkpoints.load_parameters(checkpoint)
+        model = self.card.model
         self.labels = self.card.labels or tuple(f"class {i}" for i in range(model.num_classes))
         self.views, self.crops = views, crops
 
