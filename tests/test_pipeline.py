@@ -113,13 +113,8 @@ def test_a_position_continues_just_after_its_batch(train, consumed):
 def test_hosts_share_every_global_batch(train, validation):
     whole = [b for b, _ in take(pipeline.train_batches(train, SPEC, **OPTIONS), 2)]
     parts = [
-        [
-            b
-            for b, _ in take(
-                pipeline.train_batches(train, SPEC, shard=pipeline.Shard(i, 4), **OPTIONS), 2
-            )
-        ]
-        for i in range(4)
+        [b for b, _ in take(pipeline.train_batches(train, SPEC, rows=rows, **OPTIONS), 2)]
+        for rows in np.split(np.arange(OPTIONS["batch_size"]), 4)
     ]
     together = [
         jax.tree.map(lambda *x: np.concatenate(x), *(part[step] for part in parts))
@@ -130,10 +125,8 @@ def test_hosts_share_every_global_batch(train, validation):
     counted = np.concatenate(
         [
             batch["record"][batch["valid"]]
-            for i in range(2)
-            for batch in pipeline.eval_batches(
-                validation, SPEC, batch_size=8, shard=pipeline.Shard(i, 2)
-            )
+            for rows in ([0, 3, 4, 7], [1, 2, 5, 6])
+            for batch in pipeline.eval_batches(validation, SPEC, batch_size=8, rows=rows)
         ]
     )
     assert sorted(counted) == list(range(21))

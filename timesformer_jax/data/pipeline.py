@@ -19,6 +19,8 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.preprocessing import ClipSpec
 
 Batch = dict[str, np.ndarray]
+Rows = np.ndarray | slice
+ALL = slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +36,6 @@ class Position:
     batches: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """The part of every global batch that this host reads: its index among `count` hosts."""
-
-    index: int = 0
-    count: int = 1
-
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """This host's rows of a global batch, whose size is a multiple of count."""
-        return np.split(rows, self.count)[self.index]
-
-
 def train_batches(
     split: Split,
     spec: ClipSpec,
@@ -55,7 +45,7 @@ def train_batches(
     flip: bool,
     seed: int,
     position: Position = Position(),
-    shard: Shard = Shard(),
+    rows: Rows = ALL,
 ) -> Iterator[tuple[Batch, Position]]:
     """Shuffled, randomly cropped training batches, without end.
 
@@ -67,14 +57,13 @@ def train_batches(
       flip: whether half of the clips are mirrored.
       seed: with the epoch and the record, decides every draw.
       position: where to start; a position that was yielded continues just after its batch.
-      shard: this host's part.
+      rows: those of every global batch that this process loads.
 
     Yields:
       A batch and the position after it. The batch holds frames (b, T, S, S, 3) uint8, windows
       (b, 3) float32 (top, left, side in pixels of those frames), flip (b,) bool, label (b,) int32,
       record (b,) int32, the index in `split`, and draw (b,) uint32, which seeds what the device
-      draws for the clip, with b = batch_size / shard.count. The last incomplete batch of an epoch
-      is left out.
+      draws for the clip, with b of `rows`. The last incomplete batch of an epoch is left out.
 
     Raises:
       InputError: if there are fewer records than a batch, or the jitter is too small for the crop.
@@ -83,7 +72,7 @@ def train_batches(
     sampling.check_jitter(jitter, spec.crop)
     plans = train_plans(
         split, spec, batch_size=batch_size, jitter=jitter, flip=flip, seed=seed,
-        position=position, shard=shard,
+        position=position, rows=rows,
     )  # fmt: skip
     at = position
     for plan, frames in reading.clips(plans, split, train_side(split, spec, jitter)):
@@ -101,7 +90,7 @@ def train_plans(
     flip: bool,
     seed: int,
     position: Position = Position(),
-    shard: Shard = Shard(),
+    rows: Rows = ALL,
 ) -> Iterator[reading.Plan]:
     """What the batches of `train_batches` are made of, without end."""
     per_epoch = batches_per_epoch(split, batch_size)
@@ -109,9 +98,9 @@ def train_plans(
     while True:
         order = _random(seed, position.epoch).permutation(len(split))
         for i in range(position.batches, per_epoch):
-            rows = shard.of(order[i * batch_size : (i + 1) * batch_size])
-            plans = [_train_plan(split, spec, r, jitter, flip, seed, position.epoch) for r in rows]
-            yield _stack(plans, rows, side, split)
+            mine = order[i * batch_size : (i + 1) * batch_size][rows]
+            plans = [_train_plan(split, spec, r, jitter, flip, seed, position.epoch) for r in mine]
+            yield _stack(plans, mine, side, split)
         position = Position(position.epoch + 1)
 
 
@@ -127,12 +116,12 @@ def eval_batches(
     batch_size: int,
     views: int = 1,
     crops: int = 1,
-    shard: Shard = Shard(),
+    rows: Rows = ALL,
 ) -> Iterator[Batch]:
     """Every record of the split once, in order, seen from views x crops.
 
     Args:
-      split, spec, shard: as for `train_batches`.
+      split, spec, rows: as for `train_batches`.
       batch_size: videos of all hosts together.
       views: clips along the video.
       crops: squares along the long side of each.
@@ -146,8 +135,8 @@ def eval_batches(
     order = np.arange(steps * batch_size)
 
     def plans() -> Iterator[reading.Plan]:
-        for rows in order.reshape(steps, batch_size):
-            mine = shard.of(rows)
+        for batch in order.reshape(steps, batch_size):
+            mine = batch[rows]
             valid = mine < len(split)
             mine = np.where(valid, mine, 0)
             plans = [_test_plan(split, spec, row, views, crops) for row in mine]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -50,10 +52,28 @@ def check_batch(mesh: Mesh, batch_size: int, flag: str) -> None:
         )
 
 
+def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, (b,) int, ascending.
+
+    They follow from how the batch lies on the mesh: processes whose devices hold the same clips
+    have the same rows, and each loads them.
+    """
+    parts = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts.values()]))
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This host's part of a batch as global arrays, the leading axis over the whole mesh."""
+    """The `batch_rows` of a batch as global arrays, the leading axis over the whole mesh."""
     sharding = NamedSharding(mesh, BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    parts = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    size = len(next(iter(batch.values()))) // len(batch_rows(mesh, parts)) * parts
+    rows = batch_rows(mesh, size)
+
+    def put(value: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            here = np.searchsorted(rows, np.arange(size)[index[0]])
+            return value[here, *index[1:]]
+
+        return jax.make_array_from_callback((size, *value.shape[1:]), sharding, part)
+
+    return {name: put(value) for name, value in batch.items()}

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from timesformer_jax import checkpoints
 from timesformer_jax.data import storage
-from timesformer_jax.data.pipeline import Shard, eval_batches
+from timesformer_jax.data.pipeline import eval_batches
 from timesformer_jax.data.records import Split, open_split
-from timesformer_jax.distributed.mesh import BATCH, check_batch, make_mesh, put_batch
+from timesformer_jax.distributed.mesh import BATCH, batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results, average_pieces
 from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
@@ -81,10 +81,8 @@ def evaluate(
         in_shardings=(None, NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, P()),
     )
-    shard = Shard(jax.process_index(), jax.process_count())
-    batches = eval_batches(
-        split, clip, batch_size=batch_size, views=views, crops=crops, shard=shard
-    )
+    rows = batch_rows(mesh, batch_size)
+    batches = eval_batches(split, clip, batch_size=batch_size, views=views, crops=crops, rows=rows)
     progress = tqdm(
         batches,
         desc=f"evaluating {split.name}",

@@ -7,9 +7,7 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,7 +22,8 @@ from timesformer_jax import checkpoints as ckpt
 from timesformer_jax import convert
 from timesformer_jax.augmentation import Augmentation
 from timesformer_jax.data import demo, pipeline, records, sampling
-from timesformer_jax.distributed.mesh import check_batch, make_mesh, put_batch
+from timesformer_jax.distributed import hosts
+from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results
 from timesformer_jax.evaluation.multi_view import evaluate
@@ -63,7 +62,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     augmentation = Augmentation(**config.augment)
     # The data, and what it says of the model and its clips.
     if config.data.demo:
-        demo.prepare_demo(config.data.directory)
+        hosts.once("demo", lambda: demo.prepare_demo(config.data.directory))
     data = config.data
     train_split, eval_split = (
         records.open_split(data.directory, split, data.fps)
@@ -91,7 +90,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         jax.set_mesh(mesh),
         contextlib.closing(_checkpoints(config, workdir)) as checkpoints,
         contextlib.closing(_writer(workdir)) as writer,
-        _termination() as asked_to_end,
+        hosts.termination() as asked_to_end,
     ):
         # Go on from the newest checkpoint, or begin.
         state, position, card = _restore(checkpoints, target, card)
@@ -114,7 +113,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             flip=config.data.flip,
             seed=config.seed,
             position=position,
-            shard=pipeline.Shard(jax.process_index(), jax.process_count()),
+            rows=batch_rows(mesh, config.batch_size),
         )
         window: list[dict[str, jax.Array]] = []
         bar = tqdm(
@@ -138,7 +137,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     writer.write_scalars(done, {f"train/{k}": v for k, v in means.items()})
                     bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
                     window = []
-                ending = asked_to_end()
+                ending = asked_to_end(done)
                 if done % (config.checkpoint.every_steps or per_epoch) == 0 or ending:
                     checkpoints.save(done, state, _progress(position), card)
                 if ending:
@@ -152,7 +151,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 if every and done % every == 0 and done < total:
                     found = _evaluate(config, state, model, clip, eval_split, mesh, final=False)
                     _report(writer, done, "validation", found)
-                    bar.write(f"epoch {done // per_epoch}: {found.summary()}")
+                    if jax.process_index() == 0:
+                        bar.write(f"epoch {done // per_epoch}: {found.summary()}")
         if checkpoints.latest_step() != done:
             checkpoints.save(done, state, _progress(position), card)
         checkpoints.wait()
@@ -162,16 +162,26 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         _report(writer, done, "final", found)
         if jax.process_index() == 0:
             found.save(os.path.join(workdir, RESULTS), step=done)
-        return _finished(workdir, done)
+        return {"step": done} | found.to_json()
 
 
-def train_and_report(config: ConfigDict, workdir: str) -> None:
-    """`train`, then a few lines that say how good the model is and where everything lies."""
-    try:
-        results = train(config, workdir)
-    except Preempted as e:
-        print(e, file=sys.stderr)
-        sys.exit(128 + e.signal)
+def train_and_report(config: ConfigDict, workdir: str, **processes: Any) -> None:
+    """`train`, then a few lines that say how good the model is and where everything lies.
+
+    `processes` are the arguments of `hosts.processes`.
+    """
+    with hosts.processes(**processes):
+        try:
+            results = train(config, workdir)
+        except Preempted as e:
+            if jax.process_index() == 0:
+                print(e, file=sys.stderr)
+            sys.exit(128 + e.signal)
+        if jax.process_index() == 0:
+            _print(results, workdir)
+
+
+def _print(results: dict[str, Any], workdir: str) -> None:
     print(
         f"top-1 {results['top1']:.2%}  top-5 {results['top5']:.2%}  of {results['videos']} videos, "
         f"{results['views']} x {results['crops']} views\n"
@@ -328,24 +338,3 @@ def _finished(workdir: str, step: int) -> dict[str, Any] | None:
     with open(path) as f:
         results = json.load(f)
     return results if results["step"] == step else None
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[Any]:
-    """Notes SIGTERM and Ctrl-C, so that the loop can save before it ends; yields which came.
-
-    A second Ctrl-C does not wait.
-    """
-    came = 0
-
-    def note(signum, frame):
-        nonlocal came
-        came = signum
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
