@@ -238,8 +238,8 @@ def _read_shard(file: str, kind: Format) -> tuple[list[dict], list[tuple[str, st
     rows, skipped = [], []
     offset = 0
     try:
-        records = tf.data.TFRecordDataset(file, buffer_size=1 << 23)
-        for i, serialized in enumerate(records.as_numpy_iterator()):
+        shard = tf.data.TFRecordDataset(file, buffer_size=1 << 23)
+        for i, serialized in enumerate(shard.as_numpy_iterator()):
             contents = kind.contents(serialized)
             name = contents.id or f"{os.path.basename(file)}:{i}"
             try:
