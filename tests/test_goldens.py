@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 import timesformer_jax as tsf
+from timesformer_jax import recipes
 from timesformer_jax.models.timesformer import parameters, with_parameters
 from timesformer_jax.training.optimizer import make_optimizer
 
@@ -106,8 +106,7 @@ def test_six_training_steps_follow_the_released_models(name):
     model = tsf.from_pretrained(
         GOLDENS / f"train_start_{name}.pyth", num_heads=4, drop_path=0.0, num_frames=4
     )
-    config = ConfigDict({"name": "sgd", "momentum": 0.9, "weight_decay": 1e-4})
-    optimizer = make_optimizer(config, optax.constant_schedule(0.005))
+    optimizer = make_optimizer(recipes.recipe().optimizer, optax.constant_schedule(0.005))
 
     def loss_of(params, video, labels):
         logits = with_parameters(model.config, params)(video)

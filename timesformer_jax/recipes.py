@@ -23,11 +23,14 @@ def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
       rate: distance of a clip's frames, in frames of a 30 fps video.
     """
     config = ConfigDict()
+    config.name = model.removeprefix("timesformer_")  # of the recipe, for the results
     config.seed = 0
     config.epochs = 15
     config.batch_size = 64  # of all devices together; the paper says 16, the release uses 64
     config.pretrained = ""  # a checkpoint to start from
     config.log_every_steps = 50
+    config.accumulate_steps = 1  # parts in which a batch goes through the model
+    config.ema = 0.0  # the moving average of the weights keeps this much a step; 0: none
 
     fields = dataclasses.asdict(preset(model))
     clip = dataclasses.asdict(
@@ -62,6 +65,9 @@ def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
     config.optimizer.decay_factors = (0.1, 0.01)
     config.optimizer.warmup_epochs = 0.0
     config.optimizer.epochs = config.get_ref("epochs")
+    config.optimizer.clip_norm = 0.0  # the largest norm of the gradient; 0: any
+    config.optimizer.layer_decay = 1.0  # of the learning rate, for each layer from the head down
+    config.optimizer.train = "all"  # or "head"
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1})
 
@@ -73,7 +79,11 @@ def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 0  # 0: once an epoch
-    config.checkpoint.keep = 3
+    config.checkpoint.keep = 3  # the newest
+    config.checkpoint.keep_best = 1  # by validation top-1, besides
+
+    # A trace of these steps, counted from 1, in the workdir's profile/; none by default.
+    config.profile = ConfigDict({"start_step": 10, "steps": 0})
     return config
 
 
@@ -81,6 +91,7 @@ def kinetics400(model: str = "timesformer_base", *, attention: str = "divided") 
     """K400 as the authors train it, for their three models."""
     rate = {"timesformer_base": 32, "timesformer_hr": 16, "timesformer_l": 4}[model]
     config = recipe(model, rate=rate)
+    config.name = f"k400_{config.name if attention == 'divided' else attention}"
     config.model.attention = attention
     config.model.num_classes = 400
     config.data.directory = "data/k400"
@@ -92,6 +103,7 @@ def kinetics400(model: str = "timesformer_base", *, attention: str = "divided") 
 def finetune(model: str = "timesformer_base") -> ConfigDict:
     """A pretrained model on a folder of one's own videos: AdamW, small steps, any class count."""
     config = recipe(model)
+    config.name = "finetune"
     config.model.num_classes = 0  # as many as the data has
     config.batch_size = 8
     config.log_every_steps = 10
@@ -100,7 +112,7 @@ def finetune(model: str = "timesformer_base") -> ConfigDict:
     config.optimizer.reference_batch_size = 8
     config.optimizer.weight_decay = 0.05
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = config.get_ref("epochs").to_float() / 15
     config.eval.every_epochs = 1
     return config
 
@@ -108,6 +120,7 @@ def finetune(model: str = "timesformer_base") -> ConfigDict:
 def demo() -> ConfigDict:
     """A tiny model from scratch on the embedded data set: minutes on two CPU cores."""
     config = recipe("timesformer_tiny", rate=2)
+    config.name = "demo"
     config.model.num_classes = 0
     config.epochs = 6
     config.batch_size = 32
@@ -120,7 +133,7 @@ def demo() -> ConfigDict:
     config.optimizer.reference_batch_size = 32
     config.optimizer.weight_decay = 0.05
     config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = config.get_ref("epochs").to_float() / 6
     config.eval.every_epochs = 1
     config.eval.batch_size = 80
     return config

@@ -17,27 +17,49 @@ from timesformer_jax.distributed.sharding import shardings
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, with_parameters
 from timesformer_jax.models.timesformer import parameters as parameters_of
 from timesformer_jax.preprocessing import ClipSpec, crop, normalise
+from timesformer_jax.training.optimizer import trained
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes: step () int32, parameters and optimizer state."""
+    """Everything that training changes; all but the step float32.
+
+    Attributes:
+      step: () int32, how many were done.
+      params: parameters as nested dicts by layer.
+      opt_state: the optimizer's.
+      ema: the moving average of params, or None where none is kept.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    ema: Any = None
+
+    @property
+    def best_params(self) -> Any:
+        """What to evaluate and to predict with: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 def abstract_state(
-    model: TimeSformerConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: TimeSformerConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state; allocates nothing."""
+    """Shapes, dtypes and shardings of the state; allocates nothing.
+
+    Args:
+      model, optimizer: what is trained, and how.
+      mesh: the devices.
+      ema: whether a moving average of the parameters is kept.
+    """
     params = parameters_of(abstract(model))
-    state = jax.eval_shape(
-        lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params
-    )
+    state = jax.eval_shape(lambda p: _begin(p, optimizer, ema), params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,
@@ -58,12 +80,18 @@ def init_state(
     """
 
     def begin(params: Any) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return _begin(params, optimizer, target.ema is not None)
 
     places = jax.tree.map(lambda x: x.sharding, target)
     if callable(initial):
         return jax.jit(lambda: begin(initial()), out_shardings=places)()
     return jax.jit(begin, out_shardings=places)(jax.device_put(initial, places.params))
+
+
+def _begin(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+    # The average in memory of its own: a step is given the memory of both.
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
 def make_train_step(
@@ -75,6 +103,10 @@ def make_train_step(
     mesh: Mesh,
     seed: int,
     augmentation: Augmentation = OFF,
+    *,
+    train: str = "all",
+    accumulate_steps: int = 1,
+    ema: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step. It gives the state's memory to the new state: do not use the old one.
 
@@ -85,6 +117,12 @@ def make_train_step(
       mesh: the devices.
       seed: of drop path; each step folds its number in.
       augmentation: of the clips and labels; off by default, and then it costs nothing.
+      train: which parameters are `optimizer.trained`, as the optimizer was told. Of the others no
+        gradient is computed.
+      accumulate_steps: parts in which a batch goes through the model, for the memory of one part;
+        each device's clips must divide evenly. But for drop path's draws the step is that of the
+        whole batch.
+      ema: how much the moving average keeps of itself in a step, where the state has one.
 
     Returns:
       A function of the state and a batch (frames (B, T, S, S, 3) uint8, windows (B, 3), flip (B,)
@@ -96,31 +134,40 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         video = crop(batch["frames"], batch["windows"], clip.crop, batch["flip"])
+        targets = batch["label"]
         if augmentation.on:
             video, targets = augment(
                 video, batch["label"], batch["draw"], augmentation,
                 fill=clip.mean, classes=model.num_classes, mesh=mesh,
             )  # fmt: skip
-        video = normalise(video, clip)
+        examples = normalise(video, clip), targets, batch["label"]
 
-        def loss_of(params):
-            logits = with_parameters(model, params)(video, key=key)
+        def loss_of(params: Any, examples: tuple, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            video, targets, labels = examples
+            logits = with_parameters(model, state.params | params)(video, key=key)
             if augmentation.on:
                 losses = optax.softmax_cross_entropy(logits, targets)
             else:
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            return losses.mean(), logits
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            return losses.mean(), (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
 
-        (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulate_steps > 1:
+            gradient = _in_parts(gradient, accumulate_steps)
+        changing = trained(state.params, train)
+        (loss, accuracy), grads = gradient(changing, examples, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = state.params | optax.apply_updates(changing, updates)
+        average = None
+        if state.ema is not None:
+            average = jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), state.ema, params)
         metrics = {
             "loss": loss,
-            "accuracy": (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32),
+            "accuracy": accuracy,
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, average), metrics
 
     state_shardings = jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(
@@ -129,3 +176,26 @@ def make_train_step(
         out_shardings=(state_shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
+
+
+def _in_parts(function: Callable, parts: int) -> Callable:
+    """The mean of `function` of (parameters, examples, key) over `parts` of the examples, in turn.
+
+    Part i has examples i, i + parts, ...: every device then holds its share of every part already.
+    """
+
+    def mean(params: Any, examples: Any, key: jax.Array) -> Any:
+        def add(total: Any, part: tuple) -> tuple[Any, None]:
+            examples, i = part
+            found = function(params, examples, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, found), None
+
+        divided = jax.tree.map(
+            lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), examples
+        )
+        one = jax.tree.map(lambda x: x[0], divided)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, one, key))
+        total, _ = jax.lax.scan(add, zeros, (divided, jnp.arange(parts)))
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return mean
