@@ -24,6 +24,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from timesformer_jax.data import storage
 from timesformer_jax.errors import InputError
@@ -253,15 +254,14 @@ class Checkpoints:
         restored = state._replace(params=items["params"], opt_state=items["optimizer"])
         return restored, items["progress"]
 
-    def restore_parameters(self, step: int, model: TimeSformerConfig) -> dict:
-        """The parameters saved at `step`, on this process's first device.
+    def restore_parameters(self, step: int, model: TimeSformerConfig, place: Sharding) -> dict:
+        """The parameters saved at `step`, each put where `place` says.
 
         Raises:
           DamagedCheckpoint: if they cannot be read.
         """
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             parameters(abstract(model)),
         )
         with self._reading(step):
@@ -362,23 +362,25 @@ def is_ours(path: str | os.PathLike) -> bool:
     return path.is_dir() or (path.name == BEST and path.parent.is_dir())
 
 
-def load_parameters(path: str | os.PathLike) -> tuple[Card, dict]:
+def load_parameters(path: str | os.PathLike, place: Sharding | None = None) -> tuple[Card, dict]:
     """The card and parameters of a checkpoint.
 
     Args:
       path: a workdir or its checkpoints folder, for the newest that can be read; either with
         `/best` for the one of the highest validation top-1; or the folder of one step.
+      place: of every parameter; by default this process's first device.
 
     Returns:
-      The card, and nested dicts of arrays on this process's first device.
+      The card, and nested dicts of arrays.
 
     Raises:
       InputError: if there is none, or it cannot be read.
     """
+    place = place or SingleDeviceSharding(jax.local_devices()[0])
 
     def read(step: int) -> tuple[Card, dict]:
         card = checkpoints.card(step)
-        return card, checkpoints.restore_parameters(step, card.model)
+        return card, checkpoints.restore_parameters(step, card.model, place)
 
     checkpoints, step = _find(path)
     with contextlib.closing(checkpoints):

@@ -63,6 +63,13 @@ VIEWS = (
     _integer("views", 1, "clips along each video, their probabilities averaged", least=1),
     _integer("crops", 3, "3 squares of each clip (left, centre, right), or 1", least=1),
 )
+PROCESSES = (
+    _string("coordinator", None, "host:port of process 0; by default what the cluster tells"),
+    _integer("num_processes", None, "processes of this run, likewise", least=1),
+    _integer("process_id", None, "which of them this is, from 0, likewise"),
+    _seconds("startup_seconds", "to wait for all processes; by default 300"),
+    _seconds("heartbeat_seconds", "of silence after which a process is lost; by default 60"),
+)
 
 COMMANDS = {
     "prepare": Command(
@@ -125,7 +132,7 @@ COMMANDS = {
     "train": Command(
         "trains a recipe, or goes on with it, and evaluates",
         "timesformer_jax.training.loop:train_and_report",
-        (_config, _string("workdir", None, "folder for checkpoints, logs and results")),
+        (_config, _string("workdir", None, "folder for checkpoints, logs and results"), *PROCESSES),
         required=("config", "workdir"),
     ),
     "evaluate": Command(
@@ -139,6 +146,7 @@ COMMANDS = {
             *VIEWS,
             _integer("batch_size", None, "videos at a time; by default the config's", least=1),
             _string("output", None, "JSON file for the results"),
+            *PROCESSES,
         ),
         required=("checkpoint",),
     ),
@@ -274,7 +282,7 @@ def _is_for_people(record: LogRecord) -> bool:
         return False
     if "orbax" in record.pathname:
         return record.levelno >= ERROR
-    return record.levelno >= WARNING or "xla_bridge" not in record.pathname
+    return record.levelno >= WARNING or f"{os.sep}jax{os.sep}" not in record.pathname
 
 
 def _one_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from timesformer_jax import checkpoints
 from timesformer_jax.data import storage
 from timesformer_jax.data.pipeline import eval_batches
 from timesformer_jax.data.records import Split, open_split
+from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import BATCH, batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results, average_pieces
@@ -117,6 +118,7 @@ def evaluate_checkpoint(
     crops: int = 3,
     batch_size: int | None = None,
     output: str | None = None,
+    **processes: Any,
 ) -> None:
     """Evaluates a checkpoint and prints the table of its classes.
 
@@ -129,6 +131,7 @@ def evaluate_checkpoint(
       views, crops: as for `evaluate`.
       batch_size: videos at a time; by default as in its config.
       output: a JSON file for the results.
+      processes: the arguments of `hosts.processes`.
 
     Raises:
       InputError: if something cannot be read, or the data's labels are not the checkpoint's.
@@ -137,37 +140,48 @@ def evaluate_checkpoint(
         raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
     if output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise InputError(f"the folder of --output={output} does not exist")
-    card, params = checkpoints.load_parameters(checkpoint)
-    trained = card.config or {  # weights of another project know no data
-        "data": {"directory": "", "eval_split": "validation"},
-        "eval": {"batch_size": 8},
-    }
-    if not (data or trained["data"]["directory"]):
-        raise InputError(f"{checkpoint} was not trained here: say with --data what to evaluate on")
-    if data is None:
-        fps = fps or trained["data"].get("fps")  # older configs have none
-    found = open_split(
-        data or trained["data"]["directory"], split or trained["data"]["eval_split"], fps
-    )
-    if not card.labels and len(found.label_names) == card.model.num_classes:
-        logging.warning("the checkpoint names no classes: the data's are taken in their order")
-    elif found.label_names != card.labels:
-        raise InputError(
-            f"the data has {len(found.label_names)} labels ({_some(found.label_names)}), the "
-            f"checkpoint {card.model.num_classes} ({_some(card.labels)}): they must be the same; "
-            "prepare the data with the checkpoint's labels"
+    with hosts.processes(**processes):
+        mesh = make_mesh()
+        card, params = checkpoints.load_parameters(checkpoint, NamedSharding(mesh, P()))
+        trained = card.config or {  # weights of another project know no data
+            "data": {"directory": "", "eval_split": "validation"},
+            "eval": {"batch_size": 8},
+        }
+        if not (data or trained["data"]["directory"]):
+            raise InputError(
+                f"{checkpoint} was not trained here: say with --data what to evaluate on"
+            )
+        if data is None:
+            fps = fps or trained["data"].get("fps")  # older configs have none
+        found = open_split(
+            data or trained["data"]["directory"], split or trained["data"]["eval_split"], fps
         )
-    batch_size = batch_size or trained["eval"]["batch_size"]
-    mesh = make_mesh()
-    check_batch(mesh, batch_size, "--batch_size")
-    params = jax.device_put(params, NamedSharding(mesh, P()))
-    results = evaluate(
-        params, card.model, card.clip, found, mesh, batch_size=batch_size, views=views, crops=crops
-    )
-    print(results.table())
-    if output is not None:
-        results.save(output, checkpoint=str(storage.absolute(checkpoint)), split=found.name)
-        print(f"written to {output}")
+        if not card.labels and len(found.label_names) == card.model.num_classes:
+            logging.warning("the checkpoint names no classes: the data's are taken in their order")
+        elif found.label_names != card.labels:
+            raise InputError(
+                f"the data has {len(found.label_names)} labels ({_some(found.label_names)}), the "
+                f"checkpoint {card.model.num_classes} ({_some(card.labels)}): they must be the "
+                "same; prepare the data with the checkpoint's labels"
+            )
+        batch_size = batch_size or trained["eval"]["batch_size"]
+        check_batch(mesh, batch_size, "--batch_size")
+        results = evaluate(
+            params,
+            card.model,
+            card.clip,
+            found,
+            mesh,
+            batch_size=batch_size,
+            views=views,
+            crops=crops,
+        )
+        if jax.process_index() > 0:
+            return
+        print(results.table())
+        if output is not None:
+            results.save(output, checkpoint=str(storage.absolute(checkpoint)), split=found.name)
+            print(f"written to {output}")
 
 
 def _some(labels: tuple[str, ...]) -> str:
