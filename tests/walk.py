@@ -18,6 +18,7 @@ CARD = Card(TimeSformerConfig(), ClipSpec(), (), {})
 class State(NamedTuple):
     params: Any
     opt_state: Any
+    ema: Any = None
 
 
 def start():

@@ -1,9 +1,10 @@
 """Checkpoints by Orbax, and what one carries: everything that predicting with it needs.
 
-A checkpoint is a folder `<step>` with these items: `params` (plain nested dicts by layer),
-`optimizer`, `progress` (the data iterator's state), `card` (below) and `digest`, sums that tell
-when what is read is not what was saved: Orbax does not notice a changed byte in an array. Beside
-the steps lies `validation.json`, what was found of each that was evaluated: it tells the best.
+A checkpoint is a folder `<step>` with these items: `params` (plain nested dicts by layer), `ema`
+where training keeps a moving average of them, `optimizer`, `progress` (the data iterator's state),
+`card` (below) and `digest`, sums that tell when what is read is not what was saved: Orbax does not
+notice a changed byte in an array. Beside the steps lies `validation.json`, what was found of each
+that was evaluated: it tells the best.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ FOLDER = "checkpoints"  # of a workdir
 BEST = "best"  # in place of a step: the one of the highest validation top-1
 VALIDATION = "validation.json"
 DAMAGED = ".damaged"  # is put after the step of one that could not be read
+
+# Items that hold arrays, and the fields of a state that they are; a field that is None has none.
+_ARRAYS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}
 
 # How the reads end that Orbax has under way when one fails; the one is enough to tell.
 _AFTERWARDS = ("Event loop is closed", "Encountered error while reading array index")
@@ -154,13 +158,13 @@ class Checkpoints:
 
         Args:
           step: training steps done.
-          state: has `params` and `opt_state`, pytrees of arrays on any mesh.
+          state: has `params`, `opt_state` and, or None, `ema`, pytrees of arrays on any mesh.
           progress: JSON values, the data iterator's state among them.
           card: what the checkpoint says of itself.
         """
         self._save(
             step,
-            {"params": state.params, "optimizer": state.opt_state},
+            _arrays(state),
             {"progress": progress, "card": card.to_json()},
         )
 
@@ -242,20 +246,21 @@ class Checkpoints:
 
         Args:
           step: one that was saved.
-          state: has `params` and `opt_state` of `jax.ShapeDtypeStruct`, whose shardings say where
-            the arrays go: any mesh, whichever they were saved from.
+          state: as saved, but of `jax.ShapeDtypeStruct`, whose shardings say where the arrays go:
+            any mesh, whichever they were saved from.
 
         Raises:
           DamagedCheckpoint: if it cannot be read.
         """
-        arrays = {"params": state.params, "optimizer": state.opt_state}
+        arrays = _arrays(state)
         with self._reading(step):
             items = self._restore(step, arrays, ["progress"])
-        restored = state._replace(params=items["params"], opt_state=items["optimizer"])
-        return restored, items["progress"]
+        return state._replace(**{_ARRAYS[name]: items[name] for name in arrays}), items["progress"]
 
     def restore_parameters(self, step: int, model: TimeSformerConfig, place: Sharding) -> dict:
-        """The parameters saved at `step`, each put where `place` says.
+        """The parameters to predict with at `step`, each put where `place` says.
+
+        They are the moving average where one was kept.
 
         Raises:
           DamagedCheckpoint: if they cannot be read.
@@ -265,7 +270,8 @@ class Checkpoints:
             parameters(abstract(model)),
         )
         with self._reading(step):
-            return self._restore(step, {"params": target}, [])["params"]
+            name = "ema" if "ema" in self._restore(step, {}, [])["digest"] else "params"
+            return self._restore(step, {name: target}, [])[name]
 
     def _restore(self, step: int, arrays: dict[str, Any], values: list[str]) -> ocp.args.Composite:
         """Items by name: trees of arrays like those given, and JSON values."""
@@ -318,6 +324,11 @@ class _Best(ocp.checkpoint_managers.preservation_policy.PreservationPolicy):
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         kept = self.ranked([checkpoint.step for checkpoint in checkpoints])[: self.count]
         return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _arrays(state: Any) -> dict[str, Any]:
+    items = {name: getattr(state, field) for name, field in _ARRAYS.items()}
+    return {name: tree for name, tree in items.items() if tree is not None}
 
 
 def _digest(tree: Any) -> dict[str, int]:

@@ -41,13 +41,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mes
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_batch(mesh: Mesh, batch_size: int, flag: str) -> None:
-    """Raises InputError, naming the flag to change, unless the devices share a batch evenly."""
-    parts = mesh.devices.size
+def check_batch(mesh: Mesh, batch_size: int, flag: str, accumulate_steps: int = 1) -> None:
+    """Raises InputError, naming the flag to change, unless the devices share a batch evenly.
+
+    Each device's share must divide evenly again into `accumulate_steps`.
+    """
+    parts = mesh.devices.size * accumulate_steps
     if batch_size % parts:
         near = max(parts, batch_size // parts * parts)
+        each = f", {accumulate_steps} parts each" if accumulate_steps > 1 else ""
         raise InputError(
-            f"a batch of {batch_size} cannot be divided among the {parts} devices of the mesh; "
+            f"a batch of {batch_size} cannot be divided among the {mesh.devices.size} devices of "
+            f"the mesh{each}; "
             f"set {flag} to a multiple of {parts}, {near} for one"
         )
 
