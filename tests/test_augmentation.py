@@ -427,7 +427,7 @@ def test_a_recipes_augmentation_reaches_the_step_with_draws(demo_data, tmp_path,
     class Reached(Exception):
         pass
 
-    def make(*arguments):
+    def make(*arguments, **options):
         assert arguments[-1] == Augmentation(erasing=0.5, color_jitter=(0.4, 0.0, 0.0, 0.0))
 
         def step(state, batch):
