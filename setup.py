@@ -33,7 +33,11 @@ DATA = [
     "tensorflow>=2.21",  # tensorflow-datasets does not bring it
     "tensorflow-datasets>=4.9.10",
 ]
-BENCHMARK = ["opencv-python-headless>=5.0", "simplejpeg>=1.9"]  # a loop to compare with
+BENCHMARK = [
+    "opencv-python-headless>=5.0",  # with simplejpeg: a loop to compare with
+    "psutil>=7.0",
+    "simplejpeg>=1.9",
+]
 CONVERT = ["safetensors>=0.8", "torch>=2.13"]
 
 setuptools.setup(

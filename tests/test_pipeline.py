@@ -85,6 +85,33 @@ def test_training_windows_point_at_the_planned_square(train, demo_data):
         assert batch["flip"][row] == (draws[4] < 0.5)
 
 
+def test_segments_are_drawn_in_training_and_their_midpoints_shown_in_tests(validation, videos):
+    """Of windows and mirroring the same draws as without segments."""
+    by_rate = dataclasses.replace(SPEC, crop=40)
+    spec = dataclasses.replace(by_rate, sampling="segments")
+    options = OPTIONS | {"jitter": (40, 40)}
+    batch, _ = next(pipeline.train_batches(validation, spec, **options))
+    other, _ = next(pipeline.train_batches(validation, by_rate, **options))
+    for key in ("windows", "flip", "draw", "record"):
+        assert np.array_equal(batch[key], other[key])
+    for row, record in enumerate(batch["record"]):
+        video = videos[validation.ids[record].encode()]["video"]
+        random = pipeline._random(3, 0, record)
+        window = sampling.random_window(40, 48, 40, (40, 40), random.random(5)[1:4])
+        random.integers(2**32)
+        indices = sampling.segment_indices(len(video), 8, random.random(8))
+        left = round(window[1] - batch["windows"][row, 1])
+        expected = video[indices][:, :, left : left + 40]
+        difference = np.abs(batch["frames"][row].astype(int) - expected)[:, :, 2:-2]  # as above
+        assert difference.max() <= 1
+    shown = next(pipeline.eval_batches(validation, spec, batch_size=4, crops=3))
+    for row, record in enumerate(shown["record"]):
+        video = videos[validation.ids[record].encode()]["video"]
+        borders = np.rint((len(video) - 1) / 8 * np.arange(9)).astype(int)
+        middle = (borders[:-1] + borders[1:]) // 2
+        assert np.array_equal(shown["frames"][row, 0], video[middle][:, :, :40])
+
+
 def test_an_epoch_is_every_record_once_in_another_order_each_time(train):
     batches = [b["record"] for b, _ in take(pipeline.train_batches(train, SPEC, **OPTIONS), 8)]
     first, second = np.concatenate(batches[:4]), np.concatenate(batches[4:])

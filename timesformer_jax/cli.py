@@ -178,6 +178,24 @@ COMMANDS = {
         ),
         words=("src", "dst"),
     ),
+    "benchmark input": Command(
+        "clips a second that the data gives, and where the time goes",
+        "timesformer_jax.benchmark.input:benchmark_input",
+        (
+            _string("data", None, "folder of records, or tfds:NAME; by default the config's"),
+            _string("synthetic", None, "folder for videos to make, prepare and measure on"),
+            _string("split", "train", "of the data"),
+            _config,
+            _integer("frames", None, "frames of a clip; 8 where there is no --config", least=1),
+            _integer("rate", None, "distance between them at 30 fps; 32", least=1),
+            _integer("crop", None, "side of a clip in pixels; 224", least=1),
+            _flag(flags.DEFINE_list, "jitter", None, "range of the scaled short side; 256,320"),
+            _integer("batch_size", None, "clips; 16", least=1),
+            _integer("batches", 200, "to measure", least=1),
+            _flag(flags.DEFINE_bool, "reference", False, "compare with simplejpeg and OpenCV"),
+            _string("json", None, "file for the figures"),
+        ),
+    ),
 }
 
 
@@ -202,9 +220,7 @@ def _run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return
-    name, *rest = argv
-    if name not in COMMANDS:
-        _fail(f"no command {name!r}; there are: {', '.join(COMMANDS)}")
+    name, rest = _named(argv)
     command = COMMANDS[name]
     values = flags.FlagValues()
     try:
@@ -221,6 +237,16 @@ def _run(argv: Sequence[str]) -> None:
             raise
         _fail(f"{name} needs the package {e.name}: pip install '.[data]' in the project's folder")
     run(**arguments)
+
+
+def _named(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command, of one word or two (`benchmark input`), and what follows it."""
+    for words in (2, 1):
+        if (name := " ".join(argv[:words])) in COMMANDS:
+            return name, argv[words:]
+    group = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    said = " ".join(argv[: 2 if group else 1])
+    _fail(f"no command {said!r}; there are: {', '.join(group or COMMANDS)}")
 
 
 def _parse(

@@ -1,0 +1,102 @@
+"""The input's benchmark on a data set that it makes itself: what it counts, and what it refuses."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from timesformer_jax import cli, recipes
+from timesformer_jax.benchmark import input as benchmark
+from timesformer_jax.benchmark import input_reference, input_videos
+from timesformer_jax.data import pipeline, records
+from timesformer_jax.errors import InputError
+from timesformer_jax.preprocessing import ClipSpec
+
+OPTIONS = {"batch_size": 2, "jitter": (256, 320), "flip": True, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("synthetic")
+    input_videos.make(directory, videos=2)
+    return directory
+
+
+def test_synthetic_videos_are_as_kinetics_would_be(synthetic):
+    split = records.open_split(synthetic, "train")
+    assert split.num_frames.tolist() == [300, 300]
+    assert split.stride.tolist() == [4, 4]
+    assert split.fps.tolist() == [30, 30]
+    assert (split.height[0], split.width[0]) == (256, 340)
+    assert 8e3 < split.size.mean() / 75 < 30e3
+    moves = list(itertools.islice(input_videos.frames(0), 2))
+    assert np.abs(moves[0].astype(int) - moves[1]).mean() > 0.1
+
+
+def test_what_is_measured_is_what_the_clips_are(synthetic, tmp_path, capsys):
+    path = tmp_path / "input.json"
+    benchmark.benchmark_input(data=synthetic, batch_size=2, batches=10, reference=True, json=path)
+    figures = json.loads(path.read_text())
+    split = records.open_split(synthetic, "train")
+    data = figures["data"]
+    assert data["bytes_a_record"] == split.size.mean()
+    assert data["stored_frames_a_record"] == 75
+    assert data["decoded_bytes_a_clip"] == 8 * 227 * 227 * 3
+    assert figures["settings"]["batches"] == 10
+    for name in ("ours", "reference", "ratio"):
+        for kind in ("wall", "cpu"):
+            spread = figures[name][kind]
+            assert 0 < spread["least"] <= spread["median"] <= spread["largest"]
+    assert list(figures["memory"]) == ["begin", "10%", "50%", "100%"]
+    assert figures["memory"]["begin"] > 50e6
+    # What the cuts add up to is the whole, however it was split.
+    assert sum(figures["stages"].values()) > figures["stages"]["decoding"] > 0
+    assert figures["iterator_state_bytes"] < 1e6
+    out = capsys.readouterr().out
+    assert f"2 records of {split.size.mean() / 1e3:.0f} kB, 75 frames each" in out
+    assert f"{figures['ratio']['cpu']['median']:.2f} (" in out
+
+
+def test_the_reference_sees_the_windows_that_are_planned(synthetic):
+    split = records.open_split(synthetic, "train")
+    # Of the frame's own size, so that a window is cut and not resized.
+    spec, options = ClipSpec(frames=3, crop=224), OPTIONS | {"jitter": (256, 256)}
+    plan = next(pipeline.train_plans(split, spec, **options))
+    plan["windows"] = np.rint(plan["windows"])
+    clips = [input_reference.Clip(*clip) for clip in benchmark.reference_plan(split, plan)]
+    found = input_reference.decode(clips, 224)
+    batch, _ = next(pipeline.train_batches(split, spec, **options))
+    for row, (top, left, side) in enumerate(plan["windows"][:, 0].astype(int)):
+        assert side == 224
+        expected = batch["frames"][row, :, top : top + 224, left : left + 224]
+        if batch["flip"][row]:
+            expected = expected[:, :, ::-1]
+        difference = np.abs(found[row].astype(int) - expected)[:, 2:-2, 2:-2]
+        assert difference.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["benchmark"], "no command 'benchmark'; there are: benchmark input"),
+        (["benchmark", "inputs"], "no command 'benchmark inputs'; there are: benchmark input"),
+        (["benchmark", "input"], "say what to read with --data"),
+        (["benchmark", "input", "--data=/nowhere"], "/nowhere"),
+        (["benchmark", "input", "--data=x", "--jitter=a,b"], "--jitter=a,b must be two sizes"),
+        (["benchmark", "input", "--data=x", "--jitter=200,300"], "of at least the crop, 224"),
+        (["benchmark", "input", "--data=x", "--json=/nowhere/x"], "--json=/nowhere/x"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, said, capsys):
+    with pytest.raises((InputError, SystemExit)) as error:
+        cli._run(arguments)
+    assert said in str(error.value) + capsys.readouterr().err
+
+
+def test_a_recipe_says_what_a_batch_is(tmp_path):
+    config = recipes.kinetics400()
+    with pytest.raises(InputError, match="leave out --frames"):
+        benchmark.benchmark_input(data="x", config=config, frames=4)
+    with pytest.raises(InputError, match=r"no folder .*data/k400"):
+        benchmark.benchmark_input(config=config)

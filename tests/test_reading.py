@@ -1,0 +1,188 @@
+"""Records at their offsets and the frames in them, against TensorFlow's reader and parser."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import environment
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timesformer_jax.data import pipeline, reading, records, wire
+from timesformer_jax.errors import InputError
+from timesformer_jax.preprocessing import ClipSpec
+
+SPEC = ClipSpec(frames=4, rate=2, crop=32, short_side=40)
+OPTIONS = {"batch_size": 4, "jitter": (32, 40), "flip": False, "seed": 0}
+
+
+# ---- finding byte strings -----------------------------------------------------------------------
+
+# Their lengths take one, two and three bytes to say.
+values = st.one_of(
+    st.binary(max_size=3),
+    st.integers(0, 40000).map(lambda n: b"\x0a" * n),
+)
+others = st.one_of(
+    st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5).map(
+        lambda v: tf.train.Feature(int64_list=tf.train.Int64List(value=v))
+    ),
+    st.lists(st.floats(width=32), max_size=5).map(
+        lambda v: tf.train.Feature(float_list=tf.train.FloatList(value=v))
+    ),
+    st.binary(max_size=200).map(
+        lambda v: tf.train.Feature(bytes_list=tf.train.BytesList(value=[v]))
+    ),
+)
+names = st.text(max_size=8).filter(lambda name: name != "video")
+
+
+@given(st.lists(values, max_size=12), st.dictionaries(names, others, max_size=4))
+def test_byte_strings_are_found_where_the_parser_finds_them(frames, features):
+    video = tf.train.Feature(bytes_list=tf.train.BytesList(value=frames))
+    example = tf.train.Example(features=tf.train.Features(feature={"video": video, **features}))
+    serialized = example.SerializeToString()
+    places = wire.bytes_list(serialized, "video")
+    assert [serialized[place] for place in places] == frames
+    with pytest.raises(KeyError, match="vide"):
+        wire.bytes_list(serialized, "vide" + "x" * 9)
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def split(demo_data):
+    return records.open_split(demo_data, "train")
+
+
+def test_records_are_those_that_tensorflow_reads(split):
+    for shard, file in enumerate(split.files):
+        rows = np.flatnonzero(split.shard == shard)
+        for row, expected in zip(rows, tf.data.TFRecordDataset(file).as_numpy_iterator()):
+            found = reading.read_record(file, int(split.offset[row]), int(split.size[row]))
+            assert found == expected
+
+
+@given(st.data())
+def test_a_flipped_bit_or_a_cut_is_one_line_wherever_it_is(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("shard")
+    path = folder / "some.tfrecord"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(b"before")
+        writer.write(b"record")
+    offset, size = 6 + records.RECORD_FRAME_BYTES, 6
+    assert reading.read_record(str(path), offset, size) == b"record"
+    whole = bytearray(path.read_bytes())
+    at = data.draw(st.integers(offset, len(whole) - 1))
+    if data.draw(st.booleans()):
+        whole[at] ^= 1 << data.draw(st.integers(0, 7))
+        said = f"some.tfrecord is damaged in the record at byte {offset}; `timesformer check "
+    else:
+        del whole[at:]
+        said = f"some.tfrecord ends within the record at byte {offset}; `timesformer check "
+    path.write_bytes(whole)
+    with pytest.raises(InputError) as error:
+        reading.read_record(str(path), offset, size)
+    assert said in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+@pytest.fixture
+def copied(split, tmp_path):
+    """The split with its first record in a file of its own, and that file."""
+    path = tmp_path / "copy.tfrecord"
+    row = 0
+    record = reading.read_record(
+        split.files[split.shard[row]], int(split.offset[row]), int(split.size[row])
+    )
+    offset, shard = split.offset.copy(), split.shard.copy()
+    offset[row], shard[row] = 0, len(split.files)
+
+    def write(record):
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            writer.write(record)
+        size = split.size.copy()
+        size[row] = len(record)
+        return dataclasses.replace(
+            split, files=(*split.files, str(path)), offset=offset, shard=shard, size=size
+        )
+
+    return path, record, write
+
+
+def every_batch(split):
+    return list(pipeline.eval_batches(split, SPEC, batch_size=4))
+
+
+def test_a_damaged_shard_ends_training_and_evaluation_in_one_line(copied):
+    path, record, write = copied
+    changed = write(record)
+    assert len(every_batch(changed)) == 16
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"copy.tfrecord ends within the record at byte 0"):
+        every_batch(changed)
+    with pytest.raises(InputError, match=r"copy.tfrecord ends within the record at byte 0"):
+        for _ in pipeline.train_batches(changed, SPEC, **OPTIONS):
+            pass
+    path.unlink()
+    with pytest.raises(InputError, match=r"copy.tfrecord: No such file or directory; `timesfor"):
+        every_batch(changed)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda jpeg: b"\xff\xd8\xff" + bytes(len(jpeg) - 3), "cannot be decoded"),
+        (lambda jpeg: tf.io.encode_jpeg(np.zeros((8, 9, 3), np.uint8)).numpy(), "is 9x8, and not"),
+    ],
+)
+def test_a_frame_that_is_no_image_of_its_size_is_one_line(split, copied, spoil, said):
+    _, record, write = copied
+    example = tf.train.Example.FromString(record)
+    frames = example.features.feature["video"].bytes_list
+    spoilt = [spoil(frame) for frame in frames.value]
+    del frames.value[:]
+    frames.value.extend(spoilt)
+    with pytest.raises(InputError) as error:
+        every_batch(write(example.SerializeToString()))
+    assert f"a frame of {split.ids[0]} in " in str(error.value)
+    assert f"copy.tfrecord {said}" in str(error.value)
+
+
+# ---- decoding -----------------------------------------------------------------------------------
+
+
+def test_a_square_is_the_same_from_whatever_column_it_is_decoded():
+    rng = np.random.default_rng(0)
+    picture = tf.image.resize(rng.integers(0, 256, (12, 16, 3)), (60, 90), method="bicubic")
+    jpeg = tf.io.encode_jpeg(tf.cast(tf.clip_by_value(picture, 0, 255), tf.uint8))
+    for left in range(0, 51):
+        for top in (0, 7, 21):
+            corners = tf.constant([[top, left]])
+            found = reading._decode(tf.fill([1, 2], jpeg), corners, side=39)
+            expected = tf.io.decode_and_crop_jpeg(jpeg, [top, left, 39, 39], channels=3)
+            assert found.shape == (1, 2, 39, 39, 3)
+            assert (found.numpy() == expected.numpy()).all()
+
+
+def test_the_interpreter_ends_while_batches_are_made_ahead(demo_data):
+    """TensorFlow's threads asking an ended interpreter for more would wait for ever."""
+    code = f"""
+from timesformer_jax.data import pipeline, records
+from timesformer_jax.preprocessing import ClipSpec
+split = records.open_split({str(demo_data)!r}, "train")
+spec = ClipSpec(frames=4, rate=2, crop=32, short_side=40)
+batches = pipeline.train_batches(split, spec, **{OPTIONS})
+print(next(batches)[0]["frames"].shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, env=environment(), timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(4, 4, 40, 40, 3)\n"
+    assert "Traceback" not in done.stderr

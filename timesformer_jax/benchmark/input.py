@@ -1,0 +1,345 @@
+"""`timesformer benchmark input`: clips a second of the input pipeline, and where the time goes.
+
+A core's time is what the input costs, whatever else the machine does: every figure a second of wall
+time stands beside one a second of processor time, of all threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+from ml_collections import ConfigDict
+
+from timesformer_jax.benchmark import input_videos
+from timesformer_jax.data import pipeline, reading, sampling
+from timesformer_jax.data.records import RECORD_HEADER_BYTES, Split, open_split
+from timesformer_jax.data.workers import processors
+from timesformer_jax.errors import InputError
+from timesformer_jax.preprocessing import ClipSpec
+
+ROUNDS = 10
+WARM_UP = 4  # batches: what is done ahead while nobody asks, or compiled first
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """What some batches took: clips, and seconds of wall and of processor time."""
+
+    clips: int
+    wall: float
+    cpu: float
+
+
+def benchmark_input(
+    data: str | None = None,
+    synthetic: str | None = None,
+    split: str = "train",
+    config: ConfigDict | None = None,
+    frames: int | None = None,
+    rate: int | None = None,
+    crop: int | None = None,
+    jitter: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    batches: int = 200,
+    reference: bool = False,
+    json: str | None = None,
+) -> None:
+    """Measures training's input and prints a table.
+
+    Args:
+      data: what `open_split` opens; by default the config's.
+      synthetic: a folder to measure on instead, which gets synthetic videos, prepared.
+      split: of the data.
+      config: a recipe, which says what follows.
+      frames, rate, crop, jitter, batch_size: as in a recipe; by default 8, 32, 224, 256 to 320, 16.
+      batches: how many to measure, dealt out to rounds; half as many for each stage.
+      reference: whether to measure a loop over simplejpeg and OpenCV too, in turns.
+      json: a file to write the figures to.
+
+    Raises:
+      InputError: data that cannot be read, settings that cannot be, a package that is not there.
+    """
+    if json is not None and not os.path.isdir(os.path.dirname(os.path.abspath(json))):
+        raise InputError(f"the folder of --json={json} does not exist")
+    clip = {"frames": frames, "rate": rate, "crop": crop}
+    told = clip | {"jitter": jitter, "batch_size": batch_size}
+    told = {name: value for name, value in told.items() if value is not None}
+    if config is None:
+        spec = ClipSpec(**{name: told[name] for name in clip if name in told})
+        sizes, batch_size = _sizes(jitter or ("256", "320")), batch_size or 16
+    elif told:
+        raise InputError(f"--config says what a batch is; leave out --{next(iter(told))}")
+    else:
+        spec, sizes = ClipSpec(**config.clip), tuple(config.data.jitter)
+        batch_size, data = config.batch_size, data or config.data.directory
+    sampling.check_jitter(sizes, spec.crop)
+    if synthetic is not None:
+        input_videos.make(synthetic)
+        data = synthetic
+    if not data:
+        raise InputError("say what to read with --data, or make something with --synthetic=DIR")
+    found = open_split(data, split)
+    options = {"batch_size": batch_size, "jitter": sizes, "flip": True, "seed": 0}
+    figures = measure(found, spec, options, batches, reference)
+    print(table(figures))
+    if json is not None:
+        write(json, figures)
+        print(f"written to {json}")
+
+
+def _sizes(jitter: Sequence[str]) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in jitter)
+    except ValueError as error:
+        raise InputError(f"--jitter={','.join(jitter)} must be two sizes, as 256,320") from error
+
+
+def measure(
+    split: Split, spec: ClipSpec, options: dict[str, Any], batches: int, reference: bool
+) -> dict[str, Any]:
+    """The figures of a split.
+
+    Args:
+      split: what to read.
+      spec: of the clips.
+      options: what `train_batches` takes besides.
+      batches: to measure, in all rounds.
+      reference: whether to measure the reference too.
+
+    Returns:
+      JSON values: `machine`, `settings`, `data`, `ours`, and where asked for `reference` and
+      `ratio`; `stages`, `memory` and `iterator_state_bytes`. Rates are clips a second (`wall`) and
+      a second of a core's time (`cpu`): median, least and largest of the rounds.
+    """
+    size = options["batch_size"]
+    each = math.ceil(batches / ROUNDS)
+    memory = {"begin": _resident()}
+    ours = pipeline.train_batches(split, spec, **options)
+    loops = {"ours": ours}
+    if reference:
+        loops["reference"] = _reference(split, spec, options)
+    for loop in loops.values():
+        _take(loop, WARM_UP)
+    rates = {name: [] for name in loops}
+    for i in range(ROUNDS):
+        for name, loop in loops.items():
+            rates[name].append(_rate(loop, each, size))
+        if i + 1 in (1, ROUNDS // 2, ROUNDS):
+            memory[f"{(i + 1) * 100 // ROUNDS}%"] = _resident()
+    batch, position = next(ours)
+    for loop in loops.values():
+        loop.close()
+    decoded = batch["frames"].nbytes / size
+    figures = {
+        "machine": _machine(),
+        "settings": dataclasses.asdict(spec) | options | {"batches": each * ROUNDS},
+        "data": {
+            "records": len(split),
+            "bytes_a_record": float(split.size.mean()),
+            "stored_frames_a_record": float((-(-split.num_frames // split.stride)).mean()),
+            "decoded_bytes_a_clip": decoded,
+        },
+        **{name: _summary(of) for name, of in rates.items()},
+    }
+    if reference:
+        pairs = list(zip(rates["ours"], rates["reference"]))
+        figures["ratio"] = {
+            "wall": _spread([theirs.wall / mine.wall for mine, theirs in pairs]),
+            "cpu": _spread([theirs.cpu / mine.cpu for mine, theirs in pairs]),
+        }
+    figures["stages"] = _stages(split, spec, options, max(1, each // 2))
+    figures["memory"] = memory
+    state = json.dumps(dataclasses.asdict(position))
+    return figures | {"iterator_state_bytes": len(state)}
+
+
+# ---- stages -------------------------------------------------------------------------------------
+
+
+def _stages(
+    split: Split, spec: ClipSpec, options: dict[str, Any], batches: int
+) -> dict[str, float]:
+    """Milliseconds of processor time a clip that each stage adds to the ones before it.
+
+    The pipeline is run cut off after each stage, all cuts in turn.
+    """
+    side = pipeline.train_side(split, spec, options["jitter"])
+
+    def plans() -> Iterator[reading.Plan]:
+        return pipeline.train_plans(split, spec, **options)
+
+    def read() -> Iterator[list[int]]:
+        def of(row: int) -> int:
+            place = int(split.offset[row]), int(split.size[row])
+            return len(reading.read_record(split.files[split.shard[row]], *place))
+
+        with ThreadPoolExecutor(reading.READ_THREADS) as pool:
+            for plan in plans():
+                yield list(pool.map(of, plan["record"]))
+
+    def encoded() -> Iterator[tuple[Any, Any]]:
+        for plan, images in reading.encoded_frames(plans(), split):
+            yield images, plan["corners"]
+
+    decoded = reading.decoded(encoded, next(plans()), side)
+    # A pixel of each frame: the clips are decoded and not copied into batches.
+    pixels = decoded.map(lambda frames: frames[..., :1, :1, :])
+    size = options["batch_size"]
+    cuts = {
+        "planning": plans(),
+        "reading": read(),
+        "finding frames": encoded(),
+        "decoding": pixels.batch(size).prefetch(reading.READ_AHEAD).as_numpy_iterator(),
+        "batching": pipeline.train_batches(split, spec, **options),
+    }
+    for cut in cuts.values():
+        _take(cut, WARM_UP)
+    rounds = {name: [] for name in cuts}
+    for _ in range(ROUNDS):
+        for name, cut in cuts.items():
+            took = _rate(cut, batches, size)
+            rounds[name].append(took.cpu / took.clips * 1e3)
+    until = [statistics.median(of) for of in rounds.values()]
+    return dict(zip(cuts, (after - before for before, after in itertools.pairwise([0, *until]))))
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def _rate(loop: Iterator[Any], batches: int, size: int) -> Rate:
+    """What `batches` take of a loop in full swing, with nothing of another one still running."""
+    _settle()
+    _take(loop, WARM_UP)
+    wall, cpu = time.perf_counter(), _processor_time()
+    _take(loop, batches)
+    return Rate(batches * size, time.perf_counter() - wall, _processor_time() - cpu)
+
+
+def _take(loop: Iterator[Any], batches: int) -> None:
+    for _ in range(batches):
+        next(loop)
+
+
+def _settle() -> None:
+    """Waits until this process and its children do nothing."""
+    while True:
+        before = _processor_time()
+        time.sleep(0.1)
+        if _processor_time() - before < 0.02:
+            return
+
+
+def _processor_time() -> float:
+    """Seconds, of the reference's processes too."""
+    children = (child.cpu_times() for child in psutil.Process().children())
+    return time.process_time() + sum(times.user + times.system for times in children)
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def _summary(rates: list[Rate]) -> dict[str, Any]:
+    return {
+        "wall": _spread([rate.clips / rate.wall for rate in rates]),
+        "cpu": _spread([rate.clips / rate.cpu for rate in rates]),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
+
+
+def _machine() -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            models = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+        name = models[0] if models else name
+    return {"processor": name, "cores": processors()}
+
+
+def _reference(split: Split, spec: ClipSpec, options: dict[str, Any]) -> Iterator[None]:
+    try:
+        reference = importlib.import_module("timesformer_jax.benchmark.input_reference")
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--reference needs the package {error.name}: pip install '.[benchmark]'"
+        ) from error
+    plans = pipeline.train_plans(split, spec, **options)
+    clips = ([reference.Clip(*clip) for clip in reference_plan(split, plan)] for plan in plans)
+    return reference.batches(clips, spec.crop)
+
+
+def reference_plan(split: Split, plan: reading.Plan) -> list[tuple]:
+    """A training plan as `input_reference` takes it: what a Clip there is made of."""
+    return [
+        (
+            split.files[split.shard[row]],
+            int(split.offset[row]) + RECORD_HEADER_BYTES,
+            int(split.size[row]),
+            indices[0].tolist(),
+            (*(window[0, :2] + corner[0]).tolist(), float(window[0, 2])),
+            bool(flip),
+        )
+        for row, indices, window, corner, flip in zip(
+            *(plan[key] for key in ("record", "indices", "windows", "corners", "flip"))
+        )
+    ]
+
+
+# ---- telling ------------------------------------------------------------------------------------
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures of `measure` for people."""
+    cores, data = figures["machine"]["cores"], figures["data"]
+    lines = [
+        f"{figures['machine']['processor']}, {cores} cores",
+        f"{data['records']} records of {data['bytes_a_record'] / 1e3:.0f} kB, "
+        f"{data['stored_frames_a_record']:.0f} frames each; "
+        f"batches of {figures['settings']['batch_size']} clips",
+        "",
+        f"{'median (least to largest)':<28}{'a second':>22}{'a second of a core':>24}",
+    ]
+    for name in ("ours", "reference"):
+        if name in figures:
+            lines.append(_row(f"{name}, clips", figures[name], 1, ".0f"))
+    if "ratio" in figures:
+        lines.append(_row("ours / reference", figures["ratio"], 1, ".2f"))
+    lines.append(_row("MB read", figures["ours"], data["bytes_a_record"] / 1e6, ".0f"))
+    lines.append(_row("MB decoded", figures["ours"], data["decoded_bytes_a_clip"] / 1e6, ".0f"))
+    stages = figures["stages"]
+    lines += ["", f"{'ms of a core a clip':<28}{sum(stages.values()):>22.2f}"]
+    lines += [f"  {name:<26}{value:>22.2f}" for name, value in stages.items()]
+    memory = ", ".join(f"{at} {value / 1e6:.0f} MB" for at, value in figures["memory"].items())
+    lines += ["", f"memory  {memory}"]
+    return "\n".join([*lines, f"iterator state  {figures['iterator_state_bytes']} bytes"])
+
+
+def _row(name: str, spread: dict[str, Any], scale: float, form: str) -> str:
+    cells = []
+    for kind in ("wall", "cpu"):
+        median, least, largest = (
+            format(spread[kind][key] * scale, form) for key in ("median", "least", "largest")
+        )
+        cells.append(f"{median} ({least} to {largest})")
+    return f"{name:<28}{cells[0]:>22}{cells[1]:>24}"
+
+
+def write(path: str, figures: dict[str, Any]) -> None:
+    with open(path, "w") as f:
+        json.dump(figures, f, indent=2)
+        f.write("\n")

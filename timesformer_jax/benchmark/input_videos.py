@@ -1,0 +1,78 @@
+"""Videos to measure the input on: a camera that pans and zooms over photographs, as H.264.
+
+Frames are of the size that Kinetics has at a short side of 256, their content natural, so that
+JPEGs are as large, and as slow to decode, as those of real videos.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+from etils import epath
+from PIL import Image
+from tqdm import tqdm
+
+from timesformer_jax.data import demo
+from timesformer_jax.data.prepare import prepare
+from timesformer_jax.data.storage import disk_errors, write_whole
+from timesformer_jax.data.workers import processors, worker_pool
+
+WIDTH, HEIGHT = 340, 256
+FPS, SECONDS = 30, 10
+CLASSES = 2
+STORE_STRIDE = 4  # what prepare takes for Kinetics
+
+
+def make(directory: str | os.PathLike, videos: int = 64) -> None:
+    """Makes `videos` videos in DIR/videos and prepares DIR from them; what is there is kept.
+
+    Raises:
+      InputError: the directory holds something else, or the disk is full.
+    """
+    folder = Path(directory) / "videos"
+    with disk_errors(directory):
+        paths = [folder / "train" / str(i % CLASSES) / f"{i:05d}.mp4" for i in range(videos)]
+        for path in paths[:CLASSES]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
+        if missing:
+            demo.regions("train")  # so that a missing photograph is an error of this process
+            with worker_pool(min(processors(), len(missing))) as pool:
+                made = pool.map(partial(_write, paths), missing)
+                for _ in tqdm(made, total=len(missing), unit="video", desc="making videos"):
+                    pass
+    prepare(folder, directory, store_stride=STORE_STRIDE, short_side=HEIGHT, name="synthetic")
+
+
+def _write(paths: list[Path], number: int) -> None:
+    """Encodes a video as one from the web: crf 27, which leaves JPEGs of about 20 KB a frame."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        options = {"crf": "27", "preset": "veryfast", "threads": "1"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for image in frames(number):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    write_whole(epath.Path(paths[number]), buffer.getvalue())
+
+
+def frames(number: int) -> Iterator[np.ndarray]:
+    """Draws a video's frames, in order, as (HEIGHT, WIDTH, 3) uint8 RGB."""
+    rng = np.random.default_rng(number)
+    photographs = demo.regions("train")
+    photograph = photographs[number % len(photographs)]
+    largest = min(photograph.width / WIDTH, photograph.height / HEIGHT)
+    # From one place and scale to another, at a constant speed.
+    ends = np.stack([rng.uniform(0.6, 0.95, 2) * largest, *rng.uniform(0, 1, (2, 2))], axis=-1)
+    for scale, right, down in np.linspace(*ends, FPS * SECONDS):
+        width, height = scale * WIDTH, scale * HEIGHT
+        left, top = right * (photograph.width - width), down * (photograph.height - height)
+        box = (left, top, left + width, top + height)
+        yield np.asarray(photograph.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, box))
