@@ -149,7 +149,10 @@ def test_options_are_checked(tmp_path):
         "labels": ({"labels": ["a"]}, "1 labels for a head of 10 classes"),
         "resize": ({"resize": "nearest"}, "resize must be one of bicubic, official"),
         "field": ({"num_frame": 8}, "no model field 'num_frame'; did you mean 'num_frames'?"),
-        "fixed": ({"patch_size": 16}, "patch_size is 8 and cannot be resized to 16"),
+        "fixed": (
+            {"patch_size": 16, "depth": 5},
+            "patch_size is 8, not 16, depth is 3, not 5, which cannot be resized",
+        ),
         "scheme": ({"attention": "joint"}, "a divided model cannot become a joint one"),
         "heads": ({"num_heads": 5}, "hidden_size 48 is not divisible by num_heads 5"),
         "size": ({"image_size": 36}, "image_size 36 is not divisible by patch_size 8"),

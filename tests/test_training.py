@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,7 +15,8 @@ from conftest import command, environment, interruptible, scalars, tiny_run
 
 from timesformer_jax import checkpoints
 
-LONG = {"epochs": 15, "checkpoint.every_steps": 5, "eval.every_epochs": 0}  # 120 steps
+# 120 steps, evaluated after 40, 80 and 120.
+LONG = {"epochs": 15, "checkpoint.every_steps": 5, "eval.every_epochs": 5, "eval.crops": 1}
 LAST = 120
 
 
@@ -21,18 +24,24 @@ LAST = 120
 def whole(demo_data, tmp_path_factory):
     """The workdir of a run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run(command(*tiny_run(demo_data, workdir, **LONG)), env=environment(), check=True)
+    arguments = tiny_run(demo_data, workdir, **LONG, **{"profile.steps": 2})
+    with open(workdir.parent / "stderr", "w") as errors:
+        subprocess.run(command(*arguments), env=environment(), stderr=errors, check=True)
     return workdir
 
 
-def interrupted(arguments, workdir, how):
-    """Starts a run, sends it a signal once it has a checkpoint; returns how it ended."""
+def interrupted(arguments, workdir, how, when):
+    """Starts a run, sends it a signal when it says so or has that step; returns how it ended."""
     run = subprocess.Popen(
         interruptible(command(*arguments)), env=environment(), stderr=subprocess.PIPE, text=True
     )
-    while not (workdir / "checkpoints" / "10").is_dir():
+    said = ""
+    while not (workdir / "checkpoints" / when).is_dir() and when not in said:
         assert run.poll() is None, run.stderr.read()
-        time.sleep(0.01)
+        if when.isdigit():
+            time.sleep(0.01)
+        else:
+            said += run.stderr.read(1)
     run.send_signal(how)
     _, errors = run.communicate()
     assert not (workdir / "results.json").exists()
@@ -48,26 +57,36 @@ def assert_same_run(workdir, whole):
     (_, ours), (_, theirs) = map(checkpoints.load_parameters, (workdir, whole))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     results = [json.loads((w / "results.json").read_text()) for w in (workdir, whole)]
+    speeds = [r.pop("clips_per_second") for r in results]
     assert results[0] == results[1]
+    assert all(speed > 0 for speed in speeds)
+    validation = [(w / "checkpoints" / "validation.json").read_text() for w in (workdir, whole)]
+    assert validation[0] == validation[1]
 
 
 def test_killed_and_started_again_it_is_the_same_run(demo_data, whole, tmp_path, timesformer):
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG)
-    status, _ = interrupted(arguments, tmp_path / "run", signal.SIGKILL)
+    status, _ = interrupted(arguments, tmp_path / "run", signal.SIGKILL, "10")
     assert status == -signal.SIGKILL
     again = timesformer(*arguments)
     assert "going on from step" in again.stderr
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_end_it_saves_and_says_so(how, demo_data, whole, tmp_path, timesformer):
+@pytest.mark.parametrize(
+    ("how", "when"), [(signal.SIGTERM, "evaluating validation"), (signal.SIGINT, "10")]
+)
+def test_asked_to_end_it_saves_and_says_so(how, when, demo_data, whole, tmp_path, timesformer):
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"checkpoint.every_steps": 10})
-    status, errors = interrupted(arguments, tmp_path / "run", how)
+    status, errors = interrupted(arguments, tmp_path / "run", how, when)
     assert status == 128 + how
     assert "run the same command again to go on" in errors
     said = int(errors.split("asked to end: step ")[1].split()[0])
-    assert checkpoints.Checkpoints(tmp_path / "run" / "checkpoints").latest_step() == said
+    ended = checkpoints.Checkpoints(tmp_path / "run" / "checkpoints")
+    assert ended.latest_step() == said
+    # Within the step: an evaluation is left, and comes first when the run goes on.
+    assert (said == 40) == (how == signal.SIGTERM)
+    assert not ended.validation
     timesformer(*arguments)
     assert_same_run(tmp_path / "run", whole)
 
@@ -84,6 +103,10 @@ def test_a_finished_run_says_it_is_done(demo_data, whole, timesformer):
 def test_what_a_run_leaves(whole, demo_data):
     results = json.loads((whole / "results.json").read_text())
     assert results["videos"] == 21
+    assert results["step"] == LAST
+    assert results["config"] == "demo"
+    assert results["versions"]["jax"] == jax.__version__
+    assert results["devices"] == {"kind": "cpu", "count": 1}
     assert 0 <= results["top1"] <= results["top5"] <= 1
     assert len(results["classes"]) == 8
     card, _ = checkpoints.load_parameters(whole)
@@ -95,9 +118,31 @@ def test_what_a_run_leaves(whole, demo_data):
         40,
     )
     assert card.config["data"]["directory"] == str(demo_data)
-    assert sorted(p for p in os.listdir(whole / "checkpoints") if p.isdigit()) == [
-        "110", "115", "120",
-    ]  # fmt: skip
+    assert list((whole / "profile").rglob("*.xplane.pb"))
+
+    validation = {step: top1 for step, [top1] in scalars(whole, "validation/top1").items()}
+    best = max(validation, key=lambda step: (validation[step], step))
+    assert sorted(validation) == [40, 80, LAST]
+    assert results["best"]["step"] == best
+    assert results["best"]["top1"] == pytest.approx(validation[best])
+    # What goes, goes when the next one is saved: the last one's validation is not in it yet.
+    before = max((40, 80), key=lambda step: (validation[step], step))
+    kept = {int(p) for p in os.listdir(whole / "checkpoints") if p.isdigit()}
+    assert kept == {before, 110, 115, 120}
+
+
+def test_what_is_logged_of_speed(whole):
+    # The first step of a process compiles and is not counted.
+    seconds = scalars(whole, "train/step_seconds")
+    assert sorted(seconds) == list(range(2, LAST + 1))
+    rates, waits = (scalars(whole, f"train/{name}") for name in ("clips_per_second", "data_wait"))
+    for step, [taken] in seconds.items():
+        assert rates[step][0] == pytest.approx(8 / taken, rel=1e-4)
+        assert 0 <= waits[step][0] <= 1
+    # Log lines have lines of their own beside the progress bars.
+    for line in re.split(r"[\r\n]", (whole.parent / "stderr").read_text()):
+        if "logging_writer" in line:
+            assert re.match(r"(\x1b\[A)?I\d{4} ", line), line
 
 
 @pytest.mark.parametrize(
@@ -123,8 +168,6 @@ def test_what_a_run_leaves(whole, demo_data):
 def test_a_run_that_cannot_be_is_one_line_and_keeps_what_there_is(
     demo_data, whole, timesformer, change, said
 ):
-    import re
-
     before = sorted(os.listdir(whole / "checkpoints"))
     done = timesformer(*tiny_run(demo_data, whole, **LONG | change), check=False)
     if said is None:  # a run that is done needs no start
@@ -139,8 +182,6 @@ def test_a_run_that_cannot_be_is_one_line_and_keeps_what_there_is(
 
 
 def test_a_damaged_checkpoint_is_one_line(demo_data, whole, tmp_path, timesformer):
-    import shutil
-
     shutil.copytree(whole, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / str(LAST)
     for path in (newest / "params").rglob("*"):
@@ -148,11 +189,12 @@ def test_a_damaged_checkpoint_is_one_line(demo_data, whole, tmp_path, timesforme
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (tmp_path / "run" / "results.json").unlink()
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG)
-    done = timesformer(*arguments, check=False)
-    assert done.returncode == 2
-    assert "remove that folder to go on from the checkpoint before it" in done.stderr
-    shutil.rmtree(newest)
-    timesformer(*arguments)
+    done = timesformer(*arguments)
+    told = [line for line in done.stderr.splitlines() if "cannot be restored" in line]
+    assert len(told) == 1
+    assert told[0].endswith("step 115 before it is taken")
+    assert "Traceback" not in done.stderr
+    assert "going on from step 115" in done.stderr
     assert_same_parameters(tmp_path / "run", whole)
 
 
@@ -163,8 +205,6 @@ def assert_same_parameters(workdir, whole):
 
 def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(demo_data, whole, tmp_path):
     # A limit on the size of a file stands for a disk that has no room for the next checkpoint.
-    import shutil
-
     shutil.copytree(whole, tmp_path / "run")
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"epochs": 16})
     run = subprocess.run(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from timesformer_jax.convert.checkpoint import read
+from timesformer_jax.convert.checkpoint import SizeMismatch, read
 from timesformer_jax.convert.write import convert
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 
-__all__ = ["convert", "from_pretrained", "read"]
+__all__ = ["SizeMismatch", "convert", "from_pretrained", "read"]
 
 
 def from_pretrained(

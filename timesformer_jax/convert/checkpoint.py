@@ -40,6 +40,15 @@ NON_COMMERCIAL = "CC-BY-NC-4.0"
 _FIXED = ("patch_size", "hidden_size", "depth", "mlp_ratio")
 
 
+class SizeMismatch(InputError):
+    """A model was asked for that the checkpoint's arrays cannot become; `found` are its sizes."""
+
+    def __init__(self, found: dict[str, Any], asked: dict[str, Any]):
+        differ = ", ".join(f"{name} is {size}, not {asked[name]}" for name, size in found.items())
+        super().__init__(f"its {differ}, which cannot be resized; ask for the checkpoint's own")
+        self.found = found
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A model's parameters, not read yet, and what is known of them.
@@ -91,7 +100,8 @@ def read(path: str | os.PathLike, resize: str = "bicubic", **overrides: Any) -> 
     try:
         return adapted(source, _target(source, overrides), resize)
     except InputError as e:
-        raise InputError(f"{path}: {e}") from None
+        e.args = (f"{path}: {e}",)
+        raise
 
 
 def _check_options(resize: str, overrides: dict[str, Any]) -> None:
@@ -106,12 +116,9 @@ def _check_options(resize: str, overrides: dict[str, Any]) -> None:
 
 
 def _target(source: Checkpoint, overrides: dict[str, Any]) -> TimeSformerConfig:
-    for name in _FIXED:
-        if name in overrides and overrides[name] != getattr(source.config, name):
-            raise InputError(
-                f"its {name} is {getattr(source.config, name)} and cannot be resized to "
-                f"{overrides[name]}; leave {name} out"
-            )
+    fixed = {name: getattr(source.config, name) for name in _FIXED if name in overrides}
+    if found := {name: value for name, value in fixed.items() if value != overrides[name]}:
+        raise SizeMismatch(found, overrides)
     if source.image and "attention" not in overrides:
         overrides = {"attention": TimeSformerConfig.attention, **overrides}
         logging.warning(

@@ -6,6 +6,7 @@ not overlap, are averaged (the paper's HowTo100M protocol).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,7 @@ def evaluate(
     batch_size: int,
     views: int = 1,
     crops: int = 3,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Results:
     """Accuracy over a split.
 
@@ -71,17 +73,9 @@ def evaluate(
       batch_size: videos at a time, of all devices together.
       views: clips along a video.
       crops: 3 for left, centre and right; 1 for the centre only.
+      after_batch: called after each; what it raises ends the evaluation.
     """
-    # Every host gets every answer, so that each counts the whole split.
-    step = jax.jit(
-        lambda params, batch: (
-            make_probabilities(model, clip)(params, batch["frames"], batch["windows"]),
-            batch["record"],
-            batch["valid"],
-        ),
-        in_shardings=(None, NamedSharding(mesh, BATCH)),
-        out_shardings=NamedSharding(mesh, P()),
-    )
+    step = _make_step(model, clip, mesh)
     rows = batch_rows(mesh, batch_size)
     batches = eval_batches(split, clip, batch_size=batch_size, views=views, crops=crops, rows=rows)
     progress = tqdm(
@@ -98,6 +92,7 @@ def evaluate(
         p, record, valid = jax.device_get(step(params, arrays))
         probabilities.append(p[valid])
         records.append(record[valid])
+        after_batch()
     rows = np.concatenate(records)
     averaged, first = average_pieces(np.concatenate(probabilities), split.video[rows])
     return Results.count(
@@ -107,6 +102,19 @@ def evaluate(
         views=views,
         crops=crops,
     )
+
+
+@functools.lru_cache(maxsize=2)
+def _make_step(model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh) -> Callable:
+    """Probabilities, records and whether they count, of a batch; compiled once for a process."""
+
+    def step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        p = make_probabilities(model, clip)(params, batch["frames"], batch["windows"])
+        return p, batch["record"], batch["valid"]
+
+    # Every host gets every answer, so that each counts the whole split.
+    everywhere = NamedSharding(mesh, P())
+    return jax.jit(step, in_shardings=(None, NamedSharding(mesh, BATCH)), out_shardings=everywhere)
 
 
 def evaluate_checkpoint(

@@ -10,18 +10,22 @@ import os
 import sys
 from typing import Any
 
+import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import metric_writers
+from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+import timesformer_jax
 from timesformer_jax import checkpoints as ckpt
 from timesformer_jax import convert
 from timesformer_jax.augmentation import Augmentation
-from timesformer_jax.data import demo, pipeline, records, sampling
+from timesformer_jax.data import demo, pipeline, records, sampling, storage
 from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
@@ -30,10 +34,11 @@ from timesformer_jax.evaluation.multi_view import evaluate
 from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, parameters
 from timesformer_jax.preprocessing import ClipSpec
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
+from timesformer_jax.training.speed import Profile, Speed
 from timesformer_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 
 # In a workdir.
-TENSORBOARD, RESULTS, RECIPE = "tensorboard", "results.json", "recipe.json"
+TENSORBOARD, PROFILE, RESULTS, RECIPE = "tensorboard", "profile", "results.json", "recipe.json"
 
 
 class Preempted(Exception):
@@ -44,21 +49,23 @@ class Preempted(Exception):
         self.signal = signum
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """Trains, evaluates and writes the results; goes on where an earlier call was cut off.
 
     Args:
       config: a recipe of `recipes`.
-      workdir: gets checkpoints/, tensorboard/ and results.json.
+      workdir: gets checkpoints/, tensorboard/, recipe.json and results.json; on a disk or gs://.
 
     Returns:
-      What results.json holds: top1 and top5 as fractions, the videos counted, and per class.
+      What results.json holds: top1 and top5 as fractions, the videos counted, and per class; the
+      steps done, the best step by validation, and what it was computed with, how fast.
 
     Raises:
       InputError: if something given cannot be used.
       Preempted: on SIGTERM or Ctrl-C, after saving.
     """
     _check(config)
+    workdir = storage.absolute(workdir)
     augmentation = Augmentation(**config.augment)
     # The data, and what it says of the model and its clips.
     if config.data.demo:
@@ -75,21 +82,23 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     # The mesh, the step, and the shapes of the state.
     mesh = make_mesh(**config.mesh)
-    check_batch(mesh, config.batch_size, "--config.batch_size")
+    check_batch(mesh, config.batch_size, "--config.batch_size", config.accumulate_steps)
     check_batch(mesh, config.eval.batch_size, "--config.eval.batch_size")
     per_epoch = pipeline.batches_per_epoch(train_split, config.batch_size)
     total = config.epochs * per_epoch
     schedule = learning_rate(config.optimizer, config.batch_size, per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
-    target = abstract_state(model, optimizer, mesh)
+    target = abstract_state(model, optimizer, mesh, ema=config.ema > 0)
     step = make_train_step(
-        model, clip, optimizer, schedule, target, mesh, config.seed, augmentation
-    )
+        model, clip, optimizer, schedule, target, mesh, config.seed, augmentation,
+        train=config.optimizer.train, accumulate_steps=config.accumulate_steps, ema=config.ema,
+    )  # fmt: skip
 
     with (
         jax.set_mesh(mesh),
         contextlib.closing(_checkpoints(config, workdir)) as checkpoints,
         contextlib.closing(_writer(workdir)) as writer,
+        contextlib.closing(Profile(workdir / PROFILE, **config.profile)) as profile,
         hosts.termination() as asked_to_end,
     ):
         # Go on from the newest checkpoint, or begin.
@@ -104,6 +113,25 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             logging.info("nothing to do: %d of %d steps are done and evaluated", done, total)
             return results
 
+        def ended(by: int) -> Preempted:
+            checkpoints.wait()
+            return Preempted(
+                f"asked to end: step {done} of {total} is saved in {checkpoints.directory}; "
+                "run the same command again to go on",
+                by,
+            )
+
+        def end_if_asked() -> None:  # after a batch of an evaluation, whose step is saved
+            if ending := asked_to_end(done):
+                raise ended(ending)
+
+        def validate() -> None:
+            found = _evaluate(config, state, model, clip, eval_split, mesh, end_if_asked)
+            _report(writer, done, "validation", found)
+            checkpoints.record_validation(done, found.to_json()["top1"], found.to_json()["top5"])
+            if jax.process_index() == 0:
+                bar.write(f"epoch {done // per_epoch}: {found.summary()}")
+
         # Train.
         batches = pipeline.train_batches(
             train_split,
@@ -115,54 +143,59 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             position=position,
             rows=batch_rows(mesh, config.batch_size),
         )
+        speed = Speed(config.batch_size, mesh)
+        save_every = config.checkpoint.every_steps or per_epoch
+        validate_every = config.eval.every_epochs * per_epoch
         window: list[dict[str, jax.Array]] = []
         bar = tqdm(
             total=total, initial=done, unit="step", desc="training", disable=jax.process_index() > 0
         )
         with bar:
+            if done and _due(done, validate_every) and done not in checkpoints.validation:
+                validate()  # which an earlier call did not come to
             while done < total:
-                batch, position = next(batches)
+                profile.before(done + 1)
+                with speed.waiting():
+                    batch, position = next(batches)
                 state, metrics = step(state, put_batch(mesh, _for_step(batch)))
+                speed.stepped(metrics)
                 done += 1
+                profile.after(done, metrics)
                 bar.update()
                 window.append(metrics)
-                if done % config.log_every_steps == 0 or done == total:
-                    means = _mean(window)
-                    if not np.isfinite(means["loss"]):
-                        raise InputError(
-                            f"the loss is {means['loss']} by step {done}, at learning rate "
-                            f"{means['learning_rate']:g}: lower --config.optimizer.learning_rate; "
-                            f"the last checkpoint is step {checkpoints.latest_step()}"
-                        )
+                ending, validating = asked_to_end(done), _due(done, validate_every)
+                reporting = _due(done, config.log_every_steps) or done == total
+                saving = _due(done, save_every) or validating or done == total or ending
+                if reporting or saving:
+                    _check_finite(window, state.params, done, checkpoints)
+                if reporting:
+                    means = _mean(window) | speed.scalars()
                     writer.write_scalars(done, {f"train/{k}": v for k, v in means.items()})
                     bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
                     window = []
-                ending = asked_to_end(done)
-                if done % (config.checkpoint.every_steps or per_epoch) == 0 or ending:
+                if saving:
                     checkpoints.save(done, state, _progress(position), card)
                 if ending:
-                    checkpoints.wait()
-                    raise Preempted(
-                        f"asked to end: step {done} of {total} is saved in "
-                        f"{checkpoints.directory}; run the same command again to go on",
-                        ending,
-                    )
-                every = config.eval.every_epochs * per_epoch
-                if every and done % every == 0 and done < total:
-                    found = _evaluate(config, state, model, clip, eval_split, mesh, final=False)
-                    _report(writer, done, "validation", found)
-                    if jax.process_index() == 0:
-                        bar.write(f"epoch {done // per_epoch}: {found.summary()}")
-        if checkpoints.latest_step() != done:
-            checkpoints.save(done, state, _progress(position), card)
+                    raise ended(ending)
+                if validating:
+                    with speed.paused():
+                        validate()
         checkpoints.wait()
 
         # Evaluate, from all views, and write down what came out.
-        found = _evaluate(config, state, model, clip, eval_split, mesh, final=True)
+        found = _evaluate(config, state, model, clip, eval_split, mesh, end_if_asked, final=True)
         _report(writer, done, "final", found)
+        about = {
+            "step": done,
+            "best": _best(checkpoints),
+            "config": config.name,
+            "versions": {m.__name__: m.__version__ for m in (timesformer_jax, jax, flax)},
+            "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+            "clips_per_second": speed.clips_per_second(),
+        }
         if jax.process_index() == 0:
-            found.save(os.path.join(workdir, RESULTS), step=done)
-        return {"step": done} | found.to_json()
+            found.save(workdir / RESULTS, **about)
+        return about | found.to_json()
 
 
 def train_and_report(config: ConfigDict, workdir: str, **processes: Any) -> None:
@@ -182,11 +215,17 @@ def train_and_report(config: ConfigDict, workdir: str, **processes: Any) -> None
 
 
 def _print(results: dict[str, Any], workdir: str) -> None:
+    best = ""
+    if results["best"]:
+        best = (
+            f", the best in validation {results['best']['step']} "
+            f"(--checkpoint={os.path.join(workdir, ckpt.BEST)})"
+        )
     print(
         f"top-1 {results['top1']:.2%}  top-5 {results['top5']:.2%}  of {results['videos']} videos, "
         f"{results['views']} x {results['crops']} views\n"
         f"results      {os.path.join(workdir, RESULTS)}\n"
-        f"checkpoint   {os.path.join(workdir, ckpt.FOLDER, str(results['step']))}\n"
+        f"checkpoint   {os.path.join(workdir, ckpt.FOLDER, str(results['step']))}{best}\n"
         f"TensorBoard  tensorboard --logdir {os.path.join(workdir, TENSORBOARD)}"
     )
 
@@ -214,13 +253,17 @@ def _check(config: ConfigDict) -> None:
     """Refuses what could only fail, or pass for a result, later."""
     least = {
         "epochs": 1, "batch_size": 1, "log_every_steps": 1, "eval.batch_size": 1, "eval.views": 1,
-        "eval.every_epochs": 0, "checkpoint.keep": 1, "checkpoint.every_steps": 0,
-        "optimizer.weight_decay": 0,
+        "eval.every_epochs": 0, "checkpoint.keep": 1, "checkpoint.keep_best": 0,
+        "checkpoint.every_steps": 0, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+        "accumulate_steps": 1, "ema": 0,
+        "profile.start_step": 1, "profile.steps": 0,
     }  # fmt: skip
     values = ckpt.flat(config.to_dict())
     for name, bound in least.items():
         if not bound <= values[name] < math.inf:
             raise InputError(f"--config.{name} must be at least {bound}, not {values[name]}")
+    if values["ema"] >= 1:
+        raise InputError(f"--config.ema must be below 1, 0.9999 for one, not {values['ema']}")
     if not 0 < values["optimizer.learning_rate"] < math.inf:
         rate = values["optimizer.learning_rate"]
         raise InputError(f"--config.optimizer.learning_rate must be above 0, not {rate}")
@@ -231,24 +274,36 @@ def _check(config: ConfigDict) -> None:
         raise InputError("say with --config.data.directory where the prepared data is")
 
 
-def _keep_recipe(workdir: str, card: ckpt.Card) -> None:
+def _due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps, 0 for never, is after this one."""
+    return every > 0 and step % every == 0
+
+
+def _keep_recipe(workdir: epath.Path, card: ckpt.Card) -> None:
     if jax.process_index() == 0:
-        with open(os.path.join(workdir, RECIPE), "w") as f:
-            json.dump(card.config, f, indent=2)
-            f.write("\n")
+        content = json.dumps(card.config, indent=2) + "\n"
+        storage.write_whole(workdir / RECIPE, content.encode())
 
 
-def _checkpoints(config: ConfigDict, workdir: str) -> ckpt.Checkpoints:
+def _checkpoints(config: ConfigDict, workdir: epath.Path) -> ckpt.Checkpoints:
     try:
-        os.makedirs(workdir, exist_ok=True)
+        workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"cannot make the workdir {workdir}: {e.strerror}") from e
-    return ckpt.Checkpoints(os.path.join(workdir, ckpt.FOLDER), config.checkpoint.keep)
+    return ckpt.Checkpoints(
+        workdir / ckpt.FOLDER, config.checkpoint.keep, config.checkpoint.keep_best
+    )
 
 
-def _writer(workdir: str) -> metric_writers.MetricWriter:
+def _best(checkpoints: ckpt.Checkpoints) -> dict[str, Any] | None:
+    """The best step by validation, and how good it was."""
+    step = checkpoints.best_step()
+    return None if step is None else {"step": step} | checkpoints.validation[step]
+
+
+def _writer(workdir: epath.Path) -> metric_writers.MetricWriter:
     return metric_writers.create_default_writer(
-        os.path.join(workdir, TENSORBOARD),
+        os.fspath(workdir / TENSORBOARD),
         just_logging=jax.process_index() > 0,
         asynchronous=False,
     )
@@ -258,29 +313,47 @@ def _restore(
     checkpoints: ckpt.Checkpoints, target: TrainState, card: ckpt.Card
 ) -> tuple[TrainState | None, pipeline.Position | None, ckpt.Card]:
     """State, position and card to go on with; the first two None if there is no checkpoint."""
-    latest = checkpoints.latest_step()
-    if latest is None:
+
+    def read(step: int) -> tuple[ckpt.Card, TrainState, dict[str, Any]]:
+        saved = checkpoints.card(step)
+        _check_same_run(checkpoints, card, saved)
+        return saved, *checkpoints.restore(step, target)
+
+    found = checkpoints.newest(read)
+    if found is None:
         return None, None, card
-    saved = checkpoints.card(latest)
-    ours, theirs = dataclasses.asdict(card.model), dataclasses.asdict(saved.model)
+    step, (saved, state, progress) = found
+    checkpoints.set_aside_after(step)
+    logging.info("going on from step %d of %s", step, checkpoints.directory)
+    for name, (now, before) in _changes(card, saved).items():
+        logging.warning("this run goes on with another %s: %s, it was %s", name, now, before)
+    state = state._replace(step=jax.device_put(np.int32(step), target.step.sharding))
+    card = dataclasses.replace(card, license=saved.license)
+    return state, pipeline.Position(**progress["position"]), card
+
+
+def _check_same_run(checkpoints: ckpt.Checkpoints, card: ckpt.Card, saved: ckpt.Card) -> None:
+    # How the model is run may change, what it computes may not.
+    ours, theirs = (
+        dataclasses.asdict(dataclasses.replace(c.model, remat="none", scan_layers=False))
+        for c in (card, saved)
+    )
     changed = [f"{k} is {ours[k]}, saved was {theirs[k]}" for k in ours if ours[k] != theirs[k]]
     changed += [] if saved.labels == card.labels else ["the labels are others"]
-    ours, theirs = ckpt.flat(card.config), ckpt.flat(saved.config)
-    others = {k: (ours[k], theirs.get(k)) for k in ours if ours[k] != theirs.get(k)}
-    fixed = ("batch_size", "seed", "optimizer.name")
+    fixed = ("batch_size", "seed", "ema", "optimizer.name", "optimizer.train")
+    others = _changes(card, saved)
     changed += [f"{k} is {v[0]}, saved was {v[1]}" for k, v in others.items() if k in fixed]
     if changed:
         raise InputError(
             f"{checkpoints.directory} belongs to another run ({'; '.join(changed)}); "
             "choose another --workdir, or that run's config"
         )
-    state, progress = checkpoints.restore(latest, target)
-    logging.info("going on from step %d of %s", latest, checkpoints.directory)
-    for name, (now, before) in others.items():
-        logging.warning("this run goes on with another %s: %s, it was %s", name, now, before)
-    state = state._replace(step=jax.device_put(np.int32(latest), target.step.sharding))
-    card = dataclasses.replace(card, license=saved.license)
-    return state, pipeline.Position(**progress["position"]), card
+
+
+def _changes(card: ckpt.Card, saved: ckpt.Card) -> dict[str, tuple[Any, Any]]:
+    """The fields of the config that differ, by name: now, and when it was saved."""
+    ours, theirs = ckpt.flat(card.config), ckpt.flat(saved.config)
+    return {k: (ours[k], theirs.get(k)) for k in ours if ours[k] != theirs.get(k)}
 
 
 def _progress(position: pipeline.Position) -> dict[str, Any]:
@@ -294,7 +367,11 @@ def _initial(config: ConfigDict, card: ckpt.Card) -> tuple[Any, ckpt.Card]:
         return lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(config.seed))), card
     # Whatever the checkpoint was made for gives way to what the recipe asks for.
     fields = dataclasses.asdict(card.model)
-    source = convert.read(config.pretrained, **fields)
+    try:
+        source = convert.read(config.pretrained, **fields)
+    except convert.SizeMismatch as e:
+        flags = " ".join(f"--config.model.{name}={value}" for name, value in e.found.items())
+        raise InputError(f"{e}: pass {flags}") from None
     logging.info("starting from %s", config.pretrained)
     return source.load(), dataclasses.replace(card, license=source.license)
 
@@ -303,17 +380,48 @@ def _for_step(batch: pipeline.Batch) -> pipeline.Batch:
     return {name: batch[name] for name in ("frames", "windows", "flip", "draw", "label")}
 
 
+def _check_finite(
+    window: list[dict[str, jax.Array]], params: Any, done: int, checkpoints: ckpt.Checkpoints
+) -> None:
+    """Stops at the first of the steps up to `done`, the window's, that left finite numbers."""
+    wrong = (
+        f"{name.replace('_', ' ')} is {metrics[name]} at step {step}, at learning rate "
+        f"{metrics['learning_rate']:g}"
+        for step, metrics in enumerate(jax.device_get(window), done - len(window) + 1)
+        for name in ("loss", "gradient_norm")
+        if not np.isfinite(metrics[name])
+    )
+    what = next(wrong, None)
+    if what is None and not _finite(params):
+        what = f"parameters are not finite after step {done}"
+    if what is None:
+        return
+    last = checkpoints.latest_step()
+    kept = "no checkpoint was saved before"
+    if last is not None:
+        kept = f"the last good checkpoint is {checkpoints.directory / str(last)}"
+    raise InputError(
+        f"the {what}: lower --config.optimizer.learning_rate or set --config.optimizer.clip_norm; "
+        f"{kept}"
+    )
+
+
+@jax.jit
+def _finite(params: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()
+
+
 def _mean(window: list[dict[str, jax.Array]]) -> dict[str, float]:
     values = jax.device_get(window)
     return {name: float(np.mean([v[name] for v in values])) for name in values[0]}
 
 
 def _evaluate(
-    config: ConfigDict, state: TrainState, model, clip, split, mesh, *, final: bool
+    config: ConfigDict, state: TrainState, model, clip, split, mesh, after_batch, final=False
 ) -> Results:
     """All the recipe's views at the end, the centre of one clip on the way."""
     return evaluate(
-        state.params,
+        state.best_params,
         model,
         clip,
         split,
@@ -321,6 +429,7 @@ def _evaluate(
         batch_size=config.eval.batch_size,
         views=config.eval.views if final else 1,
         crops=config.eval.crops if final else 1,
+        after_batch=after_batch,
     )
 
 
@@ -330,11 +439,10 @@ def _report(writer: metric_writers.MetricWriter, step: int, name: str, found: Re
     writer.flush()
 
 
-def _finished(workdir: str, step: int) -> dict[str, Any] | None:
+def _finished(workdir: epath.Path, step: int) -> dict[str, Any] | None:
     """The results of `step`, if they are written."""
-    path = os.path.join(workdir, RESULTS)
-    if not os.path.exists(path):
+    path = workdir / RESULTS
+    if not path.exists():
         return None
-    with open(path) as f:
-        results = json.load(f)
+    results = json.loads(path.read_text())
     return results if results["step"] == step else None
