@@ -6,10 +6,11 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from logging import ERROR, WARNING, LogRecord
+from logging import ERROR, WARNING, Handler, LogRecord
 from typing import Any, NamedTuple, NoReturn
 
 from absl import flags, logging
+from tqdm import tqdm
 
 from timesformer_jax.errors import InputError
 
@@ -58,7 +59,7 @@ class Command(NamedTuple):
     words: Sequence[str] = ()
 
 
-CHECKPOINT = _string("checkpoint", None, "a run's --workdir, its checkpoints, or one step of it")
+CHECKPOINT = _string("checkpoint", None, "a run's --workdir, WORKDIR/best, or one step of it")
 VIEWS = (
     _integer("views", 1, "clips along each video, their probabilities averaged", least=1),
     _integer("crops", 3, "3 squares of each clip (left, centre, right), or 1", least=1),
@@ -208,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
     logging.get_absl_handler().addFilter(_is_for_people)
+    _step_aside_for(logging.get_absl_handler().python_handler)
     try:
         _run(argv[1:])
     except InputError as e:
@@ -300,6 +302,17 @@ def _help(name: str, command: Command, values: flags.FlagValues) -> str:
             f"  --{flag}: {values[flag].help}{'' if default is None and end[2] == 'd' else end}"
         )
     return "\n".join(lines)
+
+
+def _step_aside_for(handler: Handler) -> None:
+    """Has progress bars cleared while the handler writes a line, and drawn again below it."""
+    emit = handler.emit
+
+    def emit_alone(record: LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            emit(record)
+
+    handler.emit = emit_alone
 
 
 def _is_for_people(record: LogRecord) -> bool:
