@@ -1,5 +1,6 @@
 """Optimizers against PyTorch's, schedules against the recipe's words."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,13 +9,15 @@ import torch
 
 from timesformer_jax import recipes
 from timesformer_jax.errors import InputError
+from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 8.0])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_ten_steps_are_pytorchs(name):
+def test_ten_steps_are_pytorchs(name, clip_norm):
     config = recipes.recipe().optimizer
-    config.name = name
+    config.name, config.clip_norm = name, clip_norm
     rng = np.random.default_rng(0)
     weights, targets = rng.normal(size=(2, 5)).astype(np.float32)
     ours = jnp.asarray(weights)
@@ -24,14 +27,69 @@ def test_ten_steps_are_pytorchs(name):
     else:
         rival = torch.optim.AdamW([theirs], 0.05, weight_decay=1e-4)
     optimizer = make_optimizer(config, optax.constant_schedule(0.05))
-    state = optimizer.init(ours)
+    state, norms = optimizer.init(ours), []
     for _ in range(10):
         rival.zero_grad()
         ((theirs - torch.tensor(targets)) ** 4).sum().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_([theirs], clip_norm or np.inf))
         rival.step()
         updates, state = optimizer.update(4 * (ours - targets) ** 3, state, ours)
         ours = optax.apply_updates(ours, updates)
+    assert min(norms) < 8 < max(norms)  # both are met
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5)
+
+
+def model_parameters():
+    config = TimeSformerConfig(
+        num_classes=3, image_size=8, patch_size=4, hidden_size=4, depth=3, num_heads=1
+    )
+    shapes = parameters(abstract(config))
+    return jax.tree.map(lambda x: np.full(x.shape, 2, np.float32), shapes)
+
+
+def test_rates_fall_from_the_head_down():
+    """By the rule that BEiT and MAE give, written out for three blocks; weight decay with them."""
+    config = recipes.recipe().optimizer
+    config.update(name="adamw", weight_decay=0.1, layer_decay=0.5)
+    params = model_parameters()
+    optimizer = make_optimizer(config, optax.constant_schedule(0.01))
+    updates, _ = optimizer.update(
+        jax.tree.map(np.zeros_like, params), optimizer.init(params), params
+    )
+    factors = {"embedding": 1 / 16, "0": 1 / 8, "1": 1 / 4, "2": 1 / 2, "norm": 1, "head": 1}
+    parts = {**updates.pop("blocks"), **updates}
+    assert set(parts) == set(factors)
+    for name, part in parts.items():
+        for update in jax.tree.leaves(part):
+            np.testing.assert_allclose(update, -0.01 * 0.1 * 2 * factors[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_of_what_is_not_trained_there_is_no_state(name):
+    config = recipes.recipe().optimizer
+    config.update(name=name, train="head", layer_decay=0.5, clip_norm=1.0)
+    params = model_parameters()
+    optimizer = make_optimizer(config, optax.constant_schedule(0.01))
+    state = optimizer.init(params)
+    arrays = [x for x in jax.tree.leaves(state) if x.ndim]
+    moments = {"sgd": 1, "adamw": 2}[name]
+    assert sum(x.size for x in arrays) == moments * (4 * 3 + 3)
+    head = {"head": params["head"]}
+    updates, again = optimizer.update(head, state, params)
+    assert set(updates) == {"head"}
+    assert all(np.all(x < 0) for x in jax.tree.leaves(updates))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+
+
+def test_a_run_can_go_on_with_clipping_or_another_layer_decay():
+    """The state has the same form, which a checkpoint is read by."""
+    params, forms = model_parameters(), set()
+    for changes in ({}, {"clip_norm": 1.0}, {"layer_decay": 0.9}):
+        config = recipes.recipe().optimizer
+        config.update(changes)
+        state = make_optimizer(config, optax.constant_schedule(0.01)).init(params)
+        forms.add(tuple(jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(state)))
+    assert len(forms) == 1
 
 
 def test_the_papers_steps():
@@ -54,14 +112,32 @@ def test_cosine_warms_up_and_ends_at_zero():
     assert float(schedule(600)) == pytest.approx(0, abs=1e-9)
 
 
+def test_cosine_without_warmup_starts_at_the_peak_and_warns_of_nothing(caplog):
+    config = recipes.demo().optimizer
+    config.warmup_epochs = 0.0
+    schedule = learning_rate(config, 32, steps_per_epoch=100)
+    rates = [float(schedule(step)) for step in (0, 150, 300, 600)]
+    half = 1e-3 * (1 + np.cos(np.pi / 4))
+    np.testing.assert_allclose(rates, [2e-3, half, 1e-3, 0], rtol=1e-6, atol=1e-9)
+    assert not caplog.records
+
+
 def test_a_warmup_as_long_as_the_run_is_one_line():
     config = recipes.demo()
-    config.epochs = 1
+    config.epochs, config.optimizer.warmup_epochs = 1, 1.0
     with pytest.raises(InputError, match="warmup_epochs=0 for none"):
         learning_rate(config.optimizer, 32, steps_per_epoch=100)
 
 
-@pytest.mark.parametrize("field", ["name", "schedule"])
+@pytest.mark.parametrize("layer_decay", [0.0, 1.1, -1.0, float("nan")])
+def test_an_impossible_layer_decay_is_one_line(layer_decay):
+    config = recipes.recipe().optimizer
+    config.layer_decay = layer_decay
+    with pytest.raises(InputError, match="layer_decay must be above 0 and at most 1"):
+        make_optimizer(config, optax.constant_schedule(0.01))
+
+
+@pytest.mark.parametrize("field", ["name", "schedule", "train"])
 def test_unknown_names_are_one_line(field):
     config = recipes.recipe().optimizer
     config[field] = "adam"
