@@ -30,6 +30,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.preprocessing import ClipSpec
 
 ROUNDS = 10
+STAGE_BATCHES = 20  # a round, at most
 WARM_UP = 4  # batches: what is done ahead while nobody asks, or compiled first
 
 
@@ -64,7 +65,7 @@ def benchmark_input(
       split: of the data.
       config: a recipe, which says what follows.
       frames, rate, crop, jitter, batch_size: as in a recipe; by default 8, 32, 224, 256 to 320, 16.
-      batches: how many to measure, dealt out to rounds; half as many for each stage.
+      batches: how many to measure, dealt out to rounds; memory is read after 10, 50 and 100%.
       reference: whether to measure a loop over simplejpeg and OpenCV too, in turns.
       json: a file to write the figures to.
 
@@ -125,7 +126,7 @@ def measure(
     """
     size = options["batch_size"]
     each = math.ceil(batches / ROUNDS)
-    memory = {"begin": _resident()}
+    machine, memory = _machine(), {"begin": _resident()}
     ours = pipeline.train_batches(split, spec, **options)
     loops = {"ours": ours}
     if reference:
@@ -143,7 +144,7 @@ def measure(
         loop.close()
     decoded = batch["frames"].nbytes / size
     figures = {
-        "machine": _machine(),
+        "machine": machine,
         "settings": dataclasses.asdict(spec) | options | {"batches": each * ROUNDS},
         "data": {
             "records": len(split),
@@ -159,7 +160,7 @@ def measure(
             "wall": _spread([theirs.wall / mine.wall for mine, theirs in pairs]),
             "cpu": _spread([theirs.cpu / mine.cpu for mine, theirs in pairs]),
         }
-    figures["stages"] = _stages(split, spec, options, max(1, each // 2))
+    figures["stages"] = _stages(split, spec, options, min(each, STAGE_BATCHES))
     figures["memory"] = memory
     state = json.dumps(dataclasses.asdict(position))
     return figures | {"iterator_state_bytes": len(state)}
@@ -268,7 +269,8 @@ def _machine() -> dict[str, Any]:
         with open("/proc/cpuinfo") as f:
             models = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
         name = models[0] if models else name
-    return {"processor": name, "cores": processors()}
+    # Of the minute before: others at work make figures a second of wall time worthless.
+    return {"processor": name, "cores": processors(), "load_average": os.getloadavg()[0]}
 
 
 def _reference(split: Split, spec: ClipSpec, options: dict[str, Any]) -> Iterator[None]:
@@ -305,9 +307,9 @@ def reference_plan(split: Split, plan: reading.Plan) -> list[tuple]:
 
 def table(figures: dict[str, Any]) -> str:
     """The figures of `measure` for people."""
-    cores, data = figures["machine"]["cores"], figures["data"]
+    machine, data = figures["machine"], figures["data"]
     lines = [
-        f"{figures['machine']['processor']}, {cores} cores",
+        f"{machine['processor']}, {machine['cores']} cores, load {machine['load_average']:.1f}",
         f"{data['records']} records of {data['bytes_a_record'] / 1e3:.0f} kB, "
         f"{data['stored_frames_a_record']:.0f} frames each; "
         f"batches of {figures['settings']['batch_size']} clips",
