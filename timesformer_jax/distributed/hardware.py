@@ -1,0 +1,111 @@
+"""What chips can do, from their makers' pages: one table, and the rate of a mesh's links.
+
+Rates are peaks that no program reaches; dense, without sparsity. GB is 1e9 bytes, GiB 2**30.
+
+TPUs: docs.cloud.google.com/tpu/docs/ v5e, v5p and v6e, "Key chip specifications": peak bf16
+compute, HBM bandwidth, ICI ports and bidirectional ICI bandwidth of a chip, which is shared here
+among the ports and both directions (v5e 400 GB/s / 4 / 2). Memory is what the compiler (libtpu
+0.0.42) names as the chip's when a program exceeds it, a little less than the page's.
+
+GPUs: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM and H200 SXM; figures "with sparsity" are
+halved. NVLink's bandwidth is given for both directions together (900 GB/s) and halved here. The
+network is that of the DGX of each (user guides): 8 adapters of 200 Gb/s with the A100, of 400 Gb/s
+with the others, one a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+GIB = 2**30
+
+
+class Torus(NamedTuple):
+    """TPU links: to the neighbours in each direction of a grid.
+
+    Attributes:
+      link: bytes/s over one link, one way.
+      wraps: a side of so many chips, or a multiple, is closed to a ring.
+      cubes: whether only slices close whose sides all are such multiples.
+    """
+
+    link: float
+    wraps: int
+    cubes: bool = False
+
+
+class Hosts(NamedTuple):
+    """GPU links: a switch within a host, a network between hosts.
+
+    Attributes:
+      within: bytes/s that a GPU can send to the others of its host, one way.
+      between: bytes/s that a GPU can send to other hosts, one way.
+      size: GPUs a host.
+    """
+
+    within: float
+    between: float
+    size: int = 8
+
+
+class Chip(NamedTuple):
+    """Peaks of one chip.
+
+    Attributes:
+      kind: what `jax.Device.device_kind` holds of it.
+      memory: bytes that programs can use.
+      bfloat16: FLOP/s of bfloat16 matrix products, summed in float32.
+      float32: FLOP/s of float32 ones at JAX's default precision: on TPUs one bfloat16 pass, on
+        GPUs TensorFloat-32.
+      memory_rate: bytes/s to and from the memory.
+      links: to the other chips.
+    """
+
+    kind: str
+    memory: float
+    bfloat16: float
+    float32: float
+    memory_rate: float
+    links: Torus | Hosts
+
+
+CHIPS = {
+    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 197e12, 197e12, 819e9, Torus(50e9, 16)),
+    "v5p": Chip("TPU v5", 95.74 * GIB, 459e12, 459e12, 2765e9, Torus(100e9, 4, cubes=True)),
+    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 918e12, 918e12, 1638e9, Torus(100e9, 16)),
+    "a100": Chip("A100-SXM4-80GB", 80e9, 312e12, 156e12, 2039e9, Hosts(300e9, 25e9)),
+    "h100": Chip("H100 80GB HBM3", 80e9, 989.4e12, 494.7e12, 3350e9, Hosts(450e9, 50e9)),
+    "h200": Chip("H200", 141e9, 989.4e12, 494.7e12, 4800e9, Hosts(450e9, 50e9)),
+}
+
+
+def link_rate(chip: Chip, mesh: Mesh, axes: tuple[str, ...]) -> float:
+    """Bytes/s that a chip can send to those from which it differs along `axes`, one way.
+
+    On a torus a ring in each direction that they span: both links of a side that is closed, one of
+    a side that is open, where what goes round must come back. Between hosts the network.
+
+    Args:
+      mesh: its devices have `coords` on a torus; hosts are filled in the order of the mesh.
+    """
+    among = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+    if isinstance(chip.links, Hosts):
+        numbers = np.arange(mesh.devices.size).reshape(mesh.devices.shape)[among]
+        one_host = len(np.unique(numbers // chip.links.size)) == 1
+        return chip.links.within if one_host else chip.links.between
+    sides = _sides(mesh.devices)
+    whole = [side % chip.links.wraps == 0 for side in sides]
+    links = 0
+    for spanned, side, closed in zip(_sides(mesh.devices[among]), sides, whole):
+        if spanned > 1:
+            ring = spanned == side and closed and (all(whole) or not chip.links.cubes)
+            links += 2 if ring else 1
+    return links * chip.links.link
+
+
+def _sides(devices: np.ndarray) -> list[int]:
+    """Chips along each direction of the torus."""
+    return [len(set(places)) for places in zip(*(d.coords for d in np.ravel(devices)))]
