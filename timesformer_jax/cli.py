@@ -164,6 +164,19 @@ COMMANDS = {
         required=("checkpoint",),
         words=("videos...",),
     ),
+    "plan": Command(
+        "what a recipe needs of hardware that need not be there: memory, time, largest batch",
+        "timesformer_jax.training.plan:plan",
+        (
+            _config,
+            _string("topology", None, "v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, cpu:8"),
+            _flag(flags.DEFINE_bool, "find_batch", False, "search the largest batch that fits"),
+            _flag(flags.DEFINE_bool, "quick", False, "TPU: compile sooner, optimising less"),
+            _flag(flags.DEFINE_float, "memory", None, "GiB a chip; its own", lower_bound=0.0),
+            _string("json", None, "file for all figures"),
+        ),
+        required=("config", "topology"),
+    ),
     "convert": Command(
         "a checkpoint of any known format to ours, Hugging Face's or the release's",
         "timesformer_jax.convert:convert",
