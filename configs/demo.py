@@ -6,8 +6,9 @@ Two CPU cores, a few minutes. Expect 99% top-1 of 8 directions; with
 `--config.model.attention=space`, which sees no motion, chance (docs/demo_motion.json).
 """
 
-from timesformer_jax import recipes
+from timesformer_jax.recipes import demo
+from timesformer_jax.variations import varied
 
 
-def get_config():
-    return recipes.demo()
+def get_config(arguments=""):
+    return varied(demo(), arguments)

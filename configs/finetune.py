@@ -6,8 +6,9 @@
 One GPU. AdamW at 1e-4 for 15 epochs; a batch of 8 clips.
 """
 
-from timesformer_jax import recipes
+from timesformer_jax.recipes import finetune
+from timesformer_jax.variations import varied
 
 
-def get_config():
-    return recipes.finetune()
+def get_config(arguments=""):
+    return varied(finetune(), arguments)

@@ -1,15 +1,19 @@
 """TimeSformer-HR on Kinetics-400: divided attention, 16 frames x 16, 448 pixels.
 
     timesformer train --config=configs/k400_hr.py --workdir=runs/k400_hr \\
-        --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth
+        --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth \\
+        --config.model.remat=block
 
-config.pretrained names an ImageNet-21K ViT-B/16 in timm's layout.
+config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
 Prepare the videos with --short_side=512.
-The paper's model reaches 79.6 top-1, 94.0 top-5 (1 x 3 views).
+8 GPUs of 24 GB: 18 GiB each, 8 clips, by `timesformer plan`.
+The authors' model reaches 79.6 / 94.0 top-1 / top-5 (model zoo, 1 x 3 views).
+We have not trained it.
 """
 
-from timesformer_jax import recipes
+from timesformer_jax.recipes import kinetics400
+from timesformer_jax.variations import varied
 
 
-def get_config():
-    return recipes.kinetics400("timesformer_hr")
+def get_config(arguments=""):
+    return varied(kinetics400("timesformer_hr"), arguments)

@@ -1,15 +1,18 @@
 """TimeSformer-L on Kinetics-400: divided attention, 96 frames x 4, 224 pixels.
 
     timesformer train --config=configs/k400_l.py --workdir=runs/k400_l \\
-        --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth
+        --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth \\
+        --config.model.remat=block
 
-config.pretrained names an ImageNet-21K ViT-B/16 in timm's layout.
---config.model.remat=block trades time for memory.
-The paper's model reaches 80.6 top-1, 94.7 top-5 (1 x 3 views).
+config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
+8 GPUs of 24 GB: 19 GiB each, 8 clips, by `timesformer plan`.
+The authors' model reaches 80.6 / 94.7 top-1 / top-5 (model zoo, 1 x 3 views).
+We have not trained it.
 """
 
-from timesformer_jax import recipes
+from timesformer_jax.recipes import kinetics400
+from timesformer_jax.variations import varied
 
 
-def get_config():
-    return recipes.kinetics400("timesformer_l")
+def get_config(arguments=""):
+    return varied(kinetics400("timesformer_l"), arguments)

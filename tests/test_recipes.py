@@ -1,76 +1,309 @@
-"""The configs: the published recipes, full-size models, and names that are refused."""
+"""The configs: the published recipes, their commands, the paper's ablations as arguments."""
 
+import dataclasses
 import pathlib
-import runpy
+import re
+import shlex
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
-from timesformer_jax import recipes
+from timesformer_jax import cli, recipes
 from timesformer_jax.augmentation import Augmentation
-from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
+from timesformer_jax.config_file import load
+from timesformer_jax.data.annotations import DATASETS
+from timesformer_jax.data.pipeline import train_side
+from timesformer_jax.data.records import INDEX_DTYPES, Split, part_of
+from timesformer_jax.distributed.mesh import make_mesh
+from timesformer_jax.errors import InputError
+from timesformer_jax.models.costs import macs, parameter_count
+from timesformer_jax.models.presets import preset
+from timesformer_jax.models.timesformer import TimeSformerConfig
 from timesformer_jax.preprocessing import ClipSpec
+from timesformer_jax.training import loop
+from timesformer_jax.training.optimizer import learning_rate, make_optimizer
+from timesformer_jax.training.step import abstract_state, make_train_step
+from timesformer_jax.variations import varied
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+# Frames, rate (None: segments), crop, classes and parameters of the recipes.
+PUBLISHED = {
+    "k400_base": (8, 32, 224, 400, 121_566_352),
+    "k400_hr": (16, 16, 448, 400, 122_024_080),
+    "k400_l": (96, 4, 224, 400, 121_633_936),
+    "k400_joint": (8, 32, 224, 400, 86_112_400),
+    "k400_space": (8, 32, 224, 400, 86_106_256),
+    "k600_base": (8, 32, 224, 600, None),
+    "k600_hr": (16, 16, 448, 600, None),
+    "k600_l": (96, 4, 224, 600, None),
+    "ssv2_base": (8, None, 224, 174, 121_392_558),
+    "ssv2_hr": (16, None, 448, 174, None),
+    "ssv2_l": (64, None, 224, 174, None),
+    "diving48_base": (8, None, 224, 48, None),
+    "diving48_hr": (16, None, 448, 48, None),
+    "diving48_l": (96, None, 224, 48, None),
+    "howto100m_8": (8, 32, 224, 1059, None),
+    "howto100m_32": (32, 32, 224, 1059, None),
+    "howto100m_64": (64, 32, 224, 1059, None),
+    "howto100m_96": (96, 32, 224, 1059, None),
+}
 
 
-def config_of(path):
-    return runpy.run_path(str(path))["get_config"]()
+def config_of(name, arguments=""):
+    return load(f"{ROOT}/configs/{name}.py:{arguments}")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_builds_its_model_for_its_clips(path):
-    config = config_of(path)
-    fields = dict(config.model) | {"num_classes": config.model.num_classes or 7}
-    model = abstract(TimeSformerConfig(**fields))
+def split_of(labels, video=None, short_side=256):
+    """A split of records that are nowhere."""
+    n = len(labels)
+    video = np.arange(n) if video is None else np.asarray(video)
+    columns = {f.name: np.zeros(n, np.int64) for f in dataclasses.fields(Split)[3:-1]}
+    size = np.full(n, short_side)
+    columns |= {
+        "ids": np.array([f"{v}.mp4#{i}" for i, v in enumerate(video)]),
+        "label": np.asarray(labels), "video": video, "height": size, "width": size,
+    }  # fmt: skip
+    return Split("train", (), tuple(map(str, range(max(labels) + 1))), **columns)
+
+
+def check_step(config):
+    """Traces the train step at a batch of a clip a device; no array is made."""
+    mesh = make_mesh(**config.mesh)
+    batch_size = mesh.devices.size
+    fields = config.model.to_dict() | {"depth": 1}  # all blocks are alike
+    model = TimeSformerConfig(**fields | {"num_classes": config.model.num_classes or 7})
     clip = ClipSpec(**config.clip)
-    video = jax.ShapeDtypeStruct((2, clip.frames, clip.crop, clip.crop, 3), np.float32)
-    logits = jax.eval_shape(lambda m, v: m(v), model, video)
-    assert logits.shape == (2, fields["num_classes"])
-    assert config.model.num_frames == clip.frames
-    assert config.model.image_size == clip.crop <= config.data.jitter[0]
-    doc = path.read_text().split('"""')[1]
-    assert f"timesformer train --config=configs/{path.name} --workdir=runs/" in doc
+    schedule = learning_rate(config.optimizer, batch_size, steps_per_epoch=100)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    target = abstract_state(model, optimizer, mesh)
+    step = make_train_step(
+        model, clip, optimizer, schedule, target, mesh, config.seed, Augmentation(**config.augment)
+    )
+    # Records of the least short side that the jitter does not enlarge.
+    side = train_side(split_of([0], short_side=config.data.jitter[0]), clip, config.data.jitter)
+    shapes = {
+        "frames": ((clip.frames, side, side, 3), np.uint8),
+        "windows": ((3,), np.float32),
+        "flip": ((), bool),
+        "label": ((), np.int32),
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+    state, metrics = jax.eval_shape(step, target, batch)
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (target, state))
+    assert after == before
+    assert metrics["loss"].shape == ()
 
 
-@pytest.mark.parametrize(
-    ("name", "frames", "rate", "crop", "jitter", "attention", "count"),
-    [
-        ("k400_base", 8, 32, 224, (256, 320), "divided", 121_566_352),
-        ("k400_hr", 16, 16, 448, (448, 512), "divided", 122_024_080),
-        ("k400_l", 96, 4, 224, (256, 320), "divided", 121_633_936),
-        ("k400_joint", 8, 32, 224, (256, 320), "joint", 86_112_400),
-        ("k400_space", 8, 32, 224, (256, 320), "space", 86_106_256),
-    ],
-)
-def test_the_released_recipes(name, frames, rate, crop, jitter, attention, count):
-    config = config_of(CONFIGS[0].parent / f"{name}.py")
-    assert (config.clip.frames, config.clip.rate, config.clip.crop) == (frames, rate, crop)
-    assert config.data.jitter == jitter
-    assert config.model.attention == attention
-    assert (config.epochs, config.batch_size, config.data.flip) == (15, 64, True)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_trains_its_model_on_its_clips(name):
+    config = config_of(name)
+    assert config.name == name
+    assert config.clip.crop <= config.data.jitter[0]
+    check_step(config)
+
+
+def test_every_recipe_of_the_paper_has_its_file():
+    assert set(PUBLISHED) | {"demo", "finetune"} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_recipes(name):
+    config = config_of(name)
+    frames, rate, crop, classes, count = PUBLISHED[name]
+    data = name.partition("_")[0]
+    assert (config.clip.frames, config.clip.crop) == (frames, crop)
+    assert config.clip.sampling == ("segments" if rate is None else "rate")
+    assert rate in (None, config.clip.rate)
+    assert config.data.jitter == ((448, 512) if crop == 448 else (256, 320))
+    assert config.data.flip == (data != "ssv2")
+    assert config.data.fraction == 1
+    assert config.model.num_classes == classes
+    assert config.model.attention == {"k400_joint": "joint", "k400_space": "space"}.get(
+        name, "divided"
+    )
+    assert (config.epochs, config.batch_size) == (15, 64)
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.momentum) == ("sgd", 0.005, 0.9)
-    assert optimizer.weight_decay == 1e-4
+    assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.warmup_epochs) == (1e-4, 0, 0)
+    assert (optimizer.decay_epochs, optimizer.decay_factors) == ((11, 14), (0.1, 0.01))
     assert not Augmentation(**config.augment).on
     assert (config.eval.views, config.eval.crops, config.eval.every_epochs) == (1, 3, 5)
     assert config.clip.mean == (0.45, 0.45, 0.45)
     assert config.clip.std == (0.225, 0.225, 0.225)
-    params = parameters(abstract(TimeSformerConfig(**config.model)))
-    assert sum(p.size for p in jax.tree.leaves(params)) == count
+    assert config.clip.channel_order == "rgb"
+    # What `prepare` calls the split to evaluate on.
+    dataset = {"k400": "kinetics400", "k600": "kinetics600", "ssv2": "something_v2"}.get(data, data)
+    assert config.data.eval_split in DATASETS[dataset].published
+    if count:
+        assert parameter_count(TimeSformerConfig(**config.model)) == count
 
 
-def test_a_clips_size_is_said_once():
-    config = recipes.kinetics400()
-    config.clip.frames, config.clip.crop = 16, 448
-    assert (config.model.num_frames, config.model.image_size) == (16, 448)
-    config.batch_size = 8
-    assert config.eval.batch_size == 8
+def commands(name):
+    """The commands of a config's docstring, as words."""
+    doc = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+    doc = doc.replace("\\\\\n", " ")
+    return [shlex.split(line) for line in re.findall(r"^    timesformer (.*)$", doc, re.MULTILINE)]
 
 
-def test_names_that_are_not_there_are_refused():
-    config = recipes.demo()
-    config.lock()
-    with pytest.raises(AttributeError, match="batch_size"):
-        config.batchsize = 3
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_commands_of_a_config_parse_and_name_it(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    trained = []
+    for command, *words in commands(name):
+        values = flags.FlagValues()
+        for define in cli.COMMANDS[command].flags:
+            define(values)
+        arguments = cli._parse(command, cli.COMMANDS[command], values, words)
+        if command == "prepare":
+            prepared = arguments["output"]
+            assert config_of(name).data.directory == prepared
+        else:
+            trained.append((command, arguments["workdir"]))
+            assert arguments["config"].name == name
+            assert name == "demo" or arguments["config"].pretrained
+    assert trained == [("train", f"runs/{'mine' if name == 'finetune' else name}")]
+
+
+def test_pieces_of_howto100m_are_as_long_as_a_clip():
+    for frames in (8, 32, 64, 96):
+        (_, *words), _ = commands(f"howto100m_{frames}")
+        seconds = float(dict(w.split("=") for w in words)["--segment_seconds"])
+        clip = config_of(f"howto100m_{frames}").clip
+        assert seconds == pytest.approx(clip.frames * clip.rate / 30, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        ("attention=axial", {"model.attention": "axial"}),
+        ("position_embedding=none", {"model.position_embedding": "none"}),
+        ("frames=16", {"clip.frames": 16, "clip.rate": 16, "model.num_frames": 16}),
+        ("frames=96,rate=4", {"clip.frames": 96, "clip.rate": 4, "model.num_frames": 96}),
+        ("crop=448", {"clip.crop": 448, "model.image_size": 448, "data.jitter": (448, 512)}),
+        ("crop=112", {"clip.crop": 112, "model.image_size": 112, "data.jitter": (128, 160)}),
+        ("patch_size=32", {"model.patch_size": 32,
+                           "pretrained": "vit_base_patch32_224_in21k.pth"}),
+        ("backbone=vit_l,patch_size=32",
+         {"model.patch_size": 32, "model.depth": 24, "model.hidden_size": 1024,
+          "model.num_heads": 16, "pretrained": "vit_large_patch32_224_in21k.pth"}),
+        ("backbone=vit_s,init=imagenet1k",
+         {"model.hidden_size": 384, "model.num_heads": 6,
+          "pretrained": "vit_small_patch16_224_in1k.pth"}),
+        ("init=scratch", {"pretrained": ""}),
+        ("fraction=0.25", {"data.fraction": 0.25}),
+    ],
+)  # fmt: skip
+def test_an_argument_changes_what_belongs_together_and_nothing_else(arguments, changed):
+    before, after = flat(config_of("k400_base")), config_of("k400_base", arguments)
+    check_step(after)
+    assert flat(after) == before | changed | {"name": f"k400_base:{arguments}"}
+
+
+def flat(config: ConfigDict):
+    found = {}
+    for name, value in config.items():
+        inner = flat(value) if isinstance(value, ConfigDict) else None
+        found |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("atention=joint", "no argument 'atention'.*did you mean 'attention'"),
+        ("attention=joined", "did you mean 'joint'"),
+        ("attention", "give attention once, as attention=VALUE"),
+        ("frames=8,frames=16", "give frames once"),
+        ("frames=many", r"frames must be a number \(int\), not 'many'"),
+        ("frames=0", "must be at least 1"),
+        ("crop=225", "225 is not divisible by patch_size"),
+        ("backbone=vit_xl", "backbone must be one of vit_s, vit_b, vit_l"),
+        ("init=imagenet", "init must be one of imagenet21k"),
+        (",", "no argument ''"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(arguments, said):
+    with pytest.raises(InputError, match=said):
+        varied(recipes.kinetics400(), arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "parameters", "gmacs"),
+    [
+        # ViTs at 224 x 224 with 1000 classes: parameters as published with their weights.
+        ("timesformer_base", {}, 86_567_656, "17.56"),
+        ("timesformer_p32", {}, 88_224_232, "4.41"),
+        ("timesformer_vit_l", {}, 304_326_632, "61.55"),
+        ("timesformer_vit_l", {"patch_size": 32}, 306_535_400, "15.38"),
+        ("timesformer_vit_s", {}, 22_050_664, "4.60"),
+    ],
+)
+def test_on_one_frame_a_backbone_is_the_image_vit(name, changes, parameters, gmacs):
+    image = {"attention": "space", "num_frames": 1, "num_classes": 1000}
+    config = preset(name, **image, **changes)
+    assert parameter_count(config) == parameters
+    assert f"{macs(config) / 1e9:.2f}" == gmacs
+
+
+@given(st.data(), st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]))
+def test_a_part_of_the_data_is_whole_videos_the_same_share_of_every_class(data, fraction):
+    pieces = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=30))
+    classes = data.draw(st.lists(st.integers(0, 3), min_size=len(pieces), max_size=len(pieces)))
+    video = np.repeat(np.arange(len(pieces)), pieces)
+    split = split_of(np.repeat(classes, pieces), video)
+    part = part_of(split, fraction)
+    whole, kept = list(split.ids), set(part.ids)
+    assert list(part.ids) == [i for i in whole if i in kept]
+    assert part.label_names == split.label_names
+    # The columns of a record stay together.
+    rows = [whole.index(i) for i in part.ids]
+    assert np.array_equal(part.label, split.label[rows])
+    assert np.array_equal(part.video, video[rows])
+    for label in set(classes):
+        of = {v for v, c in enumerate(classes) if c == label}
+        assert abs(len(of & set(part.video)) - fraction * len(of)) <= 1
+        assert of & set(part.video)
+    for v in set(part.video):
+        assert (part.video == v).sum() == pieces[v]
+    # Neither other videos nor the order of records matter, and parts are nested.
+    order = data.draw(st.permutations(range(len(classes))))
+    shuffled = np.concatenate([np.flatnonzero(video == v) for v in order])
+    columns = {c: getattr(split, c)[shuffled] for c in ("ids", *INDEX_DTYPES)}
+    assert set(part_of(dataclasses.replace(split, **columns), fraction).ids) == kept
+    assert kept <= set(part_of(split, min(1.0, 2 * fraction)).ids)
+
+
+@pytest.mark.parametrize("fraction", [0, -0.5, 1.01, float("nan")])
+def test_a_part_that_cannot_be_is_refused(fraction):
+    with pytest.raises(InputError, match="above 0 and at most 1"):
+        part_of(split_of([0, 1]), fraction)
+
+
+def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatch):
+    """Of 64 videos in batches of 8 a quarter makes 2 steps an epoch."""
+    monkeypatch.setattr(loop.pipeline, "train_batches", lambda split, *_, **__: seen(split))
+    found = []
+
+    def seen(split):
+        found.append(split)
+        raise InputError("seen")
+
+    config = config_of("demo", "fraction=0.25")
+    config.data.directory, config.data.demo = str(demo_data), False
+    config.batch_size = config.eval.batch_size = 8
+    config.model.depth = 1
+    with pytest.raises(InputError, match="seen"):
+        loop.train(config, tmp_path / "run")
+    (split,) = found
+    assert len(split) == 16
+    assert sorted(np.bincount(split.label)) == [2] * 8

@@ -37,12 +37,12 @@ def _fraction(name: str, default: float, text: str) -> Define:
     return _flag(flags.DEFINE_float, name, default, text, lower_bound=0.0, upper_bound=1.0)
 
 
-def _config(values: flags.FlagValues) -> None:
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file(
-        "config", None, "a recipe, configs/demo.py; --config.a.b=v changes it", flag_values=values
-    )
+CONFIG = _string(
+    "config",
+    None,
+    "a recipe, configs/k400_base.py or configs/k400_base.py:ARGUMENT=VALUE,...;"
+    " --config.FIELD=VALUE changes a field of it",
+)
 
 
 class Command(NamedTuple):
@@ -133,7 +133,7 @@ COMMANDS = {
     "train": Command(
         "trains a recipe, or goes on with it, and evaluates",
         "timesformer_jax.training.loop:train_and_report",
-        (_config, _string("workdir", None, "folder for checkpoints, logs and results"), *PROCESSES),
+        (CONFIG, _string("workdir", None, "folder for checkpoints, logs and results"), *PROCESSES),
         required=("config", "workdir"),
     ),
     "evaluate": Command(
@@ -168,7 +168,7 @@ COMMANDS = {
         "what a recipe needs of hardware that need not be there: memory, time, largest batch",
         "timesformer_jax.training.plan:plan",
         (
-            _config,
+            CONFIG,
             _string("topology", None, "v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, cpu:8"),
             _flag(flags.DEFINE_bool, "find_batch", False, "search the largest batch that fits"),
             _flag(flags.DEFINE_bool, "quick", False, "TPU: compile sooner, optimising less"),
@@ -199,7 +199,7 @@ COMMANDS = {
             _string("data", None, "folder of records, or tfds:NAME; by default the config's"),
             _string("synthetic", None, "folder for videos to make, prepare and measure on"),
             _string("split", "train", "of the data"),
-            _config,
+            CONFIG,
             _integer("frames", None, "frames of a clip; 8 where there is no --config", least=1),
             _integer("rate", None, "distance between them at 30 fps; 32", least=1),
             _integer("crop", None, "side of a clip in pixels; 224", least=1),
@@ -269,12 +269,16 @@ def _parse(
 ) -> dict[str, Any]:
     """The command's keyword arguments, or the end of the program in one line."""
     try:
-        words = values([name, *rest])[1:]
+        # The fields of a config are flags too, once it is loaded.
+        words = values([name, *rest], known_only=True)
         if "config" in values and values["config"].value is not None:
-            values["config"].value.to_dict()  # a file that is not there is only told on use
-    # A config's own errors are of any kind: a missing file, a syntax error, an unknown field.
-    except Exception as e:
-        _fail(f"timesformer {name}: {_one_line(e)}")
+            from timesformer_jax import config_file  # needs ml_collections
+
+            words = config_file.parse("config", values["config"].value, words, values)
+        else:
+            words = values(words)
+    except (flags.Error, InputError) as e:
+        _fail(f"timesformer {name}: {e}")
     for flag in command.required:
         if values[flag].value is None:
             _fail(f"timesformer {name} needs --{flag} ({values[flag].help})")
@@ -284,7 +288,7 @@ def _parse(
         for flag in values
         if "." not in flag and values[flag].value is not None
     }
-    return arguments | _words(name, command, words)
+    return arguments | _words(name, command, words[1:])
 
 
 def _words(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
@@ -335,16 +339,6 @@ def _is_for_people(record: LogRecord) -> bool:
     if "orbax" in record.pathname:
         return record.levelno >= ERROR
     return record.levelno >= WARNING or f"{os.sep}jax{os.sep}" not in record.pathname
-
-
-def _one_line(error: Exception) -> str:
-    """What an error of flags or configs says, in one line."""
-    if isinstance(error, OSError):  # of the config file; the reason comes last
-        return f"cannot load the config: {str(error).splitlines()[-1].strip()}"
-    text = str(error)
-    if isinstance(error, AttributeError | KeyError):  # ml_collections quotes a quoted message
-        text = "no such config field: " + text.strip("\"'").replace("\\n", " ").replace("\\'", "'")
-    return " ".join(text.split()) or type(error).__name__
 
 
 def _fail(message: str) -> NoReturn:

@@ -14,6 +14,9 @@ from timesformer_jax.augmentation import OFF
 from timesformer_jax.models.presets import preset
 from timesformer_jax.preprocessing import ClipSpec
 
+# The release's base model.
+K400_WEIGHTS = "TimeSformer_divST_8x32_224_K400.pyth"
+
 
 def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
     """What all recipes share: the authors' training of one epoch count, optimizer and views.
@@ -51,6 +54,7 @@ def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
     config.data.fps = 0.0  # of records that do not say theirs
     config.data.jitter = (256, 320)  # random short side, in pixels
     config.data.flip = True
+    config.data.fraction = 1.0  # of each class's training videos
 
     config.augment = ConfigDict(dataclasses.asdict(OFF))  # the paper has none
 
@@ -89,21 +93,74 @@ def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
 
 def kinetics400(model: str = "timesformer_base", *, attention: str = "divided") -> ConfigDict:
     """K400 as the authors train it, for their three models."""
+    config = _authors(model)
+    if attention != "divided":
+        config.name = config.model.attention = attention
+    return _on(config, "k400", classes=400)
+
+
+def kinetics600(model: str = "timesformer_base") -> ConfigDict:
+    """K600: the authors released weights and no config; everything as for K400."""
+    return _on(_authors(model), "k600", classes=600)
+
+
+def something_v2(model: str = "timesformer_base") -> ConfigDict:
+    """SSv2: a frame from each equal part of the video, never mirrored; L sees 64 frames."""
+    config = _authors(model)
+    config.clip.sampling = "segments"
+    if model == "timesformer_l":
+        config.clip.frames = 64
+    config.data.flip = False  # some classes differ in left and right alone
+    return _on(config, "ssv2", classes=174)
+
+
+def diving48(model: str = "timesformer_base") -> ConfigDict:
+    """Diving-48, with the frames of K400's models; that they span the dive is our choice."""
+    config = _authors(model)
+    config.clip.sampling = "segments"
+    config.data.eval_split = "test"
+    return _on(config, "diving48", classes=48)
+
+
+def howto100m(frames: int = 8) -> ConfigDict:
+    """HowTo100M's tasks: the base model from K400's weights, on pieces as long as a clip."""
+    config = _authors("timesformer_base")
+    config.name = f"{frames}"
+    config.clip.frames = frames
+    config.pretrained = K400_WEIGHTS
+    config.data.eval_split = "test"
+    _on(config, "howto100m", classes=1059)
+    config.data.directory = f"data/{config.name}"  # the pieces are those of this clip
+    return config
+
+
+def _authors(model: str) -> ConfigDict:
+    """What the authors' recipes share for each of their three models."""
     rate = {"timesformer_base": 32, "timesformer_hr": 16, "timesformer_l": 4}[model]
     config = recipe(model, rate=rate)
-    config.name = f"k400_{config.name if attention == 'divided' else attention}"
-    config.model.attention = attention
-    config.model.num_classes = 400
-    config.data.directory = "data/k400"
+    config.pretrained = image_vit()
     if model == "timesformer_hr":
         config.data.jitter = (448, 512)
     return config
+
+
+def _on(config: ConfigDict, data: str, classes: int) -> ConfigDict:
+    config.name = f"{data}_{config.name}"
+    config.data.directory = f"data/{data}"
+    config.model.num_classes = classes
+    return config
+
+
+def image_vit(size: str = "base", patch_size: int = 16, images: str = "in21k") -> str:
+    """What an image ViT's file is called, from which a video model starts."""
+    return f"vit_{size}_patch{patch_size}_224_{images}.pth"
 
 
 def finetune(model: str = "timesformer_base") -> ConfigDict:
     """A pretrained model on a folder of one's own videos: AdamW, small steps, any class count."""
     config = recipe(model)
     config.name = "finetune"
+    config.pretrained = K400_WEIGHTS
     config.model.num_classes = 0  # as many as the data has
     config.batch_size = 8
     config.log_every_steps = 10

@@ -18,13 +18,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from timesformer_jax.data import wire
+from timesformer_jax.data.annotations import hash_of
 from timesformer_jax.data.prepare import OPTIONS_FILE
 from timesformer_jax.errors import InputError
 
@@ -179,6 +180,36 @@ def open_split(source: str | os.PathLike, split: str, fps: float | None = None) 
 
         return foreign.open_split(source, split, fps or None)
     return _open_prepared(source, split)
+
+
+def part_of(split: Split, fraction: float) -> Split:
+    """The records of a fraction of a split's videos, the same of every class.
+
+    Which videos they are follows from their ids alone, so that it is the same for every run, and a
+    smaller part lies within a larger.
+
+    Args:
+      split: what to take from.
+      fraction: in (0, 1]; of a class's videos the nearest whole number, but at least one.
+
+    Raises:
+      InputError: if the fraction is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise InputError(f"a fraction of the data must be above 0 and at most 1, not {fraction}")
+    if fraction == 1:
+        return split
+    # A video's pieces are taken together, by the id of its first.
+    _, first, video = np.unique(split.video, return_index=True, return_inverse=True)
+    kept = np.zeros(len(first), bool)
+    labels = split.label[first]
+    for label in np.unique(labels):
+        videos = np.flatnonzero(labels == label)
+        ranked = sorted(videos, key=lambda v: hash_of(str(split.ids[first[v]])))
+        kept[ranked[: max(round(fraction * len(ranked)), 1)]] = True
+    rows = kept[video]
+    columns = {column: getattr(split, column)[rows] for column in ("ids", *INDEX_DTYPES)}
+    return replace(split, **columns)
 
 
 def resolved(source: str | os.PathLike) -> str:

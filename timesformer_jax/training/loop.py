@@ -75,6 +75,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         records.open_split(data.directory, split, data.fps)
         for split in (data.train_split, data.eval_split)
     )
+    train_split = records.part_of(train_split, data.fraction)
     short_side = int(min(train_split.height[0], train_split.width[0]))
     clip = ClipSpec(**config.clip, short_side=short_side)
     model = model_config(config, train_split.label_names)
@@ -340,7 +341,7 @@ def _check_same_run(checkpoints: ckpt.Checkpoints, card: ckpt.Card, saved: ckpt.
     )
     changed = [f"{k} is {ours[k]}, saved was {theirs[k]}" for k in ours if ours[k] != theirs[k]]
     changed += [] if saved.labels == card.labels else ["the labels are others"]
-    fixed = ("batch_size", "seed", "ema", "optimizer.name", "optimizer.train")
+    fixed = ("batch_size", "seed", "ema", "optimizer.name", "optimizer.train", "data.fraction")
     others = _changes(card, saved)
     changed += [f"{k} is {v[0]}, saved was {v[1]}" for k, v in others.items() if k in fixed]
     if changed:

@@ -1,0 +1,22 @@
+"""TimeSformer on HowTo100M's tasks: 96 frames x 32, 102.4 s of video, 224 pixels.
+
+    timesformer prepare --dataset=howto100m --videos=howto100m --annotations=howto100m_csvs \\
+        --output=data/howto100m_96 --segment_seconds=102.4
+    timesformer train --config=configs/howto100m_96.py --workdir=runs/howto100m_96 \\
+        --config.data.directory=data/howto100m_96 \\
+        --config.pretrained=TimeSformer_divST_8x32_224_K400.pyth \\
+        --config.model.remat=block
+
+From the authors' weights for Kinetics-400. A record is a piece as long as a clip; the probabilities
+of a video's pieces, which do not overlap, are averaged.
+8 GPUs of 24 GB: 19 GiB each, 8 clips, by `timesformer plan`.
+The paper reports 62.6 top-1 (SlowFast: 51.2). We have not trained it; the authors' split was never
+published (docs/data.md).
+"""
+
+from timesformer_jax.recipes import howto100m
+from timesformer_jax.variations import varied
+
+
+def get_config(arguments=""):
+    return varied(howto100m(96), arguments)

@@ -1,0 +1,20 @@
+"""TimeSformer-HR on Kinetics-600: divided attention, 16 frames x 16, 448 pixels.
+
+    timesformer train --config=configs/k600_hr.py --workdir=runs/k600_hr \\
+        --config.data.directory=data/k600 --config.pretrained=vit_base_patch16_224_in21k.pth \\
+        --config.model.remat=block
+
+config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
+Prepare the videos with --short_side=512.
+As configs/k400_hr.py but for the classes.
+8 GPUs of 24 GB: 18 GiB each, 8 clips, by `timesformer plan`.
+The authors' model reaches 81.8 / 95.8 top-1 / top-5 (model zoo, 1 x 3 views).
+We have not trained it.
+"""
+
+from timesformer_jax.recipes import kinetics600
+from timesformer_jax.variations import varied
+
+
+def get_config(arguments=""):
+    return varied(kinetics600("timesformer_hr"), arguments)

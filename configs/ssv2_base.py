@@ -1,0 +1,25 @@
+"""TimeSformer on Something-Something V2: divided attention, 8 segments, 224 pixels.
+
+    timesformer train --config=configs/ssv2_base.py --workdir=runs/ssv2_base \\
+        --config.data.directory=data/ssv2 --config.pretrained=vit_base_patch16_224_in21k.pth
+
+config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
+One frame of each segment of the video; no clip is mirrored. The authors' weights take BGR: to go on
+from them, --config.clip.channel_order=bgr.
+8 GPUs of 24 GB: 19 GiB each, 8 clips, by `timesformer plan`.
+The authors' model reaches 59.1 / 85.6 top-1 / top-5 (model zoo, 1 x 3 views).
+We have not trained it.
+
+The paper's ablations are arguments, as of configs/k400_base.py, with top-1
+(the paper's divided model: 59.5):
+    attention           space 36.6, joint 58.5, local_global 56.3, axial 56.2 (table 1)
+    position_embedding  none 45.8, space 52.5 (table 4)
+    fraction            0.25, 0.5, 0.75 of each class's training videos (figure 4)
+"""
+
+from timesformer_jax.recipes import something_v2
+from timesformer_jax.variations import varied
+
+
+def get_config(arguments=""):
+    return varied(something_v2("timesformer_base"), arguments)

@@ -1,0 +1,120 @@
+"""--config and --config.FIELD: what changes a field, and what is refused in one line."""
+
+import pytest
+from absl import flags
+from conftest import REPOSITORY
+
+from timesformer_jax import cli
+from timesformer_jax.config_file import load
+from timesformer_jax.errors import InputError
+
+BASE = f"--config={REPOSITORY}/configs/k400_base.py"
+
+
+def parsed(*words):
+    values = flags.FlagValues()
+    command = cli.COMMANDS["train"]
+    for define in command.flags:
+        define(values)
+    return cli._parse("train", command, values, ["--workdir=x", *words])["config"]
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--config.data.jitter=(448,512)"], "data.jitter", (448, 512)),
+        (["--config.data.jitter=448,512"], "data.jitter", (448, 512)),
+        (["--config.data.jitter", "[448, 512]"], "data.jitter", (448, 512)),
+        (["--config.optimizer.decay_epochs=3,4"], "optimizer.decay_epochs", (3, 4)),
+        (["--config.optimizer.learning_rate=1"], "optimizer.learning_rate", 1.0),
+        (["--config.batch_size=8", "--config.batch_size=16"], "batch_size", 16),
+        (["-config.batch_size", "8"], "batch_size", 8),
+        (["--noconfig.data.flip"], "data.flip", False),
+        (["--config.data.flip=false"], "data.flip", False),
+        (["--config.data.directory=a=b:c,d"], "data.directory", "a=b:c,d"),
+        (["--config.clip.frames=16"], "model.num_frames", 16),
+    ],
+)
+def test_fields_are_changed(words, field, value):
+    found = parsed(BASE, *words)
+    for part in field.split("."):
+        found = found[part]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_arguments_come_before_changes_wherever_they_stand():
+    config = parsed("--config.clip.rate=7", f"{BASE}:frames=16,attention=joint")
+    assert (config.clip.frames, config.clip.rate, config.model.attention) == (16, 7, "joint")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([BASE, "--config.optimizer.lr=1"], "did you mean --config.optimizer.learning_rate?"),
+        ([BASE, "--config.lr=1"], "did you mean --config.optimizer.learning_rate?"),
+        ([BASE, "--config.optimizer.wd=1"], "did you mean --config.optimizer.weight_decay?"),
+        ([BASE, "--config.optimiser.momentum=1"], "did you mean --config.optimizer.momentum?"),
+        ([BASE, "--config.batchsize=1"], "did you mean --config.batch_size?"),
+        ([BASE, "--config.eval.batchsize=1"], "did you mean --config.eval.batch_size?"),
+        ([BASE, "--noconfig.data.flipp"], "did you mean --config.data.flip?"),
+        ([BASE, "--config.mesh.zzz=1"], "no config field mesh.zzz; there are: mesh.data"),
+        ([BASE, "--config.batch_size.x=1"], "no config field batch_size.x"),
+        ([BASE, "--config.eval=1"], "eval: it is a group; change one of --config.eval.batch_size"),
+        ([BASE, "--config.data.jitter=256,x"], "data.jitter must be like 256,320, not 256,x"),
+        ([BASE, "--config.data.jitter=256.5,320"], "must be like 256,320, not 256.5,320"),
+        ([BASE, "--config.data.jitter=256", "--config.data.jitter=320"], "is given twice"),
+        ([BASE, "--config.data.jitter=256 320"], "Use commas instead of whitespace"),
+        ([BASE, "--config.batch_size=8.5"], "--config.batch_size=8.5"),
+        ([BASE, "--config.data.flip=maybe"], "--config.data.flip=maybe"),
+        ([BASE, "--wrokdir=y"], "Did you mean: workdir"),
+        ([f"{BASE}:frame=8"], "did you mean 'frames'?"),
+        (["--config=configs/k400_bas.py"], "did you mean 'configs/k400_base.py'?"),
+        (["--config=k400_base"], "did you mean 'configs/k400_base.py'?"),
+        (["--config=config/k400_base.py"], "did you mean 'configs/k400_base.py'?"),
+        (["--config=/nowhere/zzz.py"], "there is no config file /nowhere/zzz.py\n"),
+        (["--config.batch_size=8"], "config.batch_size"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(words, said, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as ended:
+        parsed(*words)
+    assert ended.value.code == 2
+    written = capsys.readouterr().err
+    assert said in written
+    assert written.startswith("error: timesformer train: ")
+    assert written.count("\n") == 1
+    assert "Traceback" not in written
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def get_config():\n    return 1 / 0\n", "mine.py, line 2: ZeroDivisionError: division"),
+        ("import nothing_of_that_name\n", "mine.py, line 1: ModuleNotFoundError: No module"),
+        ("x = (\n", "mine.py, line 1: SyntaxError: '(' was never closed"),
+        ("x = 1\n", "mine.py: it defines no get_config"),
+        ("def get_config():\n    return {}\n", "mine.py: get_config must return a ConfigDict"),
+        ("from timesformer_jax.models.presets import preset\n"
+         "def get_config():\n    return preset('timesformer_bas')\n", "mine.py: no preset"),
+    ],
+)  # fmt: skip
+def test_a_file_that_fails_is_told_with_its_line(text, said, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        parsed(f"--config={path}")
+    written = capsys.readouterr().err
+    assert said in written
+    assert written.count("\n") == 1
+
+
+def test_a_file_without_arguments_says_so(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from timesformer_jax.recipes import demo\ndef get_config():\n    return demo()"
+    )
+    assert load(str(path)).batch_size == 32
+    with pytest.raises(InputError, match="takes no arguments; leave out :frames=8"):
+        load(f"{path}:frames=8")
