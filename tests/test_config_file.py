@@ -32,6 +32,7 @@ def parsed(*words):
         (["--noconfig.data.flip"], "data.flip", False),
         (["--config.data.flip=false"], "data.flip", False),
         (["--config.data.directory=a=b:c,d"], "data.directory", "a=b:c,d"),
+        (["--config.pretrained="], "pretrained", ""),
         (["--config.clip.frames=16"], "model.num_frames", 16),
     ],
 )

@@ -307,3 +307,9 @@ def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatc
     (split,) = found
     assert len(split) == 16
     assert sorted(np.bincount(split.label)) == [2] * 8
+
+
+def test_a_pretrained_model_that_is_not_there_is_not_done_without(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no checkpoint vit_base_patch16_224_in21k\.pth to"):
+        loop._initial(config_of("k400_base"), None)

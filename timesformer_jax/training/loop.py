@@ -366,6 +366,11 @@ def _initial(config: ConfigDict, card: ckpt.Card) -> tuple[Any, ckpt.Card]:
     if not config.pretrained:
         model = card.model
         return lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(config.seed))), card
+    if not storage.absolute(config.pretrained).exists():
+        raise InputError(
+            f"there is no checkpoint {config.pretrained} to start from: say with "
+            "--config.pretrained=FILE where it is, or with --config.pretrained= to start from none"
+        )
     # Whatever the checkpoint was made for gives way to what the recipe asks for.
     fields = dataclasses.asdict(card.model)
     try:
