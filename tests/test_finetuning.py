@@ -116,8 +116,10 @@ def test_a_license_stays_with_what_is_trained_from_it(
     ("change", "said"),
     [
         ({"pretrained": "/nowhere.pth"}, "/nowhere.pth"),
-        ({"model.hidden_size": 32}, "hidden_size"),
-        ({"model.depth": 3}, "depth"),
+        (
+            {"model.hidden_size": 32, "model.depth": 3},
+            "pass --config.model.hidden_size=24 --config.model.depth=2",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_one_line(arguments, timesformer, change, said):

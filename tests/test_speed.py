@@ -1,0 +1,69 @@
+"""What is reported of speed, by a clock that the test sets; and profiles."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from timesformer_jax.training import speed
+from timesformer_jax.training.speed import Profile, Speed
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = types.SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def step(timed, clock, wait, compute):
+    with timed.waiting():
+        clock.seconds += wait
+    clock.seconds += compute
+    timed.stepped(jnp.zeros(()))
+
+
+def test_steps_are_timed_without_compilation_and_evaluation(clock):
+    mesh = types.SimpleNamespace(devices=np.array(jax.devices()[:4]))
+    timed = Speed(32, mesh)
+    step(timed, clock, wait=7, compute=100)  # compiles
+    assert timed.scalars() == {}
+    assert timed.clips_per_second() is None
+    for _ in range(3):
+        step(timed, clock, wait=0.5, compute=1.5)
+    with timed.paused():
+        clock.seconds += 1000
+    step(timed, clock, wait=0.5, compute=5.5)
+    assert timed.scalars() == {
+        "step_seconds": 3.0,  # 12 s of 4 steps
+        "clips_per_second": 32 / 3,
+        "clips_per_second_per_device": 8 / 3,
+        "data_wait": 2 / 12,
+    }
+    for _ in range(4):
+        step(timed, clock, wait=0, compute=1)
+    found = timed.scalars()
+    assert (found["step_seconds"], found["data_wait"]) == (1, 0)
+    assert timed.clips_per_second() == 8 * 32 / 16
+
+
+def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("end"))
+    for start, steps, expected in [
+        (3, 2, [1, 2, str(tmp_path), 3, 4, "end", 5]),
+        (1, 0, [1, 2, 3, 4, 5]),
+        (5, 9, [1, 2, 3, 4, str(tmp_path), 5, "end"]),  # the run ends before it
+        (9, 2, [1, 2, 3, 4, 5]),
+    ]:
+        calls.clear()
+        profile = Profile(tmp_path, start, steps)
+        for number in range(1, 6):
+            profile.before(number)
+            calls.append(number)
+            profile.after(number, jnp.zeros(()))
+        profile.close()
+        assert calls == expected
