@@ -1,5 +1,6 @@
 """What is reported of speed, by a clock that the test sets; and profiles."""
 
+import dataclasses
 import types
 
 import jax
@@ -7,8 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.training import speed
 from timesformer_jax.training.speed import Profile, Speed
+
+MODEL = TimeSformerConfig(dtype="bfloat16")  # 195.83 GMACs a clip
+
+
+def mesh_of(kind, count):
+    device = types.SimpleNamespace(device_kind=kind)
+    return types.SimpleNamespace(devices=np.array([device] * count))
 
 
 @pytest.fixture
@@ -27,7 +36,7 @@ def step(timed, clock, wait, compute):
 
 def test_steps_are_timed_without_compilation_and_evaluation(clock):
     mesh = types.SimpleNamespace(devices=np.array(jax.devices()[:4]))
-    timed = Speed(32, mesh)
+    timed = Speed(MODEL, 32, mesh)
     step(timed, clock, wait=7, compute=100)  # compiles
     assert timed.scalars() == {}
     assert timed.clips_per_second() is None
@@ -47,6 +56,28 @@ def test_steps_are_timed_without_compilation_and_evaluation(clock):
     found = timed.scalars()
     assert (found["step_seconds"], found["data_wait"]) == (1, 0)
     assert timed.clips_per_second() == 8 * 32 / 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", "float32", 494.7e12),
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("TPU v5", "bfloat16", 459e12),
+        ("cpu", "float32", None),
+    ],
+)
+def test_mfu_is_of_the_devices_stated_peak(kind, dtype, peak, clock):
+    model = dataclasses.replace(MODEL, dtype=dtype)
+    timed = Speed(model, 32, mesh_of(kind, 4))
+    step(timed, clock, wait=0, compute=9)
+    step(timed, clock, wait=0, compute=0.5)
+    found = timed.scalars()
+    if peak is None:
+        assert "mfu" not in found
+    else:
+        assert found["mfu"] == pytest.approx(6 * 195.83e9 * 32 / 0.5 / (4 * peak), rel=1e-4)
 
 
 def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch):

@@ -139,6 +139,7 @@ def test_what_is_logged_of_speed(whole):
     for step, [taken] in seconds.items():
         assert rates[step][0] == pytest.approx(8 / taken, rel=1e-4)
         assert 0 <= waits[step][0] <= 1
+    assert not scalars(whole, "train/mfu")  # nobody states the peak of this CPU
     # Log lines have lines of their own beside the progress bars.
     for line in re.split(r"[\r\n]", (whole.parent / "stderr").read_text()):
         if "logging_writer" in line:

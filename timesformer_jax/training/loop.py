@@ -144,7 +144,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
             position=position,
             rows=batch_rows(mesh, config.batch_size),
         )
-        speed = Speed(config.batch_size, mesh)
+        speed = Speed(model, config.batch_size, mesh)
         save_every = config.checkpoint.every_steps or per_epoch
         validate_every = config.eval.every_epochs * per_epoch
         window: list[dict[str, jax.Array]] = []

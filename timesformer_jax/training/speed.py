@@ -12,17 +12,35 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from timesformer_jax.distributed.hardware import CHIPS, Chip
+from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.costs import macs
+
 
 class Speed:
     """Times steps between logs. The first step of a process, which compiles, is not counted.
 
     Args:
+      model: what is trained.
       batch_size: clips a step, of all devices together.
       mesh: the devices.
+
+    MFU is the share of the peak that the model's own products take: 6 x MACs FLOPs a clip (2 a MAC,
+    forward and twice that backward; what `remat` computes again does not count) over the peak of
+    all devices for `model.dtype`, dense, as `distributed.hardware` has it. Of a device that is not
+    there none is reported.
     """
 
-    def __init__(self, batch_size: int, mesh: Mesh):
+    def __init__(self, model: TimeSformerConfig, batch_size: int, mesh: Mesh):
         self._batch_size, self._devices = batch_size, mesh.devices.size
+        self._flops, self._peak = 6 * macs(model) * batch_size, None
+        if chip := chip_of(mesh.devices.flat[0]):
+            rate = getattr(chip, model.dtype)
+            self._peak = rate * self._devices
+            logging.info(
+                "MFU counts 6 x MACs FLOPs a clip against %d x %g TFLOP/s (%s, %s, dense)",
+                self._devices, rate / 1e12, chip.kind, model.dtype,
+            )  # fmt: skip
         self._compiled = False
         self._steps = self._all_steps = 0
         self._seconds = self._all_seconds = self._waited = 0.0
@@ -53,8 +71,8 @@ class Speed:
     def scalars(self) -> dict[str, float]:
         """Of the steps since the last call, once they are done; empty if there was none.
 
-        step_seconds, clips_per_second, clips_per_second_per_device and data_wait, the share of the
-        time that was waited for data.
+        step_seconds, clips_per_second, clips_per_second_per_device, data_wait (the share of the
+        time that was waited for data) and, where the peak is known, mfu.
         """
         with self.paused():
             pass
@@ -63,16 +81,26 @@ class Speed:
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         if not steps:
             return {}
-        return {
+        found = {
             "step_seconds": seconds / steps,
             "clips_per_second": steps * self._batch_size / seconds,
             "clips_per_second_per_device": steps * self._batch_size / seconds / self._devices,
             "data_wait": waited / seconds,
         }
+        if self._peak:
+            found["mfu"] = steps * self._flops / seconds / self._peak
+        return found
 
     def clips_per_second(self) -> float | None:
         """Over all that `scalars` was asked for; None if this process trained no step but one."""
         return self._all_steps * self._batch_size / self._all_seconds if self._all_steps else None
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The entry of a device in the table of chips."""
+    # The kind of a TPU v5e, "TPU v5 lite", holds that of a v5p, "TPU v5".
+    fitting = [chip for chip in CHIPS.values() if chip.kind in device.device_kind]
+    return max(fitting, key=lambda chip: len(chip.kind), default=None)
 
 
 class Profile:
