@@ -38,6 +38,7 @@ BENCHMARK = [
     "psutil>=7.0",
     "simplejpeg>=1.9",
 ]
+GCS = ["google-cloud-storage>=3.17"]  # Orbax asks it of a bucket
 CONVERT = ["safetensors>=0.8", "torch>=2.13"]
 
 setuptools.setup(
@@ -57,9 +58,11 @@ setuptools.setup(
         "data": DATA,
         "convert": CONVERT,
         "benchmark": BENCHMARK,
+        "gcs": GCS,
         "beam": ["apache-beam>=2.77"],
         "test": [
             *DATA,
+            *GCS,
             *BENCHMARK,
             *CONVERT,
             "apache-beam>=2.77",

@@ -258,3 +258,9 @@ def test_killed_while_it_saves_it_goes_on_as_if_it_had_not_been(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path, read_only=True)) as found:
         assert found.steps() == [walk.STEPS - 1, walk.STEPS]
         assert_equal(found.restore(walk.STEPS, target(expected))[0], expected)
+
+
+def test_gs_without_its_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(InputError, match=r"google-cloud-storage: pip install '\.\[gcs\]'"):
+        Checkpoints("gs://bucket/run")

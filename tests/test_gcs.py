@@ -301,3 +301,37 @@ def test_what_is_not_spoken_is_refused(client, method, path):
 def test_other_hosts_are_out_of_reach(client):
     with pytest.raises(OSError, match="403"):
         client("example.com").connect()
+
+
+def use_checkpoints(folder):
+    """Returns what a run that is kept in the folder sees, and then one that finds damage."""
+    import numpy as np
+    import walk
+
+    from timesformer_jax.checkpoints import Checkpoints, load_parameters
+
+    state, seen = walk.start(), []
+    with contextlib.closing(Checkpoints(folder, keep=1, keep_best=1)) as found:
+        for step, top1 in enumerate((0.9, 0.1, 0.2), 1):
+            state = walk.go_on(state)
+            found.save(step, state, {"position": step}, walk.CARD)
+            found.record_validation(step, top1, 1.0)
+    with contextlib.closing(Checkpoints(folder, keep=1, keep_best=1)) as found:
+        seen += [found.steps(), found.best_step(), found.validation]
+        step, (restored, progress) = found.newest(lambda s: found.restore(s, walk.target(state)))
+        seen += [step, progress, np.asarray(restored.params["a"]).tobytes()]
+        (found.directory / "3" / "progress" / "metadata").write_text("{")
+        step, _ = found.newest(lambda s: found.restore(s, walk.target(state)))
+        found.set_aside_after(step)
+        seen += [step, found.steps(), (found.directory / "3.damaged").exists()]
+    try:
+        load_parameters(f"{folder}/best")
+    except ValueError as error:  # the walk's arrays are no model's
+        seen.append(type(error).__name__)
+    return seen
+
+
+def test_checkpoints_are_kept_there(elsewhere, tmp_path):
+    there = elsewhere(use_checkpoints, "gs://bucket/run/checkpoints")
+    assert there == elsewhere(use_checkpoints, str(tmp_path / "checkpoints"))
+    assert there[:2] == [[1, 3], 1]

@@ -109,6 +109,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.directory = storage.absolute(directory)
+        _check_storage(self.directory)
         if read_only and not self.directory.is_dir():
             raise InputError(f"{self.directory}: no checkpoint there; give a run's --workdir")
         self.validation = _read_validation(self.directory / VALIDATION)
@@ -352,6 +353,17 @@ def _sums(tree: Any) -> Any:
         return bits.sum(dtype=jnp.uint32)
 
     return jax.tree.map(total, tree)
+
+
+def _check_storage(directory: epath.Path) -> None:
+    if storage.is_remote(directory):
+        try:
+            import google.cloud.storage  # noqa: F401 (Orbax's, which it imports late)
+        except ImportError:
+            raise InputError(
+                f"checkpoints on {directory} need the package google-cloud-storage: "
+                "pip install '.[gcs]' in the project's folder"
+            ) from None
 
 
 def _read_validation(path: epath.Path) -> dict[int, dict[str, float]]:
