@@ -193,6 +193,16 @@ def test_what_blocks_keep_is_counted_from_two_of_them(remat):
         assert all_of_them + none / 8 < counted < all_of_them + none / 4
 
 
+def test_what_is_offloaded_is_not_on_the_chip():
+    model = TimeSformerConfig(
+        num_classes=3, image_size=16, num_frames=2, patch_size=8, hidden_size=16, depth=2,
+        num_heads=2, remat="block",
+    )  # fmt: skip
+    offloaded = _residuals(dataclasses.replace(model, remat="offload"), 2, 16, 4)
+    inputs = 4 * (2 * 4 + 1) * 16 * 4  # of a block: patches and token of four clips, float32
+    assert _residuals(model, 2, 16, 4) - offloaded == 2 * inputs
+
+
 def test_the_backward_pass_is_given_what_jax_says_it_saves(capsys):
     model = TimeSformerConfig(
         num_classes=3, image_size=16, num_frames=2, patch_size=8, hidden_size=16, depth=2,

@@ -5,7 +5,7 @@ Rates are peaks that no program reaches; dense, without sparsity. GB is 1e9 byte
 TPUs: docs.cloud.google.com/tpu/docs/ v5e, v5p and v6e, "Key chip specifications": peak bf16
 compute, HBM bandwidth, ICI ports and bidirectional ICI bandwidth of a chip, which is shared here
 among the ports and both directions (v5e 400 GB/s / 4 / 2). Memory is what the compiler (libtpu
-0.0.42) names as the chip's when a program exceeds it, a little less than the page's.
+0.0.42.1) names as the chip's when a program exceeds it, a little less than the page's.
 
 GPUs: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM and H200 SXM; figures "with sparsity" are
 halved. NVLink's bandwidth is given for both directions together (900 GB/s) and halved here. The

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Var
 
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.models.timesformer import (
@@ -64,8 +65,8 @@ def counted_memory(program: Program) -> Memory:
     """Memory counted from the config, without a compiler: analytic.
 
     Activations are the gradients, the clips after preprocessing and everything that the backward
-    pass is given by the forward pass: at most what is needed, since a compiler makes some of it
-    again where it is used. The sequence axis shares them; the tensor axis is taken to share none.
+    pass is given by the forward pass. A compiler makes some of it again where it is used, and pads
+    some. The sequence axis shares them; the tensor axis is taken to share none.
     """
     params, optimizer, inputs = _arguments(program)
     frames, side = program.clip.frames, program.clip.crop
@@ -119,13 +120,17 @@ def _residuals(model: TimeSformerConfig, frames: int, side: int, clips: int) -> 
     kept = {
         id(variable): variable.aval
         for variable in jaxpr.outvars
-        if isinstance(variable, jax.extend.core.Var) and id(variable) not in given
+        if isinstance(variable, Var) and id(variable) not in given
     }
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in kept.values())
+    here = [aval for aval in kept.values() if aval.memory_space != jax.memory.Space.Host]
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in here)
 
 
 def exceeded(error: jax.errors.JaxRuntimeError) -> float | None:
-    """Bytes that a program needed of a chip that does not have them; None for another error."""
+    """Bytes that a program needs at least of a chip that does not have them.
+
+    inf where the compiler does not tell; None for another error.
+    """
     said = str(error)
     if "RESOURCE_EXHAUSTED" not in said:
         return None

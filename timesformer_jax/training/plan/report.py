@@ -92,7 +92,7 @@ def assumptions(plan: Plan) -> list[str]:
     chip, program = plan.topology.chip, plan.program
     lines = [
         "counted TFLOPs: 2 a multiply-accumulate of the model; what remat repeats not",
-        "counted memory: at most; everything that the backward pass is given is kept",
+        "counted memory: all that the backward pass is given is kept, without padding",
         "sent: as on a ring of n, (n - 1) / n of the bytes, an all-reduce twice that",
         f"frames come as {program.batch['frames'].shape[2]} x {program.batch['frames'].shape[3]} "
         f"uint8; reading and decoding them is not counted",
@@ -140,7 +140,9 @@ def _verdict(plan: Plan) -> str:
     how = f"compiled in {plan.compile_seconds:.0f} s" if plan.compile_seconds else ""
     if not plan.topology.compiles:
         how = "analytic, not compiled: none of these chips here, or too few"
-    amount = f"{plan.needed / GIB:.2f}" if plan.needed < math.inf else "more"
+    amount = f"{plan.needed / GIB:.2f}"
+    if plan.topology.compiles and plan.compiled is None:  # the compiler names temporaries only
+        amount = "more than all" if plan.needed == math.inf else f"at least {amount}"
     if plan.limit is None:
         return f"needs {amount} GiB a chip ({how})"
     verdict = "fits" if plan.fits else "does not fit"
