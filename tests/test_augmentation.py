@@ -200,7 +200,7 @@ def test_all_frames_are_treated_alike(photographs):
 @functools.cache
 def on_mesh(how, classes, *sizes):
     """The jitted augmentation of a batch on a mesh of these sizes."""
-    mesh = make_mesh(*sizes, jax.devices()[: np.prod(sizes)])
+    mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     return jax.jit(functools.partial(augment, how=how, fill=FILL, classes=classes, mesh=mesh))
 
 
@@ -365,7 +365,7 @@ def tiny_training(how):
         num_classes=5, image_size=16, num_frames=1, patch_size=8, hidden_size=8, depth=1,
         num_heads=1, attention="space", dtype="bfloat16",
     )  # fmt: skip
-    mesh, schedule = make_mesh(1, 1, jax.devices()[:1]), optax.constant_schedule(0.01)
+    mesh, schedule = make_mesh(devices=jax.devices()[:1]), optax.constant_schedule(0.01)
     optimizer = optax.sgd(schedule)
     target = abstract_state(model, optimizer, mesh)
     clip = ClipSpec(frames=1, crop=16)

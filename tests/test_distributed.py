@@ -1,80 +1,140 @@
-"""The mesh and the rule table: every mesh trains to the same parameters as one device."""
+"""Every mesh trains to what one device does, and its devices send each other what they must."""
+
+import math
 
 import jax
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
+from meshes import ONE, assert_same_training, mesh_of, optimizer, patch_bytes, tiny, trained
 
-from timesformer_jax.distributed.mesh import check_batch, make_mesh, put_batch
+from timesformer_jax.augmentation import Augmentation
+from timesformer_jax.checkpoints import Card, Checkpoints
+from timesformer_jax.distributed.mesh import check_batch, check_model, make_mesh
 from timesformer_jax.distributed.sharding import shardings
 from timesformer_jax.errors import InputError
-from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, parameters
+from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 from timesformer_jax.preprocessing import ClipSpec
-from timesformer_jax.training.step import abstract_state, init_state, make_train_step
+from timesformer_jax.training.step import abstract_state
 
-CLIP = ClipSpec(frames=2, crop=16, short_side=20)
-
-
-def model(attention):
-    # 17 tokens a frame, and 6 classes that 8 devices cannot share.
-    return TimeSformerConfig(
-        num_classes=6, image_size=16, num_frames=2, patch_size=4, hidden_size=16, depth=2,
-        num_heads=2, attention=attention, drop_path=0.2, init="width_scaled",
-    )  # fmt: skip
-
-
-def batches(n=3):
-    rng = np.random.default_rng(0)
-    for _ in range(n):
-        yield {
-            "frames": rng.integers(0, 256, (8, 2, 20, 20, 3), dtype=np.uint8),
-            "windows": np.tile(np.float32([1, 2, 17]), (8, 1)),
-            "flip": rng.random(8) < 0.5,
-            "label": rng.integers(0, 6, 8, dtype=np.int32),
-        }
-
-
-def run(attention, mesh):
-    config = model(attention)
-    schedule = optax.constant_schedule(0.01)
-    optimizer = optax.chain(optax.trace(0.9, nesterov=True), optax.scale_by_learning_rate(schedule))
-    target = abstract_state(config, optimizer, mesh)
-    step = make_train_step(config, CLIP, optimizer, schedule, target, mesh, seed=1)
-    with jax.set_mesh(mesh):
-        state = init_state(
-            lambda: parameters(TimeSformer(config, rngs=nnx.Rngs(0))), optimizer, target
-        )
-        found = []
-        for batch in batches():
-            state, metrics = step(state, put_batch(mesh, batch))
-            found.append(jax.device_get(metrics))
-        assert int(state.step) == 3
-        return jax.device_get(state.params), found, state
+DIVIDED, JOINT = tiny("divided"), tiny("joint", depth=1)
+# 197 tokens a frame.
+LARGE = tiny("divided", image_size=224, patch_size=16, num_frames=2, hidden_size=8, depth=1)
+EIGHT, FSDP, TENSOR, ALL = (8, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)
+SEQUENCE = (2, 1, 1, 4)
 
 
 @pytest.mark.parametrize(
-    ("attention", "sizes"), [("divided", (8, 1)), ("divided", (2, 4)), ("joint", (4, 2))]
+    ("config", "sizes"),
+    [
+        (DIVIDED, EIGHT),
+        (DIVIDED, FSDP),
+        (DIVIDED, TENSOR),
+        (DIVIDED, SEQUENCE),
+        (DIVIDED, ALL),
+        (JOINT, TENSOR),
+        (LARGE, ALL),
+    ],
 )
-def test_every_mesh_gives_one_devices_losses_and_parameters(attention, sizes):
-    params, found, _ = run(attention, make_mesh(1, 1, jax.devices()[:1]))
-    others, again, _ = run(attention, make_mesh(*sizes))
-    for a, b in zip(found, again):
-        for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=2e-4, err_msg=name)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=2e-5), params, others)
+def test_every_mesh_trains_as_one_device_does(config, sizes):
+    assert_same_training(trained(config, sizes), trained(config, ONE))
 
 
-def test_fsdp_splits_the_matrices_and_what_mirrors_them():
-    _, _, state = run("divided", make_mesh(2, 4))
-    kernel = state.params["blocks"]["0"]["attention"]["spatial"]["qkv"]["kernel"]
-    momentum = state.opt_state[0].trace["blocks"]["0"]["attention"]["spatial"]["qkv"]["kernel"]
-    for array in (kernel, momentum):
-        assert array.sharding.spec == P("fsdp", None)
-        assert array.addressable_shards[0].data.shape == (4, 48)
-    bias = state.params["blocks"]["0"]["attention"]["spatial"]["qkv"]["bias"]
-    assert bias.sharding.is_fully_replicated
+def test_augmented_clips_too():
+    how = Augmentation(grayscale=0.5, mixup=0.8, label_smoothing=0.1)
+    ours, theirs = (trained(tiny("divided", depth=1), sizes, 2, how) for sizes in (ALL, ONE))
+    assert_same_training(ours, theirs)
+
+
+def test_bfloat16_too():
+    half = tiny("divided", depth=1, dtype="bfloat16")
+    ours, theirs = (trained(half, sizes, 2) for sizes in ((1, 2, 2, 2), ONE))
+    assert_same_training(ours, theirs, rtol=0.05, atol=0.02)
+
+
+# What is sent.
+
+
+def kernels(config, tensor=1):
+    """Bytes of each kernel, of a `tensor` part where the rules split it."""
+    flat = jax.tree.leaves_with_path(parameters(abstract(config)))
+    split = ("qkv", "proj", "fc1", "fc2")
+    return {
+        math.prod(leaf.shape) * 4 // (tensor if path[-2].key in split else 1)
+        for path, leaf in flat
+        if path[-1].key == "kernel"
+    }
+
+
+def parameter_bytes(config):
+    return 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(parameters(abstract(config))))
+
+
+def test_data_parallel_devices_add_up_gradients_and_nothing_else():
+    config = DIVIDED
+    found = trained(config, EIGHT).collectives
+    assert {(c.kind, c.axes) for c in found} == {("all-reduce", ("data",))}
+    sent = sum(c.num_bytes * c.count for c in found)
+    # XLA for CPUs adds up what patches and what tokens give to a kernel's gradient one by one.
+    assert 0.99 * parameter_bytes(config) <= sent <= 1.5 * parameter_bytes(config)
+
+
+def test_fsdp_gathers_kernels_and_no_activation():
+    config = DIVIDED
+    assert patch_bytes(config, 8) not in kernels(config)
+    found = trained(config, FSDP).collectives
+    gathers = [c for c in found if c.kind == "all-gather"]
+    assert {c.axes for c in gathers} == {("fsdp",)}
+    assert {c.num_bytes for c in gathers} == kernels(config)
+    assert {c.kind for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    # Gradients are the only large thing that is added up.
+    reduced = sum(c.num_bytes * c.count for c in found if c.kind != "all-gather")
+    assert reduced <= 2 * parameter_bytes(config)
+
+
+@pytest.mark.parametrize(("config", "layers"), [(DIVIDED, 3), (JOINT, 2)])
+def test_tensor_parallel_layers_end_in_one_sum(config, layers):
+    # An attention or MLP sums its output forward and its input's gradient backward; of the last
+    # block, patches that no token reads any more are not computed.
+    found = trained(config, TENSOR).collectives
+    large = [c for c in found if c.axes == ("tensor",) and c.num_bytes >= patch_bytes(config, 4)]
+    assert {c.kind for c in large} == {"all-reduce"}
+    assert sum(c.count for c in large) == config.depth * 2 * layers - 3
+    gathers = [c for c in found if c.kind == "all-gather"]
+    assert {c.axes for c in gathers} == {("fsdp",)}
+    assert {c.num_bytes for c in gathers} == kernels(config, tensor=2)
+    assert {c.kind for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.parametrize("sizes", [EIGHT, FSDP, TENSOR, SEQUENCE, ALL])
+def test_the_devices_share_the_work(sizes):
+    alone, shared = trained(DIVIDED, ONE).flops, trained(DIVIDED, sizes).flops
+    # The products of `fc`, the patch embedding and the head are whole for "tensor", and so are
+    # norms and the updates of parameters that are not split.
+    assert alone <= 8 * shared <= alone * (1.35 if sizes[2] > 1 else 1.15)
+
+
+# Where parameters lie.
+
+
+def test_kernels_lie_as_the_rules_say_and_so_does_what_mirrors_them():
+    state = trained(DIVIDED, TENSOR).state
+    expected = {
+        "attention/spatial/qkv": (P("fsdp", None, "tensor"), (12, 3, 12)),
+        "attention/spatial/proj": (P("tensor", "fsdp"), (12, 12)),
+        "attention/temporal/fc": (P("fsdp", None), (12, 24)),
+        "mlp/fc1": (P("fsdp", "tensor"), (12, 48)),
+        "mlp/fc2": (P("tensor", "fsdp"), (48, 12)),
+    }
+    for tree in (state.params, state.opt_state[0].trace):
+        for path, (spec, part) in expected.items():
+            layer = tree["blocks"]["1"]
+            for name in path.split("/"):
+                layer = layer[name]
+            assert layer["kernel"].sharding.spec == spec, path
+            assert layer["kernel"].addressable_shards[0].data.shape == part, path
+        assert tree["blocks"]["1"]["mlp"]["fc2"]["bias"].sharding.is_fully_replicated
+        assert tree["embedding"]["space"].sharding.is_fully_replicated
 
 
 def test_an_axis_that_does_not_divide_is_not_split():
@@ -83,13 +143,40 @@ def test_an_axis_that_does_not_divide_is_not_split():
     assert shardings(mesh, {"head": {"kernel": shape}})["head"]["kernel"].spec == P(None, None)
 
 
+@pytest.mark.parametrize("sizes", [EIGHT, TENSOR])
+def test_a_checkpoint_of_one_mesh_goes_on_with_another(sizes, tmp_path):
+    state = trained(DIVIDED, SEQUENCE).state
+    saved = Checkpoints(tmp_path)
+    saved.save(5, state, {}, Card(DIVIDED, ClipSpec(), (), {}))
+    saved.wait()
+    target = abstract_state(DIVIDED, optimizer()[1], mesh_of(sizes))
+    restored, _ = saved.restore(5, target)
+    saved.close()
+    for name in ("params", "opt_state"):
+        ours, theirs, places = (getattr(s, name) for s in (restored, state, target))
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, ours, places))
+
+
+# What cannot be.
+
+
 def test_the_rest_of_the_devices_goes_to_the_free_axis():
-    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1}
-    assert dict(make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4}
-    assert dict(make_mesh(data=2, fsdp=-1).shape) == {"data": 2, "fsdp": 4}
+    def sizes(**asked):
+        return tuple(make_mesh(**asked).shape.values())
+
+    assert tuple(make_mesh().shape) == ("data", "fsdp", "tensor", "sequence")
+    assert sizes() == (8, 1, 1, 1)
+    assert sizes(fsdp=4) == (2, 4, 1, 1)
+    assert sizes(data=2, fsdp=-1) == (2, 4, 1, 1)
+    assert sizes(tensor=2, sequence=2) == (2, 1, 2, 2)
+    assert sizes(data=1, sequence=-1) == (1, 1, 1, 8)
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (-1, -1), (4, 1), (0, -1), (16, 1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(3, 1), (-1, 3), (-1, -1), (4, 1), (0, -1), (16, 1), (-2, -4), (2, 2, 2, 2), (-1, 1, 3, 1)],
+)
 def test_an_impossible_mesh_is_one_line(sizes):
     with pytest.raises(InputError, match="does not fit 8 devices"):
         make_mesh(*sizes)
@@ -98,3 +185,50 @@ def test_an_impossible_mesh_is_one_line(sizes):
 def test_a_batch_that_the_mesh_cannot_share_is_one_line():
     with pytest.raises(InputError, match=r"--config.batch_size to a multiple of 8, 16 for one"):
         check_batch(make_mesh(), 20, "--config.batch_size")
+    with pytest.raises(InputError, match=r"data x fsdp = 4 devices; set --b to a multiple of 4,"):
+        check_batch(make_mesh(tensor=2), 18, "--b")
+    check_batch(make_mesh(tensor=2, sequence=2), 18, "--b")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "clip", "said"),
+    [
+        ({"tensor": 8}, {}, {}, "12 heads cannot be .* 8 .* mesh.tensor to a divisor of 12, 4 for"),
+        (
+            {"tensor": 4},
+            {"hidden_size": 24, "mlp_ratio": 0.25},
+            {},
+            "6 hidden units of an MLP .* 2",
+        ),
+        (
+            {"sequence": 2},
+            {"attention": "joint"},
+            {},
+            "'joint' compares .* --config.mesh.sequence=1",
+        ),
+        ({"sequence": 2}, {"attention": "local_global"}, {}, "--config.mesh.sequence=1"),
+        ({"sequence": 8}, {}, {"frames": 12}, "12 frames cannot .* of 12 frames and 196 .*, 4 for"),
+        ({"sequence": 8}, {}, {"frames": 16}, "196 patches a frame cannot be .*, 4 for one"),
+        (
+            {"sequence": 8},
+            {"attention": "space"},
+            {"frames": 4},
+            "4 frames .* of 4 frames, 4 for one",
+        ),
+    ],
+)
+def test_a_model_that_the_mesh_cannot_split_is_one_line(mesh, model, clip, said):
+    with pytest.raises(InputError, match=said) as e:
+        check_model(make_mesh(**mesh), TimeSformerConfig(**model), ClipSpec(**clip))
+    assert "\n" not in str(e.value)
+
+
+def test_the_paper_models_can_be_split():
+    for sizes, model, clip in (
+        ({"tensor": 4, "sequence": 2}, {}, {}),
+        ({"sequence": 4, "tensor": 2}, {}, {"frames": 96}),
+        ({"sequence": 8}, {"image_size": 448}, {"frames": 16, "crop": 448}),
+        ({"sequence": 8}, {"attention": "space"}, {}),
+        ({"tensor": 4}, {"attention": "joint"}, {}),
+    ):
+        check_model(make_mesh(**sizes), TimeSformerConfig(**model), ClipSpec(**clip))

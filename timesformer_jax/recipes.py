@@ -73,7 +73,7 @@ def recipe(model: str = "timesformer_base", *, rate: int = 32) -> ConfigDict:
     config.optimizer.layer_decay = 1.0  # of the learning rate, for each layer from the head down
     config.optimizer.train = "all"  # or "head"
 
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1})
 
     config.eval = ConfigDict()
     config.eval.every_epochs = 5

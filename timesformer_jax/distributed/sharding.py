@@ -1,4 +1,4 @@
-"""One table that says how every parameter, and its optimizer state, lies on the mesh."""
+"""One table that says how every array of a step lies on the mesh."""
 
 from __future__ import annotations
 
@@ -9,12 +9,40 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# (end of a parameter's path, how its axes are split). The first match counts; what matches none
-# (norms, biases, embeddings) is small and lies whole on every device.
+CLIPS = ("data", "fsdp")  # the axes that share the clips of a batch
+BATCH = P(CLIPS)
+
+# (the end of an array's path, the mesh axes that split its axes). The first counts that matches and
+# has no more axes than the array; what none matches lies whole on every device.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(qkv|proj|fc|fc1|fc2)/kernel$", P("fsdp", None)),
-    (r"(patch|head)/kernel$", P("fsdp", None)),
+    # Parameters, and the optimizer's state, which mirrors them. "tensor" splits attentions by heads
+    # and MLPs by hidden units: one layer by its outputs and the next by its inputs, so that one sum
+    # over the devices ends both. `fc` comes after such a sum and is whole, for a fifth of its
+    # attention's products and no second sum. "fsdp" splits another axis, for memory alone: a layer
+    # gathers it before use. What remains is small: norms, biases, embeddings.
+    (r"qkv/kernel$", P("fsdp", None, "tensor")),
+    (r"qkv/bias$", P(None, "tensor")),
+    (r"fc1/kernel$", P("fsdp", "tensor")),
+    (r"fc1/bias$", P("tensor")),
+    (r"(proj|fc2)/kernel$", P("tensor", "fsdp")),
+    (r"(fc|patch|head)/kernel$", P("fsdp", None)),
+    # A batch: frames (B, T, H, W, 3), in evaluation (B, V, T, H, W, 3), and what else a clip has.
+    (r"batch/frames$", P(CLIPS, None, "sequence", None, None, None)),
+    (r"batch/frames$", P(CLIPS, "sequence", None, None, None)),
+    (r"batch/\w+$", BATCH),
+    # Between layers, patches (B, T, N, D) lie on the device of their frame, but while they attend
+    # through time on that of their position. A token (B, S, D) lies with its sequence.
+    (r"activations/frames$", P(CLIPS, "sequence", None, None)),
+    (r"activations/positions$", P(CLIPS, None, "sequence", None)),
+    (r"activations/token$", P(CLIPS, "sequence", None)),
+    (r"activations/token$", P(CLIPS, None)),
 )
+
+
+def spec(path: str, ndim: int) -> P:
+    """What the table says of an array with `ndim` axes."""
+    found = (spec for pattern, spec in RULES if re.search(pattern, path) and len(spec) <= ndim)
+    return next(found, P())
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -26,15 +54,44 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
       mesh: the devices.
       tree: a pytree of arrays or shapes whose paths end in parameter paths.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(mesh, path, leaf.shape)), tree
-    )
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        axes = spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ndim)
+        fits = (axis and size % mesh.shape[axis] == 0 for axis, size in zip(axes, leaf.shape))
+        return NamedSharding(mesh, P(*(axis if ok else None for axis, ok in zip(axes, fits))))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def _spec(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> P:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    for pattern, spec in RULES:
-        if re.search(pattern, name) and len(spec) == len(shape):
-            fits = (axis and size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape))
-            return P(*(axis if ok else None for axis, ok in zip(spec, fits)))
-    return P()
+def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
+    """How the array `name` of a batch lies, which has `ndim` axes."""
+    return NamedSharding(mesh, spec(f"batch/{name}", ndim))
+
+
+# Within a program, on the mesh that is set; where none is, nothing is done.
+
+
+def constrain(x: jax.Array, name: str) -> jax.Array:
+    """An activation, laid as the table says."""
+    return _constrain(x, spec(f"activations/{name}", x.ndim))
+
+
+def gathered(kernel: jax.Array, path: str) -> jax.Array:
+    """A parameter as a layer uses it, whole along "fsdp".
+
+    Left to itself the partitioner at times sends activations to the parts of a small kernel, or
+    gathers them by way of other axes.
+    """
+    axes = spec(path, kernel.ndim)
+    return _constrain(kernel, P(*(None if axis == "fsdp" else axis for axis in axes)))
+
+
+def mesh_size(axis: str) -> int:
+    """Devices along an axis of the mesh that is set; 1 where there is none."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def _constrain(x: jax.Array, axes: P) -> jax.Array:
+    if "sequence" not in jax.sharding.get_abstract_mesh().axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, axes)

@@ -23,7 +23,7 @@ from timesformer_jax.data import storage
 from timesformer_jax.data.pipeline import eval_batches
 from timesformer_jax.data.records import Split, open_split
 from timesformer_jax.distributed import hosts
-from timesformer_jax.distributed.mesh import BATCH, batch_rows, check_batch, make_mesh, put_batch
+from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results, average_pieces
 from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
@@ -109,12 +109,13 @@ def _make_step(model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh) -> Callable
     """Probabilities, records and whether they count, of a batch; compiled once for a process."""
 
     def step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        p = make_probabilities(model, clip)(params, batch["frames"], batch["windows"])
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            p = make_probabilities(model, clip)(params, batch["frames"], batch["windows"])
         return p, batch["record"], batch["valid"]
 
     # Every host gets every answer, so that each counts the whole split.
     everywhere = NamedSharding(mesh, P())
-    return jax.jit(step, in_shardings=(None, NamedSharding(mesh, BATCH)), out_shardings=everywhere)
+    return jax.jit(step, out_shardings=everywhere)
 
 
 def evaluate_checkpoint(

@@ -92,12 +92,13 @@ def over_width(qkv: Tokens, grid: Grid) -> Tokens:
 
 def over_height(qkv: Tokens, grid: Grid) -> Tokens:
     """Axial attention over height: a patch attends to its own column of its frame."""
-    b, t, n = qkv.patches.shape[:3]
-    cls = None if qkv.cls is None else qkv.cls.reshape(b * t, grid[1], *qkv.cls.shape[2:])
-    patches = qkv.patches.reshape(b * t, *grid, *qkv.patches.shape[3:])  # b t (y x) -> (b t) y x
-    out = over_time(Tokens(cls, patches), grid)  # along y, at every x
-    cls = None if out.cls is None else out.cls.reshape(b, t * grid[1], -1)
-    return Tokens(cls, out.patches.reshape(b, t, n, -1))
+    t = qkv.patches.shape[1]
+    cls = None if qkv.cls is None else qkv.cls.reshape(-1, t, grid[1], *qkv.cls.shape[2:])
+    frames = Tokens(cls, _reshape(qkv.patches, t, *grid))  # b t (y x) ... -> b t y x ...
+    along_y = functools.partial(over_time, grid=grid)  # in each frame, at every x
+    out = jax.vmap(along_y, in_axes=1, out_axes=1)(frames)
+    cls = None if out.cls is None else out.cls.reshape(-1, t * grid[1], out.cls.shape[-1])
+    return Tokens(cls, out.patches.reshape(*qkv.patches.shape[:3], -1))
 
 
 def over_parts(qkv: Tokens, grid: Grid, *, sequences: Callable) -> Tokens:
@@ -199,12 +200,15 @@ class Step(NamedTuple):
         for each sequence.
       token: whether the classification token joins: it is copied to every sequence, attends and is
         attended to there, and its update is the mean over the sequences.
+      within: what each of its sequences lies within, "frame" or "position"; "clip" if in neither.
+        Devices that share a clip by frames, or by positions, then need nothing of each other.
     """
 
     name: str
     mix: Callable[[Tokens, Grid], Tokens]
     sequences: Callable[[int, Grid], np.ndarray]
     token: bool = True
+    within: str = "clip"
 
 
 class Scheme(NamedTuple):
@@ -228,11 +232,11 @@ class Scheme(NamedTuple):
 
 
 # In the released models the classification token takes no part in temporal attention.
-TEMPORAL = Step("temporal", over_time, by_position, token=False)
-SPATIAL = Step("spatial", over_space, by_frame)
+TEMPORAL = Step("temporal", over_time, by_position, token=False, within="position")
+SPATIAL = Step("spatial", over_space, by_frame, within="frame")
 JOINT = Step("joint", over_space_time, by_clip)
-WIDTH = Step("width", over_width, by_row)
-HEIGHT = Step("height", over_height, by_column)
+WIDTH = Step("width", over_width, by_row, within="frame")
+HEIGHT = Step("height", over_height, by_column, within="frame")
 LOCAL = Step("local", functools.partial(over_parts, sequences=by_quarter), by_quarter)
 GLOBAL = Step("global", functools.partial(over_parts, sequences=by_stride), by_stride)
 

@@ -15,6 +15,8 @@ import numpy as np
 from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
+from timesformer_jax.distributed import sequence
+from timesformer_jax.distributed.sharding import constrain
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import Grid, Step, Tokens, by_clip, by_frame
 from timesformer_jax.models.config import TimeSformerConfig
@@ -24,6 +26,7 @@ from timesformer_jax.models.remat import BLOCK_INPUT, OUTPUT, checkpointed
 
 def _linear(
     config: TimeSformerConfig,
+    rule: str,
     inputs: int,
     outputs: int | tuple[int, ...],
     rngs: nnx.Rngs,
@@ -36,12 +39,12 @@ def _linear(
     else:
         init = nnx.initializers.zeros if further else nnx.initializers.normal(0.02)
     dtype = jnp.dtype(dtype or config.dtype)
-    return Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
+    return Linear(inputs, outputs, kernel_init=init, dtype=dtype, rule=rule, rngs=rngs)
 
 
 def _head(config: TimeSformerConfig, rngs: nnx.Rngs) -> Linear:
     # The loss is computed from the logits in float32.
-    return _linear(config, config.hidden_size, config.num_classes, rngs, dtype="float32")
+    return _linear(config, "head", config.hidden_size, config.num_classes, rngs, dtype="float32")
 
 
 def _norm(config: TimeSformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -83,24 +86,28 @@ class Attention(nnx.Module):
         width = config.hidden_size
         self.step, self.heads = step, config.num_heads
         self.norm = _norm(config, rngs)
-        self.qkv = _linear(config, width, (3, width), rngs)
-        self.proj = _linear(config, width, width, rngs)
-        self.fc = None if plain else _linear(config, width, width, rngs, further=True)
+        self.qkv = _linear(config, "qkv", width, (3, width), rngs)
+        self.proj = _linear(config, "proj", width, width, rngs)
+        self.fc = None if plain else _linear(config, "fc", width, width, rngs, further=True)
 
     def __call__(
         self, x: Tokens, grid: Grid, key: jax.Array | None = None, rate: float | jax.Array = 0.0
     ) -> Tokens:
         """Returns the update of `x`; its cls is None where the token takes no part."""
         sequences = self.step.sequences(x.patches.shape[1], grid)
+        if self.step.within == "position":
+            x = x._replace(patches=sequence.to_positions(x.patches))
         y = Tokens(self._copies(x.cls, sequences.max() + 1), x.patches)
-        y = jax.tree.map(self._project_in, y)
+        y = jax.tree.map(self._by_heads, self.qkv(jax.tree.map(self.norm, y)))
         y = _named(OUTPUT, self.step.mix(y, grid))
-        y = jax.tree.map(self.proj, y)
+        y = self.proj(y)
         # The release drops before temporal_fc, so a dropped row still gets that layer's bias.
         y = drop_path(y, rate, sequences, key)
-        y = y if self.fc is None else jax.tree.map(self.fc, y)
+        y = y if self.fc is None else self.fc(y)
         if y.cls is not None and y.cls.ndim > x.cls.ndim:
-            y = y._replace(cls=y.cls.mean(axis=1))
+            y = y._replace(cls=constrain(y.cls, "token").mean(axis=1))
+        if self.step.within == "position":
+            y = y._replace(patches=sequence.to_frames(y.patches))
         return y
 
     def _copies(self, cls: jax.Array, sequences: int) -> jax.Array | None:
@@ -109,11 +116,11 @@ class Attention(nnx.Module):
         if not self.step.token:
             return None
         one_a_sequence = cls.ndim == 3  # space only
-        return cls if one_a_sequence else jnp.repeat(cls[:, None], sequences, axis=1)
+        copies = cls if one_a_sequence else jnp.repeat(cls[:, None], sequences, axis=1)
+        return constrain(copies, "token")
 
-    def _project_in(self, x: jax.Array) -> jax.Array:
-        qkv = self.qkv(self.norm(x))
-        return qkv.reshape(*x.shape[:-1], 3, self.heads, -1)  # ... 3 (h d) -> ... 3 h d
+    def _by_heads(self, qkv: jax.Array) -> jax.Array:
+        return qkv.reshape(*qkv.shape[:-1], self.heads, -1)  # ... 3 (h d) -> ... 3 h d
 
 
 class MLP(nnx.Module):
@@ -122,15 +129,14 @@ class MLP(nnx.Module):
     def __init__(self, config: TimeSformerConfig, *, rngs: nnx.Rngs):
         self.sequences = by_frame if config.scheme.token_per_frame else by_clip
         self.norm = _norm(config, rngs)
-        self.fc1 = _linear(config, config.hidden_size, config.mlp_size, rngs)
-        self.fc2 = _linear(config, config.mlp_size, config.hidden_size, rngs)
+        self.fc1 = _linear(config, "fc1", config.hidden_size, config.mlp_size, rngs)
+        self.fc2 = _linear(config, "fc2", config.mlp_size, config.hidden_size, rngs)
 
     def __call__(
         self, x: Tokens, grid: Grid, key: jax.Array | None = None, rate: float | jax.Array = 0.0
     ) -> Tokens:
-        y = jax.tree.map(
-            lambda t: self.fc2(jax.nn.gelu(self.fc1(self.norm(t)), approximate=False)), x
-        )
+        y = self.fc1(jax.tree.map(self.norm, x))
+        y = self.fc2(jax.tree.map(functools.partial(jax.nn.gelu, approximate=False), y))
         return drop_path(y, rate, self.sequences(x.patches.shape[1], grid), key)
 
 
@@ -158,7 +164,12 @@ class Block(nnx.Module):
 
 def _add(x: Tokens, update: Tokens) -> Tokens:
     cls = x.cls if update.cls is None else x.cls + update.cls
-    return Tokens(cls, x.patches + update.patches)
+    return _placed(Tokens(cls, x.patches + update.patches))
+
+
+def _placed(x: Tokens) -> Tokens:
+    """The state where it lies between layers, on a mesh of several devices."""
+    return Tokens(constrain(x.cls, "token"), constrain(x.patches, "frames"))
 
 
 def _fold(key: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
@@ -220,7 +231,7 @@ class Embedding(nnx.Module):
 
         self.patch = Linear(
             inputs, width, kernel_init=conv2d_default, bias_init=conv2d_default,
-            dtype=jnp.dtype(config.dtype), rngs=rngs,
+            dtype=jnp.dtype(config.dtype), rule="patch", rngs=rngs,
         )  # fmt: skip
         released = config.init == "release"
         normal = nnx.initializers.normal(0.02 if released else width**-0.5)
@@ -254,7 +265,7 @@ class Embedding(nnx.Module):
             patches = patches + time[:, None]
         one_a_frame = (t,) if config.scheme.token_per_frame else ()
         cls = jnp.broadcast_to(cls, (b, *one_a_frame, cls.shape[-1]))
-        return Tokens(cls.astype(dtype), patches.astype(dtype))
+        return _placed(Tokens(cls.astype(dtype), patches.astype(dtype)))
 
 
 def _grid(config: TimeSformerConfig, video: jax.Array) -> Grid:

@@ -27,7 +27,13 @@ from timesformer_jax import convert
 from timesformer_jax.augmentation import Augmentation
 from timesformer_jax.data import demo, pipeline, records, sampling, storage
 from timesformer_jax.distributed import hosts
-from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
+from timesformer_jax.distributed.mesh import (
+    batch_rows,
+    check_batch,
+    check_model,
+    make_mesh,
+    put_batch,
+)
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results
 from timesformer_jax.evaluation.multi_view import evaluate
@@ -83,6 +89,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 
     # The mesh, the step, and the shapes of the state.
     mesh = make_mesh(**config.mesh)
+    check_model(mesh, model, clip)
     check_batch(mesh, config.batch_size, "--config.batch_size", config.accumulate_steps)
     check_batch(mesh, config.eval.batch_size, "--config.eval.batch_size")
     per_epoch = pipeline.batches_per_epoch(train_split, config.batch_size)

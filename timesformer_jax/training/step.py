@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from timesformer_jax.augmentation import OFF, Augmentation, augment
-from timesformer_jax.distributed.mesh import BATCH
 from timesformer_jax.distributed.sharding import shardings
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, with_parameters
 from timesformer_jax.models.timesformer import parameters as parameters_of
@@ -155,7 +154,8 @@ def make_train_step(
         if accumulate_steps > 1:
             gradient = _in_parts(gradient, accumulate_steps)
         changing = trained(state.params, train)
-        (loss, accuracy), grads = gradient(changing, examples, key)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            (loss, accuracy), grads = gradient(changing, examples, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = state.params | optax.apply_updates(changing, updates)
         average = None
@@ -172,7 +172,7 @@ def make_train_step(
     state_shardings = jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, NamedSharding(mesh, BATCH)),
+        in_shardings=(state_shardings, None),  # a batch as it was put
         out_shardings=(state_shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )

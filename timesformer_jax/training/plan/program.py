@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from timesformer_jax.augmentation import Augmentation
 from timesformer_jax.data.sampling import decoded_side
-from timesformer_jax.distributed.mesh import BATCH, check_batch, make_mesh
+from timesformer_jax.distributed.mesh import BATCH, check_batch, check_model, make_mesh
+from timesformer_jax.distributed.sharding import batch_sharding
 from timesformer_jax.models.timesformer import TimeSformerConfig
 from timesformer_jax.preprocessing import ClipSpec
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
@@ -81,6 +82,7 @@ def build(config: ConfigDict, devices: list[jax.Device], batch_size: int) -> Pro
     clip = ClipSpec(**config.clip, short_side=short_side)
     fields = dict(config.model)
     model = TimeSformerConfig(**fields | {"num_classes": fields["num_classes"] or CLASSES})
+    check_model(mesh, model, clip)
     schedule = learning_rate(
         config.optimizer, config.optimizer.reference_batch_size, _STEPS_PER_EPOCH
     )
@@ -105,9 +107,10 @@ def _batch(mesh: Mesh, size: int, frames: int, side: int) -> dict[str, jax.Shape
         "draw": ((), jnp.uint32),
         "label": ((), jnp.int32),
     }
-    sharding = NamedSharding(mesh, BATCH)
     return {
-        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding)
+        name: jax.ShapeDtypeStruct(
+            (size, *shape), dtype, sharding=batch_sharding(mesh, name, 1 + len(shape))
+        )
         for name, (shape, dtype) in fields.items()
     }
 
