@@ -193,7 +193,7 @@ def test_a_batch_that_the_mesh_cannot_share_is_one_line():
 @pytest.mark.parametrize(
     ("mesh", "model", "clip", "said"),
     [
-        ({"tensor": 8}, {}, {}, "12 heads cannot be .* 8 .* mesh.tensor to a divisor of 12, 4 for"),
+        ({"tensor": 8}, {}, {}, "12 heads cannot be .* 8 .*mesh.tensor to a divisor of 12, 4 for"),
         (
             {"tensor": 4},
             {"hidden_size": 24, "mlp_ratio": 0.25},

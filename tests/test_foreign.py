@@ -273,7 +273,7 @@ def test_training_and_evaluation_are_told_the_frame_rate(tmp_path, monkeypatch):
     card = checkpoints.Card(
         TimeSformerConfig(num_classes=5), SPEC, tuple("abcde"), config.to_dict()
     )
-    monkeypatch.setattr(checkpoints, "load_parameters", lambda _: (card, {}))
+    monkeypatch.setattr(checkpoints, "load_parameters", lambda *_: (card, {}))
     with pytest.raises(InputError, match="has 1 labels"):
         evaluate_checkpoint("run")
     with pytest.raises(InputError, match="do not say their frame rate"):
