@@ -22,8 +22,7 @@ from jax.experimental import multihost_utils
 
 from timesformer_jax.errors import InputError
 
-# How long a process that ends by an error waits for the others to end too.
-FAREWELL = 5.0  # seconds
+FAREWELL = 10.0  # seconds that a process which fails waits for the others to fail too
 
 
 @contextlib.contextmanager
@@ -48,7 +47,7 @@ def processes(
       heartbeat_seconds: after so long a silence a process is lost, and JAX ends the others.
 
     Raises:
-      InputError: if the processes cannot be found, or another one was lost.
+      InputError: if the processes cannot be found, or do not find each other.
     """
     address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     found = _detected(address, num_processes, process_id, startup_seconds)
@@ -58,12 +57,13 @@ def processes(
     _connect(*found, startup_seconds, heartbeat_seconds)
     try:
         yield
-    except BaseException as e:
-        failure = _lost() if isinstance(e, jax.errors.JaxRuntimeError) and _of_others(e) else e
-        if not _disconnect(FAREWELL):
-            _end(failure)
-        raise failure from e
-    jax.distributed.shutdown()
+    except (Exception, KeyboardInterrupt) as e:
+        # What fails in one process only leaves the others waiting for it, so it waits for none.
+        if not _left_together(FAREWELL):
+            _end(e)
+        raise
+    finally:
+        jax.distributed.shutdown()
 
 
 def once(name: str, work: Callable[[], None]) -> None:
@@ -148,7 +148,7 @@ def _detected(
             # Of a Kubernetes whose Python client is missing; a pod of an indexed job is one of
             # several processes, any other may be alone.
             warnings.simplefilter("error" if "JOB_COMPLETION_INDEX" in os.environ else "ignore")
-            if num_processes != 1:
+            if num_processes != 1 and None in (coordinator, num_processes, process_id):
                 coordinator, num_processes, process_id, _ = (
                     ClusterEnv.auto_detect_unset_distributed_params(
                         coordinator, num_processes, process_id, [], None, seconds
@@ -199,12 +199,13 @@ def _connect(
             initialization_timeout=int(startup) + 60,
             heartbeat_timeout_seconds=int(heartbeat),
         )
-        devices = jax.devices()  # waits for all processes too
-    except (RuntimeError, ValueError) as e:
+    except RuntimeError as e:
         raise InputError(
             f"process {process_id} of {num_processes} cannot join at {coordinator} "
             f"({_one_line(e)}); choose a free port of the host of process 0 for --coordinator"
         ) from e
+    else:
+        devices = jax.devices()  # waits for all processes too
     finally:
         timer.cancel()
     if process_id > 0:  # what all have to say, process 0 says
@@ -213,36 +214,24 @@ def _connect(
     logging.info("%d processes, %d devices, %d of them here", num_processes, len(devices), here)
 
 
-def _disconnect(seconds: float) -> bool:
-    """Whether all processes came to leave the run together within the time."""
+def _left_together(seconds: float) -> bool:
+    """Whether within the time all processes came to leave the run."""
     thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     thread.start()
     thread.join(seconds)
     return not thread.is_alive()
 
 
-def _of_others(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether it tells of a connection, not of this process."""
-    return re.search(r"gloo|nccl|connection|heartbeat|unavailable", str(error), re.I) is not None
-
-
-def _lost() -> InputError:
-    return InputError(
-        "another process of this run ended or cannot be reached (it says why); start all of them "
-        "again, on as many hosts as there are, to go on from the last checkpoint"
-    )
-
-
 def _end(error: BaseException) -> None:
-    """Ends the process as the command line would, but at once: the others do not answer."""
-    status = 1
-    if isinstance(error, SystemExit):
-        status = error.code
-    elif isinstance(error, InputError):
+    """Ends the process as the command line would, but waits for no other."""
+    if isinstance(error, InputError):
         print(f"error: {_one_line(error)}", file=sys.stderr)
         status = 2
+    elif isinstance(error, KeyboardInterrupt):
+        status = 128 + signal.SIGINT
     else:
         traceback.print_exception(error)
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
