@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, environment, tiny_run
+from conftest import REPOSITORY, command, environment, tiny_run
 
 DEMO = REPOSITORY / "configs" / "demo.py"
 
@@ -171,3 +171,13 @@ def test_a_workdir_is_a_checkpoint_for_conversion_too(trained, tmp_path):
     video = np.random.default_rng(0).normal(size=(1, 8, 32, 32, 3)).astype(np.float32)
     ours, theirs = tsf.from_pretrained(trained), tsf.from_pretrained(tmp_path / "hf")
     assert np.array_equal(ours(video), theirs(video))
+
+
+def test_output_that_nobody_reads_on_is_no_error():
+    listing = subprocess.Popen(
+        command("--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    )
+    listing.stdout.close()
+    _, errors = listing.communicate(timeout=60)
+    assert listing.returncode == 141
+    assert b"BrokenPipe" not in errors

@@ -225,10 +225,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     _step_aside_for(logging.get_absl_handler().python_handler)
     try:
         _run(argv[1:])
+        sys.stdout.flush()
     except InputError as e:
         _fail(str(e))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `timesformer predict ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -334,8 +338,8 @@ def _step_aside_for(handler: Handler) -> None:
 
 def _is_for_people(record: LogRecord) -> bool:
     """Drops what libraries tell of themselves: files written, options inferred, own code's age."""
-    if "tensorflow_datasets" in record.pathname and "deprecated" in str(record.msg):
-        return False
+    if "tensorflow_datasets" in record.pathname:
+        return record.levelno >= WARNING and "deprecated" not in str(record.msg)
     if "orbax" in record.pathname:
         return record.levelno >= ERROR
     return record.levelno >= WARNING or f"{os.sep}jax{os.sep}" not in record.pathname
