@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test lint plan-table clean
 
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
@@ -13,6 +13,10 @@ test: .venv/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# For TPUs, on a machine that needs none; an hour of two cores.
+plan-table: .venv/tpu
+	$(BIN)/python experiments/plan_table.py
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -154,7 +154,7 @@ def _row(name: str, values: list[str]) -> str:
 
 
 def _scaled(value: float | None, unit: float) -> str:
-    return "not counted" if value is None else f"{value / unit:.3f}"
+    return "not counted" if value is None else f"{value / unit:.4g}"
 
 
 def _sent(name: str, estimate: Estimate, plan: Plan) -> list[str]:
