@@ -249,9 +249,9 @@ def test_drop_path_draws_once_a_sequence_for_its_patches_and_its_token(scheme):
 
         @functools.partial(jax.jit, compiler_options=QUICK)
         def run(x, copies, key, module=module, step=step):
-            mixed = step.mix(jax.tree.map(module._project_in, Tokens(copies, x.patches)), grid)
-            update = jax.tree.map(module.proj, mixed)
-            return module(x, grid), module(x, grid, key, rate), update.cls
+            normed = jax.tree.map(module.norm, Tokens(copies, x.patches))
+            mixed = step.mix(jax.tree.map(module._by_heads, module.qkv(normed)), grid)
+            return module(x, grid), module(x, grid, key, rate), module.proj(mixed).cls
 
         kept, dropped, update = run(x, copies, jax.random.key(3))
         factor = np.asarray(dropped.patches / kept.patches)

@@ -38,7 +38,7 @@ def test_every_command_flag_config_and_file_named_is_there():
             else:
                 assert flag in values, flag
     for path in re.findall(
-        r"\]\(((?!http)[^)]+)\)|--config=(\S+)|python (experiments/\S+\.py)", README
+        r"\]\(((?!http)[^)]+)\)|--config=([^\s:`]+)|python (experiments/\S+\.py)", README
     ):
         assert (REPOSITORY / "".join(path)).exists(), path
     makefile = (REPOSITORY / "Makefile").read_text()
