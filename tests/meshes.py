@@ -17,8 +17,8 @@ from timesformer_jax.training.step import abstract_state, init_state, make_train
 
 CLIPS = 8
 ONE = (1, 1, 1, 1)
-# Programs of the tests are run a few times: most of the time would go into making them fast. Without
-# these emitters, which JAX 0.11 always uses, compiling takes a third of what is left.
+# Programs of the tests are run a few times: most of the time would go into making them fast.
+# Without these emitters, which JAX 0.11 always uses, a third of it is left.
 QUICK = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False

@@ -1,22 +1,34 @@
 """Devices that share a clip: what they exchange, and that nothing changes by it."""
 
-import functools
+import math
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from meshes import CLIPS, ONE, assert_same_training, mesh_of, patch_bytes, tiny, trained
-from test_attention import QUICK, STEPS
+from meshes import (
+    CLIPS,
+    ONE,
+    QUICK,
+    assert_same_training,
+    mesh_of,
+    patch_bytes,
+    random_parameters,
+    tiny,
+    trained,
+)
+from test_attention import STEPS
 
 from timesformer_jax.distributed import sequence
 from timesformer_jax.distributed.collectives import collectives
-from timesformer_jax.distributed.sharding import shardings, spec
-from timesformer_jax.models.attention import SCHEMES
-from timesformer_jax.models.timesformer import TimeSformer, parameters, with_parameters
+from timesformer_jax.distributed.mesh import put_batch
+from timesformer_jax.distributed.sharding import spec
+from timesformer_jax.evaluation.multi_view import make_probabilities
+from timesformer_jax.models.attention import SCHEMES, Tokens
+from timesformer_jax.models.timesformer import abstract, with_parameters
+from timesformer_jax.preprocessing import ClipSpec
 
 SEQUENCE, ALL = (2, 1, 1, 4), (2, 1, 2, 2)
 SHARED = [
@@ -53,44 +65,50 @@ def test_a_training_step_exchanges_twice_each_way_in_a_layer(fields, sizes, each
     assert_same_training(run, trained(tiny("divided"), ONE))
 
 
-@functools.cache
-def forward(config, sizes):
-    """Logits without drop path, the gradient of a loss with it, and the forward's collectives."""
-    mesh = mesh_of(sizes)
-    params = parameters(TimeSformer(config, rngs=nnx.Rngs(0)))
-    side = config.image_size
-    video = np.random.default_rng(0).standard_normal((CLIPS, config.num_frames, side, side, 3))
-    places = shardings(mesh, params), jax.NamedSharding(mesh, spec("batch/frames", 5))
+def block(config, sizes):
+    """What a block makes of random tokens, its gradients, and what devices exchange for both."""
+    mesh, rng = mesh_of(sizes), np.random.default_rng(0)
+    graph, shapes = nnx.split(abstract(config).blocks[0])
 
-    def logits(params, video, key=None):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return with_parameters(config, params)(video, key=key)
+    def random(shape):
+        return (rng.standard_normal(shape) * 0.3).astype(np.float32)
 
-    def loss(params, video):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.grad(lambda p: (logits(p, video, jax.random.key(3)) ** 2).sum())(params)
+    one_a_frame = (config.num_frames,) if config.scheme.token_per_frame else ()
+    d = config.hidden_size
+    x = Tokens(
+        random((CLIPS, *one_a_frame, d)),
+        random((CLIPS, config.num_frames, math.prod(config.grid), d)),
+    )
+    params = jax.tree.map(lambda leaf: random(leaf.shape), shapes)
+    directions = jax.tree.map(lambda leaf: random(leaf.shape), x)
+    names = Tokens("token", "frames")
+    places = jax.tree.map(
+        lambda name, t: jax.NamedSharding(mesh, spec(f"activations/{name}", t.ndim)), names, x
+    )
+    x, directions = jax.device_put((x, directions), (places, places))
 
-    arguments = jax.device_put((params, video.astype(np.float32)), places)
-    run = jax.jit(lambda *a: (logits(*a), loss(*a)), compiler_options=QUICK)
-    alone = jax.jit(logits, in_shardings=places).lower(*arguments).compile(QUICK)
-    return *jax.device_get(run(*arguments)), collectives(alone, mesh)
+    def forward(params, x):
+        return nnx.merge(graph, params)(x, config.grid, jax.random.key(3), 0.3)
+
+    def both_ways(params, x):
+        out, backward = jax.vjp(forward, params, x)
+        return out, backward(directions)
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(both_ways).lower(params, x).compile(QUICK)
+    return jax.device_get(program(params, x)), collectives(program, mesh)
 
 
 @pytest.mark.parametrize("scheme", SHARED)
-def test_every_scheme_that_can_be_shared_computes_the_same(scheme):
-    config = tiny(scheme, depth=1)
-    logits, gradient, found = forward(config, SEQUENCE)
-    expected, direction, _ = forward(config, ONE)
-    np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-5)
+def test_the_block_of_every_scheme_that_can_be_shared_computes_the_same(scheme):
+    config = tiny(scheme)
+    found, exchanges = block(config, SEQUENCE)
+    expected, _ = block(config, ONE)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient, direction
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected
     )
     through_time = sum(step.within == "position" for step in config.scheme.steps)
-    if config.scheme.steps[-1].within == "position":  # then no token reads the last one's patches
-        most = 2 * config.depth * through_time - 1
-        assert exchanged(found, config, 8) in (most, most - 1)
-    else:
-        assert exchanged(found, config, 8) == 2 * config.depth * through_time
+    assert exchanged(exchanges, config, 8) == 4 * through_time
 
 
 def test_which_schemes_can_be_shared():
@@ -131,12 +149,37 @@ def test_an_exchange_moves_patches_and_changes_none():
 
 def test_without_a_mesh_there_is_no_sharding_in_the_program():
     config = tiny("divided")
-    params = parameters(TimeSformer(config, rngs=nnx.Rngs(0)))
-    video = jnp.zeros((1, 4, 16, 16, 3))
-    alone = str(jax.make_jaxpr(lambda p, v: with_parameters(config, p)(v))(params, video))
-    assert not any(word in alone for word in ("sharding_constraint", "shard_map", "all_to_all"))
+    arguments = random_parameters(config), np.zeros((CLIPS, 4, 16, 16, 3), np.float32)
+
+    def program():
+        return str(jax.make_jaxpr(lambda p, v: with_parameters(config, p)(v))(*arguments))
+
+    words = ("sharding_constraint", "shard_map", "all_to_all")
+    assert not any(word in program() for word in words)
     with jax.set_mesh(mesh_of(ALL)):
-        shared = str(
-            jax.make_jaxpr(lambda p, v: with_parameters(config, p)(v))(params, video[[0] * 8])
-        )
-    assert shared.count("all_to_all[") == 2 * config.depth
+        assert all(word in program() for word in words)
+
+
+def test_evaluation_shares_every_view_and_exchanges_twice_in_a_layer():
+    config = tiny("divided", depth=1)
+    clip = ClipSpec(config.num_frames, crop=16, short_side=20)
+    rng = np.random.default_rng(0)
+    batch = {
+        "frames": rng.integers(0, 256, (4, 2, config.num_frames, 20, 20, 3), np.uint8),
+        "windows": np.tile(np.float32([1, 2, 17]), (4, 2, 1)),
+    }
+
+    def probabilities(sizes):
+        mesh = mesh_of(sizes)
+        arrays = put_batch(mesh, batch)
+        shares = sizes[0], 1, sizes[3]
+        part = arrays["frames"].addressable_shards[0].data.shape
+        assert part[:3] == tuple(n // s for n, s in zip((4, 2, config.num_frames), shares))
+        arguments = random_parameters(config), arrays["frames"], arrays["windows"]
+        with jax.set_mesh(mesh):
+            program = jax.jit(make_probabilities(config, clip)).lower(*arguments).compile(QUICK)
+        return program(*arguments), collectives(program, mesh)
+
+    found, exchanges = probabilities(SEQUENCE)
+    np.testing.assert_allclose(found, probabilities(ONE)[0], rtol=1e-4)
+    assert exchanged(exchanges, config, 8) == 2 * config.depth
