@@ -19,7 +19,7 @@ from timesformer_jax.training.step import abstract_state
 
 DIVIDED, JOINT = tiny("divided"), tiny("joint", depth=1)
 # 197 tokens a frame.
-LARGE = tiny("divided", image_size=224, patch_size=16, num_frames=2, hidden_size=8, depth=1)
+LARGE = tiny("divided", image_size=28, patch_size=2, num_frames=2, hidden_size=8, depth=1)
 EIGHT, FSDP, TENSOR, ALL = (8, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)
 SEQUENCE = (2, 1, 1, 4)
 
