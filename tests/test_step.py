@@ -17,6 +17,7 @@ from timesformer_jax.augmentation import OFF, Augmentation
 from timesformer_jax.distributed.collectives import collectives
 from timesformer_jax.distributed.mesh import check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
+from timesformer_jax.evaluation.metrics import Results
 from timesformer_jax.models import costs
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import TimeSformer, parameters, with_parameters
@@ -304,6 +305,53 @@ def test_where_nothing_was_saved_the_line_says_so(config, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "make_train_step", poisoned(1, "loss"))
     with pytest.raises(InputError, match=r"at step 1, .*; no checkpoint was saved before"):
         loop.train(config, tmp_path / "run")
+
+
+def test_the_average_is_saved_goes_on_is_evaluated_and_is_what_one_predicts_with(
+    config, tmp_path, monkeypatch
+):
+    """Goes on scanned and with remat, which are no matter of the checkpoint."""
+    states, evaluated, told = [], [], []
+
+    def make(*_, ema, **__):
+        told.append(ema)
+
+        def step(state, _):
+            states.append(jax.device_get(state))
+            state = state._replace(
+                step=state.step + 1,
+                params=jax.tree.map(lambda x: x + 1, state.params),
+                ema=jax.tree.map(lambda x: x + 0.5, state.ema),
+            )
+            states.append(jax.device_get(state))
+            return state, dict.fromkeys(("loss", "gradient_norm", "learning_rate"), jnp.float32(1))
+
+        return step
+
+    def evaluate(params, *_, **__):
+        evaluated.append(jax.device_get(params))
+        return Results.count(np.eye(8), np.arange(8), tuple("abcdefgh"), views=1, crops=1)
+
+    monkeypatch.setattr(loop, "make_train_step", make)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    config.ema, config.epochs = 0.5, 1
+    loop.train(config, tmp_path / "run")
+    config.epochs = 2
+    config.model.update(scan_layers=True, remat="block")
+    loop.train(config, tmp_path / "run")
+
+    before, after = states[::2], states[1::2]
+    assert len(before) == 4
+    jax.tree.map(np.testing.assert_array_equal, before[0].ema, before[0].params)
+    jax.tree.map(np.testing.assert_array_equal, before[2], after[1])  # the second call's start
+    _, loaded = checkpoints.load_parameters(tmp_path / "run")
+    for found in (loaded, evaluated[-1]):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), after[-1].ema)
+
+    config.ema = 0.0
+    with pytest.raises(InputError, match=r"ema is 0\.0, saved was 0\.5"):
+        loop.train(config, tmp_path / "run")
+    assert told == [0.5, 0.5, 0.0]
 
 
 @pytest.mark.parametrize(
