@@ -1,6 +1,6 @@
 """`timesformer plan`: what a recipe needs of hardware that need not be there.
 
-    timesformer plan --config=configs/k400_timesformer_l.py --topology=v5e:4x4
+    timesformer plan --config=configs/k400_l.py --topology=v5e:4x4
 
 The real training step is compiled ahead of time for the devices of a topology: what it needs of
 memory, computes, moves and sends is the compiler's, how long it takes a roofline. For GPUs that are
