@@ -29,6 +29,10 @@ def _integer(name: str, default: int | None, text: str, least: int = 0) -> Defin
     return _flag(flags.DEFINE_integer, name, default, text, lower_bound=least)
 
 
+def _list(name: str, text: str) -> Define:
+    return _flag(flags.DEFINE_list, name, None, text)
+
+
 def _seconds(name: str, text: str) -> Define:
     return _flag(flags.DEFINE_float, name, None, text, lower_bound=0.0)
 
@@ -63,6 +67,13 @@ CHECKPOINT = _string("checkpoint", None, "a run's --workdir, WORKDIR/best, or on
 VIEWS = (
     _integer("views", 1, "clips along each video, their probabilities averaged", least=1),
     _integer("crops", 3, "3 squares of each clip (left, centre, right), or 1", least=1),
+)
+MEASURING = (
+    _string("dtype", None, "float32 or bfloat16; by default bfloat16, on a CPU float32"),
+    _flag(flags.DEFINE_float, "seconds", 60.0, "skips what is predicted to run longer"),
+    _flag(flags.DEFINE_float, "minutes", 5.0, "after which nothing more is begun"),
+    _flag(flags.DEFINE_float, "memory", None, "GiB; what the device has", lower_bound=0.0),
+    _string("json", None, "file for all figures"),
 )
 PROCESSES = (
     _string("coordinator", None, "host:port of process 0; by default what the cluster tells"),
@@ -208,6 +219,31 @@ COMMANDS = {
             _integer("batches", 200, "to measure", least=1),
             _flag(flags.DEFINE_bool, "reference", False, "compare with simplejpeg and OpenCV"),
             _string("json", None, "file for the figures"),
+        ),
+    ),
+    "benchmark attention": Command(
+        "time and memory of every attention scheme by length and size of the clip",
+        "timesformer_jax.benchmark.attention:benchmark_attention",
+        (
+            _list("schemes", "divided, joint, ...; by default all"),
+            _list("frames", "of the clips; by default 8,16,32,64,96"),
+            _list("sides", "of the clips, in pixels; by default 224,336,448,560"),
+            _string("preset", "timesformer_base", "the model"),
+            _integer("depth", None, "blocks; by default the preset's", least=1),
+            _integer("batch_size", 1, "clips a run", least=1),
+            _flag(flags.DEFINE_bool, "quick", False, "one block, up to 32 frames of 224"),
+            *MEASURING,
+        ),
+    ),
+    "benchmark model": Command(
+        "clips a second, memory and MFU of inference and of the training step, by batch size",
+        "timesformer_jax.benchmark.model:benchmark_model",
+        (
+            _list("presets", "by default timesformer_base"),
+            _list("works", "by default inference,training"),
+            _list("batch_sizes", "by default 1, 2, 4, ... while the rate grows"),
+            _string("remat", "none", "of the training step: none, outputs, block or offload"),
+            *MEASURING,
         ),
     ),
 }

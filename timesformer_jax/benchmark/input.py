@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -23,9 +22,10 @@ import psutil
 from ml_collections import ConfigDict
 
 from timesformer_jax.benchmark import input_videos
+from timesformer_jax.benchmark.machine import machine
+from timesformer_jax.benchmark.timing import spread
 from timesformer_jax.data import pipeline, reading, sampling
 from timesformer_jax.data.records import RECORD_HEADER_BYTES, Split, open_split
-from timesformer_jax.data.workers import processors
 from timesformer_jax.errors import InputError
 from timesformer_jax.preprocessing import ClipSpec
 
@@ -126,7 +126,7 @@ def measure(
     """
     size = options["batch_size"]
     each = math.ceil(batches / ROUNDS)
-    machine, memory = _machine(), {"begin": _resident()}
+    about, memory = machine(), {"begin": _resident()}
     ours = pipeline.train_batches(split, spec, **options)
     loops = {"ours": ours}
     if reference:
@@ -144,7 +144,7 @@ def measure(
         loop.close()
     decoded = batch["frames"].nbytes / size
     figures = {
-        "machine": machine,
+        "machine": about,
         "settings": dataclasses.asdict(spec) | options | {"batches": each * ROUNDS},
         "data": {
             "records": len(split),
@@ -157,8 +157,8 @@ def measure(
     if reference:
         pairs = list(zip(rates["ours"], rates["reference"]))
         figures["ratio"] = {
-            "wall": _spread([theirs.wall / mine.wall for mine, theirs in pairs]),
-            "cpu": _spread([theirs.cpu / mine.cpu for mine, theirs in pairs]),
+            "wall": spread([theirs.wall / mine.wall for mine, theirs in pairs]),
+            "cpu": spread([theirs.cpu / mine.cpu for mine, theirs in pairs]),
         }
     figures["stages"] = _stages(split, spec, options, min(each, STAGE_BATCHES))
     figures["memory"] = memory
@@ -254,23 +254,9 @@ def _resident() -> int:
 
 def _summary(rates: list[Rate]) -> dict[str, Any]:
     return {
-        "wall": _spread([rate.clips / rate.wall for rate in rates]),
-        "cpu": _spread([rate.clips / rate.cpu for rate in rates]),
+        "wall": spread([rate.clips / rate.wall for rate in rates]),
+        "cpu": spread([rate.clips / rate.cpu for rate in rates]),
     }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
-
-
-def _machine() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            models = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-        name = models[0] if models else name
-    # Of the minute before: others at work make figures a second of wall time worthless.
-    return {"processor": name, "cores": processors(), "load_average": os.getloadavg()[0]}
 
 
 def _reference(split: Split, spec: ClipSpec, options: dict[str, Any]) -> Iterator[None]:

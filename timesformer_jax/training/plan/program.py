@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from timesformer_jax.augmentation import Augmentation
 from timesformer_jax.data.sampling import decoded_side
@@ -19,6 +18,9 @@ from timesformer_jax.models.timesformer import TimeSformerConfig
 from timesformer_jax.preprocessing import ClipSpec
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import TrainState, abstract_state, make_train_step
+
+if TYPE_CHECKING:  # a compiled step's memory is read where ml_collections is not installed
+    from ml_collections import ConfigDict
 
 CLASSES = 400  # where the config leaves them to the data
 _STEPS_PER_EPOCH = 1000  # the data says it; it changes numbers of the program, not its cost

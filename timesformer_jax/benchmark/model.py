@@ -1,0 +1,251 @@
+"""`timesformer benchmark model`: clips a second, memory and MFU of inference and of training.
+
+    timesformer benchmark model --presets=timesformer_base,timesformer_hr --json=model.json
+
+One device, one view. Inference goes from uint8 frames in the device's memory to logits, as
+`predict` does. Training is the step of `timesformer train`: uint8 frames cropped, resized, flipped
+and normalised, the forward pass with drop path, the backward pass, SGD with Nesterov momentum.
+Reading and decoding videos is `benchmark input`'s.
+
+MFU counts the model's FLOPs, twice its multiply-accumulates forward and six times in training,
+whatever the compiler leaves out and `remat` repeats; "executed_flops" in the figures are the
+compiler's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from timesformer_jax.benchmark import report
+from timesformer_jax.benchmark.machine import about, default_dtype, yardstick
+from timesformer_jax.benchmark.programs import SETS, Program, measured, random_parameters
+from timesformer_jax.data.sampling import decoded_side
+from timesformer_jax.distributed.hardware import GIB
+from timesformer_jax.distributed.mesh import make_mesh
+from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.costs import macs, parameter_count
+from timesformer_jax.models.presets import preset
+from timesformer_jax.models.timesformer import TimeSformer, with_parameters
+from timesformer_jax.preprocessing import ClipSpec, preprocess
+from timesformer_jax.training.optimizer import make_optimizer
+from timesformer_jax.training.step import abstract_state, init_state, make_train_step
+
+WORKS = ("inference", "training")
+GROWS = 1.02  # a doubled batch whose rate is not that much higher ends the search
+
+# The recipes' optimizer, without ml_collections.
+RECIPE = SimpleNamespace(
+    name="sgd", momentum=0.9, weight_decay=1e-4, clip_norm=0.0, layer_decay=1.0, train="all"
+)  # fmt: skip
+
+
+def benchmark_model(
+    presets: Sequence[str] | None = None,
+    works: Sequence[str] | None = None,
+    batch_sizes: Sequence[str] | None = None,
+    dtype: str | None = None,
+    remat: str = "none",
+    seconds: float = 60.0,
+    minutes: float = 5.0,
+    memory: float | None = None,
+    json: str | None = None,
+) -> None:
+    """Measures every preset and work at every batch size and prints a row as it comes.
+
+    Args:
+      presets: by default timesformer_base.
+      works: "inference" and "training".
+      batch_sizes: clips; by default 1, 2, 4, ... until the rate no longer grows or it does not fit.
+      dtype: by default bfloat16, on a CPU float32.
+      remat: of the training step.
+      seconds: that a row's runs may take; what is predicted to take longer is not run.
+      minutes: after which no further row is begun.
+      memory: GiB that a program may need; by default what the device has.
+      json: file for the figures.
+
+    Raises:
+      InputError: for a name, size or file that cannot be.
+    """
+    ends = time.monotonic() + 60 * minutes
+    report.check_folder(json)
+    for work in works or WORKS:
+        if work not in WORKS:
+            raise InputError(f"--works has no {work!r}{did_you_mean(work, WORKS)}")
+    dtype = dtype or default_dtype()
+    configs = {
+        name: preset(name, dtype=dtype, remat=remat) for name in presets or ["timesformer_base"]
+    }
+    sizes = report.numbers("batch_sizes", batch_sizes) if batch_sizes else None
+    yard = yardstick(dtype, memory and memory * GIB)
+    print(f"{dtype}, remat {remat}; {report.headline(yard)}\n\n{header()}")
+    figures = about(yard) | {"settings": {"dtype": dtype, "remat": remat}, "rows": []}
+
+    def measure(name: str, work: str, size: int) -> dict[str, Any]:
+        config = configs[name]
+        row = {
+            "preset": name,
+            "work": work,
+            "batch_size": size,
+            "macs": macs(config),
+            "parameters": parameter_count(config),
+        }
+        if time.monotonic() > ends:
+            row |= {"status": "not run", "reason": "no time left"}
+        else:
+            row |= measured(PROGRAMS[work](config, size), yard, seconds)
+        print(as_line(row), flush=True)
+        return row
+
+    for name, work in itertools.product(configs, works or WORKS):
+        found = list(search(lambda size: measure(name, work, size), sizes))  # noqa: B023
+        figures["rows"] += found
+        report.write(json, figures)
+        if best := best_of(found):
+            rate = best["clips_per_second"]["wall"]
+            print(f"best: {name} {work} {rate:.3g} clips/s at {best['batch_size']} a batch")
+
+
+def search(
+    measure: Callable[[int], dict[str, Any]], sizes: Sequence[int] | None
+) -> Iterator[dict[str, Any]]:
+    """A row for each batch size, or for 1, 2, 4, ... while they are measured and the rate grows."""
+    if sizes:
+        yield from map(measure, sizes)
+        return
+    best = 0.0
+    for size in (2**n for n in itertools.count()):
+        row = measure(size)
+        yield row
+        if row["status"] != "measured":
+            return
+        rate = row["clips_per_second"]["wall"]
+        if rate < GROWS * best:
+            return
+        best = max(best, rate)
+
+
+def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the highest rate; None if none was measured."""
+    done = [row for row in rows if row["status"] == "measured"]
+    return max(done, key=lambda row: row["clips_per_second"]["wall"], default=None)
+
+
+# ---- what is measured ---------------------------------------------------------------------------
+
+
+def inference(config: TimeSformerConfig, batch_size: int) -> Program:
+    """Frames to logits."""
+    clip = ClipSpec(frames=config.num_frames, crop=config.image_size)
+
+    def model() -> TimeSformer:
+        return with_parameters(config, random_parameters(config))
+
+    graph, abstract = nnx.split(nnx.eval_shape(model))
+
+    def logits(state: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
+        return nnx.merge(graph, state)(preprocess(batch["frames"], batch["windows"], clip))
+
+    def start(compiled: jax.stages.Compiled) -> Callable[[int], Any]:
+        state = jax.device_put(nnx.split(model())[1])
+        batches = random_batches(config, batch_size)
+        return lambda i: compiled(state, batches[i % SETS])
+
+    def lower() -> jax.stages.Lowered:
+        return jax.jit(logits).lower(abstract, batch_shapes(config, batch_size))
+
+    return Program(2 * macs(config) * batch_size, batch_size, lower, start)
+
+
+def training(config: TimeSformerConfig, batch_size: int) -> Program:
+    """The step of `timesformer train` on one device."""
+    clip = ClipSpec(frames=config.num_frames, crop=config.image_size)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    schedule = optax.constant_schedule(0.005)
+    optimizer = make_optimizer(RECIPE, schedule)
+    target = abstract_state(config, optimizer, mesh)
+    step = make_train_step(config, clip, optimizer, schedule, target, mesh, seed=0)
+
+    def start(compiled: jax.stages.Compiled) -> Callable[[int], Any]:
+        state = init_state(random_parameters(config), optimizer, target)
+        batches = random_batches(config, batch_size)
+
+        def run(i: int) -> Any:
+            nonlocal state
+            state, metrics = compiled(state, batches[i % SETS])
+            return metrics
+
+        return run
+
+    def lower() -> jax.stages.Lowered:
+        with jax.set_mesh(mesh):
+            return step.lower(target, batch_shapes(config, batch_size))
+
+    return Program(6 * macs(config) * batch_size, batch_size, lower, start)
+
+
+PROGRAMS = {"inference": inference, "training": training}
+
+
+def batch_shapes(config: TimeSformerConfig, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the input pipeline gives the step: squares of videos whose short side is 8/7 of the crop
+    (256 pixels for 224), as training decodes them where that is its smallest scale."""
+    crop = config.image_size
+    side = decoded_side(crop * 8 // 7, crop, crop * 8 // 7)
+    return {
+        "frames": jax.ShapeDtypeStruct((size, config.num_frames, side, side, 3), jnp.uint8),
+        "windows": jax.ShapeDtypeStruct((size, 3), jnp.float32),
+        "flip": jax.ShapeDtypeStruct((size,), jnp.bool_),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+
+def random_batches(config: TimeSformerConfig, size: int) -> list[dict[str, jax.Array]]:
+    """Sets of batches of those shapes on the device, every pixel drawn."""
+    rng = np.random.default_rng(0)
+    window = np.float32([1, 1, config.image_size])
+
+    def batch() -> dict[str, np.ndarray]:
+        frames = batch_shapes(config, size)["frames"].shape
+        return {
+            "frames": rng.integers(0, 256, frames, np.uint8),
+            "windows": np.tile(window, (size, 1)),
+            "flip": rng.random(size) < 0.5,
+            "label": rng.integers(0, config.num_classes, size, np.int32),
+        }
+
+    return [jax.device_put(batch()) for _ in range(SETS)]
+
+
+# ---- telling ------------------------------------------------------------------------------------
+
+
+def header() -> str:
+    return (
+        f"{'preset':<18}{'work':<11}{'batch':>6}{'clips/s':>10}  {'ms (least to largest)':<24}"
+        f"{'GiB':>7}  {'TFLOP/s, of the product':<25}{'MFU':>6}"
+    )
+
+
+def as_line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    start = f"{row['preset'].removeprefix('timesformer_'):<18}{row['work']:<11}"
+    start += f"{row['batch_size']:>6}"
+    if row["status"] != "measured":
+        return f"{start}  {row['status']}: {row['reason']}"
+    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    return (
+        f"{start}{row['clips_per_second']['wall']:>10.4g}  "
+        f"{report.milliseconds(row['seconds']['wall']):<24}{row['bytes'] / GIB:>7.2f}  "
+        f"{report.rate(row):<25}{mfu:>6}"
+    )
