@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -188,6 +189,8 @@ def _connect(
         f"{coordinator}: start all of them with this --coordinator and --num_processes, each with "
         "its own --process_id, where that port of the host of process 0 can be reached"
     )
+    if process_id == 0:
+        _check_free(coordinator)
     timer = threading.Timer(startup, _end, [late])
     timer.daemon = True
     timer.start()
@@ -201,8 +204,7 @@ def _connect(
         )
     except RuntimeError as e:
         raise InputError(
-            f"process {process_id} of {num_processes} cannot join at {coordinator} "
-            f"({_one_line(e)}); choose a free port of the host of process 0 for --coordinator"
+            f"process {process_id} of {num_processes} cannot join at {coordinator}: {_one_line(e)}"
         ) from e
     else:
         devices = jax.devices()  # waits for all processes too
@@ -212,6 +214,20 @@ def _connect(
         logging.set_verbosity(logging.WARNING)
     here = jax.local_device_count()
     logging.info("%d processes, %d devices, %d of them here", num_processes, len(devices), here)
+
+
+def _check_free(coordinator: str) -> None:
+    # JAX's server crashes, at times, on a port that it cannot have.
+    port = int(coordinator.rpartition(":")[2])
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except (OSError, OverflowError) as e:
+        raise InputError(
+            f"process 0 cannot listen at port {port} ({_one_line(e)}); choose a free port of its "
+            "host for --coordinator"
+        ) from e
 
 
 def _left_together(seconds: float) -> bool:
