@@ -246,6 +246,19 @@ COMMANDS = {
             *MEASURING,
         ),
     ),
+    "benchmark flags": Command(
+        "what each of XLA's flags gains, every one in a process of its own",
+        "timesformer_jax.benchmark.flags:benchmark_flags",
+        (
+            _string("preset", "timesformer_base", "the model"),
+            _string("work", "training", "training or inference"),
+            _integer("batch_size", None, "clips; 32, on a CPU 1", least=1),
+            _string("dtype", None, "float32 or bfloat16; by default bfloat16, on a CPU float32"),
+            _integer("rounds", 2, "runs with the flag and without", least=1),
+            _flag(flags.DEFINE_float, "minutes", 8.0, "after which no further flag is begun"),
+            _string("json", None, "file for all figures"),
+        ),
+    ),
 }
 
 

@@ -1,0 +1,41 @@
+"""What XLA's flags gain: from pairs of runs, real ones where a flag is not known."""
+
+import json
+
+import pytest
+
+from timesformer_jax.benchmark import flags
+from timesformer_jax.benchmark.flags import Flag
+from timesformer_jax.errors import InputError
+
+SETTINGS = {"preset": "timesformer_tiny", "work": "inference", "batch_size": 1, "dtype": None}
+
+
+def test_a_flag_that_xla_does_not_know_is_a_row():
+    said = flags._rate("--xla_no_such_flag=true", SETTINGS)
+    assert "Unknown flag" in said
+    assert "--xla_no_such_flag=true" in said
+    assert "\n" not in said
+
+
+def test_a_gain_is_of_pairs(monkeypatch, tmp_path, capsys):
+    rates = iter([10.0, 12.0, 20.0, 18.0, 10.0, "does not fit: needs 9 of 8 GiB"])
+    monkeypatch.setattr(flags, "_rate", lambda flag, settings: next(rates))
+    monkeypatch.setattr(flags, "_platform", lambda: "cpu")
+    listed = Flag("cpu", "--a", "first"), Flag("gpu", "--b", "other"), Flag("cpu", "--c", "last")
+    monkeypatch.setattr(flags, "FLAGS", listed)
+    path = tmp_path / "flags.json"
+    flags.benchmark_flags(json=str(path))
+    first, last = json.loads(path.read_text())["rows"]
+    assert first["gain"] == pytest.approx({"median": 1.05, "least": 0.9, "largest": 1.2})
+    assert first["clips_per_second"] == [[12.0, 10.0], [18.0, 20.0]]
+    assert (last["status"], last["reason"]) == ("failed", "does not fit: needs 9 of 8 GiB")
+    assert "+5.0% (-10.0% to +20.0%)" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_measured_it_is_one_line(monkeypatch):
+    monkeypatch.setattr(flags, "_rate", lambda flag, settings: "no device")
+    with pytest.raises(InputError, match="nothing to compare flags with: no device"):
+        flags.benchmark_flags()
+    with pytest.raises(InputError, match="did you mean 'training'"):
+        flags.benchmark_flags(work="trainin")
