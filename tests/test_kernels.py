@@ -1,0 +1,322 @@
+"""Device kernels where there is no device: interpreted on the host, and lowered for CUDA."""
+
+import contextlib
+import functools
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.sharding import AbstractDevice, AbstractMesh
+from meshes import mesh_of
+
+from timesformer_jax.distributed.collectives import collectives
+from timesformer_jax.errors import InputError
+from timesformer_jax.kernels import choice, spatial, temporal
+
+H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+BASE = (64, 8, 196, 3, 12, 64)
+# Of the largest value. bfloat16 keeps 8 bits: the weights and the result are each rounded once.
+TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10}
+
+
+def random(shape, dtype, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, 1.5, shape), dtype)
+
+
+def reference(qkv, g):
+    """Temporal attention and the gradient of sum(g * attention), sequence by sequence."""
+    qkv, g = np.asarray(qkv, np.float64), np.asarray(g, np.float64)
+    b, t, n, _, h, d = qkv.shape
+    g = g.reshape(b, t, n, h, d)
+    out, gradient = np.empty_like(g), np.empty_like(qkv)
+    for i, j, k in np.ndindex(b, n, h):
+        q, key, v, do = *(qkv[i, :, j, part, k] for part in range(3)), g[i, :, j, k]
+        logits = q @ key.T / np.sqrt(d)
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        out[i, :, j, k] = weights @ v
+        d_weights = do @ v.T
+        d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True)) / np.sqrt(d)
+        for part, value in enumerate((d_logits @ key, d_logits.T @ q, weights.T @ do)):
+            gradient[i, :, j, part, k] = value
+    return out.reshape(b, t, n, -1), gradient
+
+
+def close(found, expected, dtype):
+    error = np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
+    return error < TOLERANCE[dtype]  # False for NaN, which memory holds before it is written
+
+
+# Sequences that fill a tile together, positions that do not; one of 96 rows, whose products
+# overlap; heads side by side.
+CASES = [
+    ((2, 8, 11, 3, 2, 64), "bfloat16", 2),
+    ((1, 16, 3, 3, 1, 32), "float16", 1),
+    ((1, 24, 5, 3, 1, 64), "bfloat16", 1),
+    ((1, 64, 1, 3, 2, 32), "bfloat16", 2),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "together"), CASES, ids=str)
+def test_temporal_attention_and_its_gradient(shape, dtype, together):
+    qkv = random(shape, dtype)
+    g = random((*shape[:3], shape[4] * shape[5]), dtype, seed=1)
+    interpret = InterpretGPUParams(detect_races=True)
+    attention = functools.partial(temporal.attention, together=together, interpret=interpret)
+
+    out, vjp = jax.vjp(jax.jit(attention), qkv)
+    (gradient,) = vjp(g)
+
+    assert out.dtype == gradient.dtype == qkv.dtype
+    expected, of_inputs = reference(qkv, g)
+    assert close(out, expected, dtype)
+    assert close(gradient, of_inputs, dtype)
+    assert not get_races().races_found
+
+
+def lowered(function, *shapes):
+    return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def loss(attention):
+    return lambda qkv: attention(qkv).astype(jnp.float32).sum()
+
+
+@pytest.mark.parametrize("frames", [8, 96])
+def test_the_kernel_lowers_for_cuda_and_reads_the_projection_where_it_lies(frames):
+    qkv = jax.ShapeDtypeStruct((2, frames, 49, 3, 2, 64), jnp.bfloat16)
+    forward = lowered(temporal.attention, qkv)
+    assert forward.count("custom_call @mosaic_gpu") == 1
+    assert "stablehlo.transpose" not in forward
+    backward = lowered(jax.grad(loss(jax.checkpoint(temporal.attention))), qkv)
+    assert backward.count("custom_call @mosaic_gpu") == 1  # the forward pass is not needed again
+    assert "stablehlo.transpose" not in backward
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "why"),
+    [
+        (BASE, "float32", "float32"),
+        ((1, 7, 4, 3, 2, 64), "bfloat16", "7 frames"),
+        ((1, 4, 4, 3, 2, 64), "bfloat16", "4 frames"),
+        ((1, 200, 4, 3, 2, 64), "bfloat16", "200 frames"),
+        ((1, 8, 4, 3, 2, 80), "bfloat16", "80 channels"),
+        ((1, 128, 4, 3, 2, 128), "bfloat16", "shared memory"),
+        ((1, 8, 4, 3, 3, 64), "bfloat16", "3 heads"),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_does_not_take_is_told(shape, dtype, why):
+    assert why in temporal.unsupported(shape, dtype, together=1 + (why == "3 heads"))
+
+
+@hypothesis.given(t=st.integers(1, 256), d=st.sampled_from([32, 64, 128]))
+def test_a_tile_is_whole_sequences_that_tensor_cores_take(t, d):
+    taken = temporal.unsupported((1, t, 5, 3, 2, d), "bfloat16") is None
+    rows = temporal._rows(t)
+    if taken:
+        assert rows % t == 0
+        assert 64 <= rows <= 128
+        assert rows * d * 7 * 2 < 227 * 1024
+    assert taken or d == 128 or t % 8 or t not in (8, 16, 24, 32, 48, 64, 96, 128)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """A cuDNN to trace for."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91501)
+    monkeypatch.setattr(spatial, "cudnn_version", lambda: (9, 15, 1))
+
+
+@pytest.mark.parametrize("length", [2, 197, 198])
+@pytest.mark.usefixtures("cudnn")
+def test_every_length_that_cudnn_is_said_to_take_can_be_trained(length):
+    qkv = jax.ShapeDtypeStruct((2, 3, length, 3, 2, 64), jnp.bfloat16)
+    assert spatial.unsupported(qkv.shape, qkv.dtype) is None
+    assert jax.eval_shape(spatial.attention, qkv).shape == (2, 3, length, 128)
+    assert "__cudnn$fmha" in lowered(spatial.attention, qkv)
+    assert "__cudnn$fmhaSoftmaxBackward" in lowered(jax.grad(loss(spatial.attention)), qkv)
+
+
+@pytest.mark.parametrize("length", [6, 7])
+@pytest.mark.parametrize("kind", ["temporal", "spatial"])
+def test_what_cudnn_is_given_is_the_attention(monkeypatch, kind, length):
+    """JAX's own implementation of the same call stands in for the device's."""
+    plain = jax.nn.dot_product_attention
+
+    def on_the_host(*args, implementation, **options):
+        assert implementation == "cudnn"
+        return plain(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_the_host)
+    shape = (2, length, 5, 3, 2, 8) if kind == "temporal" else (2, 5, length, 3, 2, 8)
+    qkv, g = random(shape, "float32"), random((*shape[:3], 16), "float32", seed=1)
+    out, vjp = jax.vjp(choice.KERNELS[kind]["cudnn"][0], qkv)
+    swap = (lambda x: x) if kind == "temporal" else (lambda x: np.swapaxes(x, 1, 2))
+    expected, gradient = (swap(x) for x in reference(swap(qkv), swap(g)))
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_allclose(vjp(g)[0], gradient, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "version", "why"),
+    [
+        ((8, 197, 3, 12, 64), "bfloat16", (9, 15, 0), "9.15.0 is older than 9.15.1"),
+        ((8, 197, 3, 12, 64), "float32", (9, 15, 1), "float32"),
+        ((8, 1, 3, 12, 64), "bfloat16", (9, 15, 1), "one token"),
+        ((8, 197, 3, 12, 36), "bfloat16", (9, 15, 1), "36 channels"),
+        ((8, 197, 3, 12, 256), "bfloat16", (9, 15, 1), "256 channels"),
+    ],
+    ids=str,
+)
+def test_what_cudnn_does_not_take_is_told(shape, dtype, version, why):
+    assert why in spatial.unsupported(shape, dtype, version)
+
+
+def test_without_cudnn_nothing_is_promised(monkeypatch):
+    monkeypatch.setattr(spatial, "cudnn_version", lambda: None)
+    assert "not installed" in spatial.unsupported((8, 197, 3, 12, 64), "bfloat16")
+
+
+@contextlib.contextmanager
+def program_for(device_kind, axes=(1, 1, 1, 1)):
+    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
+    names = ("data", "fsdp", "tensor", "sequence")
+    with jax.sharding.use_abstract_mesh(AbstractMesh(axes, names, abstract_device=device)):
+        yield
+
+
+def table(tmp_path, *rows):
+    path = tmp_path / "measured.json"
+    about = {
+        "kind": "temporal", "device": H100, "dtype": "bfloat16",
+        "length": 8, "heads": 12, "channels": 64,
+    }  # fmt: skip
+    path.write_text(json.dumps([about | row for row in rows]))
+    return path
+
+
+def timed(implementation, gradient, **fields):
+    seconds = {"forward": 1.0, "gradient": gradient}
+    return {"implementation": implementation, "seconds": seconds, **fields}
+
+
+def test_the_shipped_table_chooses_xla_where_it_has_no_row():
+    with program_for("NVIDIA A100-SXM4-80GB"):
+        assert choice.choose("temporal", BASE, "bfloat16") == "xla"
+    assert choice.choose("spatial", (8, 8, 197, 3, 12, 64), "float32") == "xla"
+
+
+def test_the_fastest_measured_is_chosen_for_what_it_was_measured(tmp_path):
+    choose = functools.partial(
+        choice.choose,
+        "temporal",
+        table=table(tmp_path, timed("xla", 3.0), timed("pallas", 2.0), timed("pallas_2", 2.5)),
+    )
+    with program_for(H100):
+        assert choose(BASE, "bfloat16") == "pallas"
+        assert choose((1, 8, 784, 3, 12, 64), "bfloat16") == "pallas"  # more positions
+        assert choose((64, 16, 196, 3, 12, 64), "bfloat16") == "xla"
+        assert choose(BASE, "float32") == "xla"
+        assert choose((64, 8, 196, 3, 16, 64), "bfloat16") == "xla"
+    with program_for(H200):
+        assert choose(BASE, "bfloat16") == "xla"
+    with program_for(H100, axes=(1, 1, 2, 1)):
+        assert choose(BASE, "bfloat16") == "xla"  # a device has 6 heads
+        assert choose((64, 8, 196, 3, 24, 64), "bfloat16") == "pallas"
+    assert choose(BASE, "bfloat16") == "xla"  # this machine
+
+
+def test_what_failed_or_can_run_no_more_is_not_chosen(monkeypatch, tmp_path):
+    monkeypatch.setattr(spatial, "cudnn_version", lambda: None)
+    failed = {"implementation": "pallas", "error": "differs"}
+    with program_for(H100):
+        rows = table(tmp_path, timed("xla", 3.0), failed, timed("cudnn", 1.0))
+        assert choice.choose("temporal", BASE, "bfloat16", table=rows) == "xla"
+
+
+def test_an_override_is_taken_or_refused_in_one_line():
+    choose = functools.partial(choice.choose, "temporal", BASE)
+    assert choose("bfloat16", override="xla") == "xla"
+    with program_for(H200):
+        assert choose("bfloat16", override="pallas") == "pallas"
+        with pytest.raises(InputError, match="'pallas': tensor cores round float32"):
+            choose("float32", override="pallas")
+        with pytest.raises(InputError, match="did you mean 'pallas'"):
+            choose("bfloat16", override="palas")
+    with pytest.raises(InputError, match="the program for 'cpu'; use 'xla'"):
+        choose("bfloat16", override="pallas")
+
+
+def plain(qkv):
+    b, t, n, _, h, d = qkv.shape
+    q, k, v = (jnp.swapaxes(qkv[..., i, :, :], 1, 2).reshape(b * n, t, h, d) for i in range(3))
+    return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v).reshape(b, n, t, h * d), 1, 2)
+
+
+def test_a_device_runs_the_kernel_on_its_own_part(monkeypatch):
+    seen = []
+
+    def kernel(qkv):
+        seen.append(qkv.shape)
+        return plain(qkv)
+
+    monkeypatch.setitem(choice.KERNELS["temporal"], "pallas", (kernel, None))
+    qkv = random((4, 3, 6, 3, 2, 8), "float32")
+    apply = functools.partial(choice.temporal, implementation="pallas")
+    expected = apply(qkv)
+    mesh = mesh_of((2, 1, 2, 2))
+    lies = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "sequence", None, "tensor"))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(apply).lower(jax.device_put(qkv, lies)).compile()
+        np.testing.assert_allclose(compiled(jax.device_put(qkv, lies)), expected, atol=1e-6)
+    assert seen == [(4, 3, 6, 3, 2, 8), (2, 3, 3, 3, 1, 8)]
+    assert not collectives(compiled.as_text(), mesh)
+
+
+def test_what_is_measured_runs_and_agrees(monkeypatch, tmp_path):
+    def broken(qkv):
+        raise RuntimeError("no kernel image\nand more")
+
+    kernels = {
+        "pallas": (plain, lambda shape, dtype: None),
+        "pallas_2": (lambda qkv: plain(qkv) * 1.05, lambda shape, dtype: None),
+        "pallas_4": (broken, lambda shape, dtype: None),
+        "cudnn": (plain, lambda shape, dtype: "not here"),
+    }
+    monkeypatch.setitem(choice.KERNELS, "temporal", kernels)
+    monkeypatch.setattr(choice, "_HOPPER", choice.re.compile("cpu"))
+    clock = iter(float(i) for i in range(1, 5))
+    shape = (1, 3, 2, 3, 2, 8)
+
+    rows = choice.measure(
+        "temporal", shape, "float32", plain, lambda f, x: f(x).size and next(clock)
+    )
+
+    by_name = {row["implementation"]: row for row in rows}
+    assert by_name["xla"]["seconds"] == {"forward": 1.0, "gradient": 2.0}
+    assert by_name["pallas"]["seconds"] == {"forward": 3.0, "gradient": 4.0}
+    assert "values differ from xla's by 0.05" in by_name["pallas_2"]["error"]
+    assert by_name["pallas_4"]["error"] == "RuntimeError: no kernel image"
+    assert by_name["cudnn"]["error"] == "not here"
+    path = table(tmp_path, timed("xla", 1.0))
+    choice.save(rows, path)
+    choice.save(rows, path)
+    assert len(json.loads(path.read_text())) == 1 + len(rows)
+    assert choice.choose("temporal", (9, *shape[1:]), "float32", table=path) == "xla"
+
+
+def test_on_this_machine_only_xla_is_timed():
+    rows = choice.measure("spatial", (1, 2, 5, 3, 2, 8), "float32", plain, lambda f, x: 1.0)
+    assert [("seconds" in row, row["implementation"]) for row in rows] == [
+        (True, "xla"),
+        (False, "cudnn"),
+    ]
+    assert "use 'xla'" in rows[1]["error"]

@@ -1,0 +1,229 @@
+"""Which implementation of attention a program gets: the one that was measured to be the fastest.
+
+`measured.json` holds what was timed, by kind of device. Where it has nothing of a device, a dtype
+and a size, the answer is "xla", the formulation of `models.attention`. The choice is made while the
+program is traced, for the devices that it is for, not those of the machine that compiles it.
+
+    name = choose("temporal", qkv.shape, qkv.dtype, override=None)
+    out = XLA(qkv) if name == "xla" else temporal(qkv, name)
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.backend import get_default_device
+from jax.sharding import PartitionSpec as P
+
+from timesformer_jax.distributed.sharding import mesh_size, spec
+from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.kernels import spatial as fused
+from timesformer_jax.kernels import temporal as tiles
+
+TABLE = pathlib.Path(__file__).with_name("measured.json")
+TOLERANCE = 0.02  # of the largest value: what bfloat16 leaves of a gradient, and no error does
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+
+
+def _through_time(qkv: jax.Array) -> jax.Array:
+    """cuDNN on temporal sequences, which are laid anew for it: b t n ... -> b n t ... and back."""
+    return jnp.swapaxes(fused.attention(jnp.swapaxes(qkv, 1, 2)), 1, 2)
+
+
+def _through_time_unsupported(shape: tuple[int, ...], dtype: Any) -> str | None:
+    b, t, n, *rest = shape
+    return fused.unsupported((b, n, t, *rest), dtype)
+
+
+# Of temporal and spatial attention, by name: the function, and what says why it cannot be had.
+# pallas_2 is `temporal` with two heads together.
+KERNELS: dict[str, dict[str, tuple[Callable, Callable]]] = {
+    "temporal": {
+        "pallas": (tiles.attention, tiles.unsupported),
+        "cudnn": (_through_time, _through_time_unsupported),
+    }
+    | {
+        f"pallas_{together}": (
+            functools.partial(tiles.attention, together=together),
+            functools.partial(tiles.unsupported, together=together),
+        )
+        for together in (2, 4)
+    },
+    "spatial": {"cudnn": (fused.attention, fused.unsupported)},
+}
+
+
+def temporal(qkv: jax.Array, implementation: str) -> jax.Array:
+    """Temporal attention of (B, T, N, 3, h, d) by a name that `choose` gave: (B, T, N, h * d)."""
+    return _per_device("temporal", qkv, implementation)
+
+
+def spatial(qkv: jax.Array, implementation: str) -> jax.Array:
+    """Spatial attention of (B, S, length, 3, h, d), likewise: (B, S, length, h * d)."""
+    return _per_device("spatial", qkv, implementation)
+
+
+def _per_device(kind: str, qkv: jax.Array, implementation: str) -> jax.Array:
+    attention, _ = KERNELS[kind][implementation]
+    if "sequence" not in jax.sharding.get_abstract_mesh().axis_names:
+        return attention(qkv)
+    # To the partitioner a kernel is opaque: it would gather the whole batch on every device.
+    inputs = _layout(kind, qkv.shape)
+    outputs = P(*inputs[:3], inputs[4])
+    return jax.shard_map(attention, in_specs=inputs, out_specs=outputs, check_vma=False)(qkv)
+
+
+def _layout(kind: str, shape: tuple[int, ...]) -> P:
+    """How qkv lies on the mesh that is set; an axis that it does not divide is not split."""
+    lies = spec(f"activations/{'positions' if kind == 'temporal' else 'frames'}", 4)
+    axes = (*lies[:3], None, "tensor", None)
+    return P(*(axis if size % _devices(axis) == 0 else None for axis, size in zip(axes, shape)))
+
+
+def _devices(axis: str | tuple[str, ...] | None) -> int:
+    names = axis if isinstance(axis, tuple) else (axis,) * (axis is not None)
+    return int(np.prod([mesh_size(name) for name in names]))
+
+
+def choose(
+    kind: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    override: str | None = None,
+    table: pathlib.Path = TABLE,
+) -> str:
+    """The implementation for a program that is being traced: "xla" unless another was measured.
+
+    Args:
+      kind: "temporal" or "spatial".
+      shape: of qkv on all devices together, (B, T, N, 3, h, d) or (B, S, length, 3, h, d).
+      override: the name to take, measured or not; None leaves the choice to the table.
+
+    Raises:
+      InputError: where the override is no implementation of this attention, or does not take it.
+    """
+    if override is not None:
+        if reason := unsupported(kind, shape, dtype, override):
+            raise InputError(f"{kind} attention cannot run as {override!r}: {reason}")
+        return override
+    known = [
+        row
+        for row in json.loads(table.read_text())
+        if _key(row) == _key(_row(kind, _local(kind, shape), dtype))
+        and "seconds" in row
+        and not unsupported(kind, shape, dtype, row["implementation"])
+    ]
+    fastest = min(known, key=lambda row: row["seconds"]["gradient"], default=None)
+    return fastest["implementation"] if fastest else "xla"
+
+
+def unsupported(kind: str, shape: tuple[int, ...], dtype: Any, implementation: str) -> str | None:
+    """Why an implementation cannot run in the program that is being traced; None if it can."""
+    if implementation == "xla":
+        return None
+    if implementation not in KERNELS[kind]:
+        names = ["xla", *KERNELS[kind]]
+        return f"it is one of {', '.join(names)}{did_you_mean(implementation, names)}"
+    kind_of_device = _device().device_kind
+    if not _HOPPER.search(kind_of_device):
+        return f"it is for an H100 or H200, and the program for {kind_of_device!r}; use 'xla'"
+    return KERNELS[kind][implementation][1](_local(kind, shape), dtype)
+
+
+def _device() -> Any:
+    """What the program that is being traced is for: a device of the mesh, or else the default."""
+    return jax.sharding.get_abstract_mesh().abstract_device or get_default_device()
+
+
+def _local(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of qkv on one device of the mesh that is set."""
+    return tuple(size // _devices(axis) for axis, size in zip(_layout(kind, shape), shape))
+
+
+def _row(kind: str, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
+    """What is known of a case before it is timed; the shape is of one device."""
+    length = shape[1] if kind == "temporal" else shape[2]
+    return {
+        "kind": kind,
+        "device": _device().device_kind,
+        "dtype": jnp.dtype(dtype).name,
+        "length": length,
+        "heads": shape[-2],
+        "channels": shape[-1],
+        "sequences": shape[0] * shape[1] * shape[2] // length,
+        "jax": jax.__version__,
+        "cudnn": fused.cudnn_version(),
+    }
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    """What rows must share to be about the same attention. The number of sequences is not in it."""
+    return tuple(row[name] for name in ("kind", "device", "dtype", "length", "heads", "channels"))
+
+
+def measure(
+    kind: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    xla: Callable[[jax.Array], jax.Array],
+    seconds: Callable[[Callable, jax.Array], float],
+) -> list[dict[str, Any]]:
+    """Times every implementation on the default device: a row each, JSON throughout.
+
+    A row that has "error" instead of "seconds" could not run, or gave other numbers than `xla`.
+
+    Args:
+      shape: of qkv, on this one device.
+      xla: the formulation that it would replace, of qkv as `temporal` or `spatial` takes it.
+      seconds: times a compiled function of qkv.
+    """
+    qkv = jax.random.normal(jax.random.key(0), shape, dtype)
+    reference = _numbers(xla, qkv)
+    attentions = {"xla": xla} | {name: f for name, (f, _) in KERNELS[kind].items()}
+    rows = []
+    for name, attention in attentions.items():
+        row = _row(kind, shape, dtype) | {"implementation": name}
+        reason = unsupported(kind, shape, dtype, name)
+        try:
+            reason = reason or _difference(reference, _numbers(attention, qkv))
+            if reason is None:
+                row["seconds"] = {
+                    "forward": seconds(jax.jit(attention), qkv),
+                    "gradient": seconds(jax.jit(jax.grad(_loss(attention))), qkv),
+                }
+        except Exception as failed:  # of a compiler: the others are timed all the same
+            reason = f"{type(failed).__name__}: {failed}".splitlines()[0]
+        rows.append(row if reason is None else row | {"error": reason})
+    return rows
+
+
+def _loss(attention: Callable) -> Callable:
+    return lambda qkv: jnp.square(attention(qkv).astype(jnp.float32)).sum()
+
+
+def _numbers(attention: Callable, qkv: jax.Array) -> list[np.ndarray]:
+    numbers = jax.jit(attention)(qkv), jax.jit(jax.grad(_loss(attention)))(qkv)
+    return [np.asarray(x, np.float32) for x in numbers]
+
+
+def _difference(expected: list[np.ndarray], found: list[np.ndarray]) -> str | None:
+    for what, a, b in zip(("values", "gradients"), expected, found):
+        worst = np.abs(a - b).max() / np.abs(a).max()
+        if not worst <= TOLERANCE:  # NaN too
+            return f"its {what} differ from xla's by {worst:.2g} of the largest"
+    return None
+
+
+def save(rows: list[dict[str, Any]], table: pathlib.Path = TABLE) -> None:
+    """Puts rows into the table, in place of what it has of the same attentions."""
+    new = {_key(row) for row in rows}
+    kept = [row for row in json.loads(table.read_text()) if _key(row) not in new]
+    table.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
