@@ -288,7 +288,7 @@ def test_what_is_measured_runs_and_agrees(monkeypatch, tmp_path):
     kernels = {
         "pallas": (plain, lambda shape, dtype: None),
         "pallas_2": (lambda qkv: plain(qkv) * 1.05, lambda shape, dtype: None),
-        "pallas_4": (broken, lambda shape, dtype: None),
+        "pallas_3": (broken, lambda shape, dtype: None),
         "cudnn": (plain, lambda shape, dtype: "not here"),
     }
     monkeypatch.setitem(choice.KERNELS, "temporal", kernels)
@@ -304,7 +304,7 @@ def test_what_is_measured_runs_and_agrees(monkeypatch, tmp_path):
     assert by_name["xla"]["seconds"] == {"forward": 1.0, "gradient": 2.0}
     assert by_name["pallas"]["seconds"] == {"forward": 3.0, "gradient": 4.0}
     assert "values differ from xla's by 0.05" in by_name["pallas_2"]["error"]
-    assert by_name["pallas_4"]["error"] == "RuntimeError: no kernel image"
+    assert by_name["pallas_3"]["error"] == "RuntimeError: no kernel image"
     assert by_name["cudnn"]["error"] == "not here"
     path = table(tmp_path, timed("xla", 1.0))
     choice.save(rows, path)

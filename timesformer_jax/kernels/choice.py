@@ -55,7 +55,7 @@ KERNELS: dict[str, dict[str, tuple[Callable, Callable]]] = {
             functools.partial(tiles.attention, together=together),
             functools.partial(tiles.unsupported, together=together),
         )
-        for together in (2, 4)
+        for together in (2, 3)
     },
     "spatial": {"cudnn": (fused.attention, fused.unsupported)},
 }
