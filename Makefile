@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint plan-table clean
+.PHONY: train test lint plan-table benchmarks clean
 
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
@@ -17,6 +17,11 @@ lint: .venv/test
 # For TPUs, on a machine that needs none; an hour of two cores.
 plan-table: .venv/tpu
 	$(BIN)/python experiments/plan_table.py
+
+# What a GPU does, into benchmarks/results/$(DEVICE); half an hour, or some of
+# PARTS="kernels attention model inference training", each less than 9 minutes.
+benchmarks: .venv/test
+	PYTHON=$(BIN)/python experiments/benchmarks.sh $(DEVICE) $(PARTS)
 
 clean:
 	rm -rf .venv build *.egg-info

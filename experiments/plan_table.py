@@ -17,9 +17,9 @@ import sys
 from typing import NamedTuple
 
 from absl import app, flags
+from page import DOCS, markdown, put
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 PAGE = DOCS / "plan.md"
 GIB = 2**30
 
@@ -159,16 +159,9 @@ def times(plan: dict) -> tuple[float, float]:
     return roof["communication"], max(roof["compute"], roof["memory"])
 
 
-def markdown(head: list, lines: list[list], words: int) -> str:
-    rule = ["---"] * words + ["---:"] * (len(head) - words)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, rule, *lines])
-
-
 def write(name: str, table: str) -> None:
     """Puts a table between its marks on the page."""
-    begin, end = f"<!-- plan_table.py: {name} -->", f"<!-- plan_table.py: end of {name} -->"
-    before, rest = PAGE.read_text().split(begin)
-    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
+    PAGE.write_text(put(PAGE.read_text(), "plan_table.py", name, table))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from timesformer_jax.benchmark import report
+from timesformer_jax.benchmark.choose import as_line as kernel_line
+from timesformer_jax.benchmark.choose import choose_kernels
 from timesformer_jax.benchmark.machine import Yardstick, about, default_dtype, yardstick
 from timesformer_jax.benchmark.programs import (
     SETS,
@@ -49,6 +51,7 @@ def benchmark_attention(
     dtype: str | None = None,
     batch_size: int = 1,
     quick: bool = False,
+    choose: bool = False,
     seconds: float = 60.0,
     minutes: float = 5.0,
     memory: float | None = None,
@@ -64,6 +67,7 @@ def benchmark_attention(
       dtype: by default bfloat16, on a CPU float32.
       batch_size: clips a run.
       quick: whether one block and three lengths will do, where nothing else is said.
+      choose: whether to time the attention kernels first, alone, and use the fastest from then on.
       seconds: that the runs of one pass may take; what is predicted to take longer is not run.
       minutes: after which no further row is begun.
       memory: GiB that a program may need; by default what the device has.
@@ -87,9 +91,15 @@ def benchmark_attention(
     configs.sort(key=macs)
     yard = yardstick(configs[0].dtype, memory and memory * GIB)
     what = f"{preset}, {configs[0].depth} blocks, {configs[0].dtype}, batch {batch_size}"
-    print(f"{what}; {report.headline(yard)}\n\n{header()}")
+    print(f"{what}; {report.headline(yard)}\n")
     settings = {"preset": preset, "depth": configs[0].depth, "batch_size": batch_size}
-    figures = about(yard) | {"settings": settings, "rows": []}
+    figures = about(yard) | {"settings": settings, "kernels": [], "rows": []}
+    for kernels in choose_kernels(configs, batch_size) if choose else ():
+        print(*map(kernel_line, kernels), sep="\n", flush=True)
+        figures["kernels"] += kernels
+        if time.monotonic() > ends:
+            break
+    print(header())
     for row in rows(configs, batch_size, yard, seconds, lambda: time.monotonic() > ends):
         print(as_line(row), flush=True)
         figures["rows"].append(row)

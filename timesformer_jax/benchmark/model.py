@@ -117,14 +117,21 @@ def benchmark_model(
 
 
 def search(
-    measure: Callable[[int], dict[str, Any]], sizes: Sequence[int] | None
+    measure: Callable[[int], dict[str, Any]], sizes: Sequence[int] | None, start: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """A row for each batch size, or for 1, 2, 4, ... while they are measured and the rate grows."""
+    """A row for each of the batch sizes, in turn.
+
+    Args:
+      measure: gives the row of a batch size: its "status" and, if that is "measured", its
+        "clips_per_second".
+      sizes: batch sizes; None for `start` and its doubles while they are measured and the rate
+        grows.
+    """
     if sizes:
         yield from map(measure, sizes)
         return
     best = 0.0
-    for size in (2**n for n in itertools.count()):
+    for size in (start * 2**n for n in itertools.count()):
         row = measure(size)
         yield row
         if row["status"] != "measured":

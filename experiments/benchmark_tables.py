@@ -1,0 +1,132 @@
+"""The tables of docs/benchmarks.md, of what is in benchmarks/results/DEVICE/*.json.
+
+.venv/bin/python experiments/benchmark_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from page import DOCS, markdown, put
+
+from timesformer_jax.benchmark.report import milliseconds, tera
+
+RESULTS = DOCS.parent / "benchmarks" / "results"
+PAGE = DOCS / "benchmarks.md"
+GIB = 2**30
+
+
+def main() -> None:
+    PAGE.write_text(tabulated(PAGE.read_text()))
+    print(f"written: {PAGE}")
+
+
+def tabulated(page: str) -> str:
+    """The page with all tables as the results have them."""
+    for name, table in {"attention": attention, "model": model, "race": race}.items():
+        texts = []
+        for file in sorted(RESULTS.glob(f"*/{name}.json")):
+            texts.append(table(json.loads(file.read_text())))
+        page = put(page, "benchmark_tables.py", name, "\n\n".join(texts) or "Not measured yet.")
+    return page
+
+
+def device(figures: dict[str, Any]) -> str:
+    """What was measured on, in words."""
+    host, kind = figures["machine"], figures["device"]["kind"]
+    yard = figures["yardstick"]
+    name = f"{host['processor']}, {host['cores']} cores" if kind == "cpu" else kind
+    gemm = f"{tera(yard['gemm']['wall'])} TFLOP/s"
+    if "cpu" in yard["gemm"]:
+        gemm += f", in a second of a core's time {tera(yard['gemm']['cpu'])} TFLOP"
+    return (
+        f"**{name}** (load {host['load_average']:.1f}, JAX {figures['versions']['jax']}), "
+        f"{yard['dtype']}; large product measured {gemm}"
+        + (f"; datasheet {tera(yard['datasheet'])} TFLOP/s" if yard["datasheet"] else "")
+    )
+
+
+def attention(figures: dict[str, Any]) -> str:
+    """A line for each scheme and clip."""
+    settings = figures["settings"]
+    head = ["scheme", "clip", "comparisons a patch", "GMACs"]
+    head += [f"{name}, {what}" for name in ("forward", "training") for what in UNITS]
+    lines = [
+        [f"`{row['scheme']}`", f"{row['frames']} x {row['side']}", f"{row['comparisons']:.0f}",
+         f"{row['macs'] / 1e9:.1f}", *cells(row["forward"]), *cells(row["training"])]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    about = f"{settings['preset']}, {settings['depth']} blocks, batch {settings['batch_size']}"
+    return f"{device(figures)}; {about}:\n\n{markdown(head, lines, words=2)}"
+
+
+UNITS = ("ms (least-largest)", "GiB", "share of the product")
+
+
+def cells(found: dict[str, Any]) -> list[str]:
+    """Time, memory and share of one pass; or why there are none."""
+    if found["status"] != "measured":
+        return [f"{found['status']}: {found['reason']}", "", ""]
+    memory = f"{found['bytes'] / GIB:.2f}"
+    return [milliseconds(found["seconds"]["wall"]), memory, shares(found["gemm_share"])]
+
+
+def shares(share: dict[str, float]) -> str:
+    """By the clock, and in brackets of a core's time."""
+    core = f" ({share['cpu']:.0%})" if "cpu" in share else ""
+    return f"{share['wall']:.0%}{core}"
+
+
+def model(figures: dict[str, Any]) -> str:
+    """A line for each preset, work and batch."""
+    head = ["preset", "work", "batch", "clips/s", *UNITS, "MFU"]
+    lines = []
+    for row in figures["rows"]:
+        done = row["status"] == "measured"
+        mfu = f"{row['mfu']:.1%}" if row.get("mfu") else ""
+        rate = f"{row['clips_per_second']['wall']:.3g}" if done else ""
+        lines.append([row["preset"], row["work"], row["batch_size"], rate, *cells(row), mfu])
+    remat = figures["settings"]["remat"]
+    return f"{device(figures)}; remat {remat}:\n\n{markdown(head, lines, words=2)}"
+
+
+def race(works: dict[str, Any]) -> str:
+    """A table for each work."""
+    texts = []
+    for name, figures in works.items():
+        host, versions = figures["machine"], figures["versions"]
+        on_cpu = figures["device"] == "cpu"
+        where = (
+            f"{host['processor']}, {figures['threads']} threads, load {host['load_average']:.1f}"
+        )
+        about = where if on_cpu else versions["device"]
+        others = ", ".join(f"{k} {v}" for k, v in versions.items() if k != "device")
+        head = ["contender", "batch", "clips/s (least-largest)", "share of the product",
+                "ours is faster"]  # fmt: skip
+        if on_cpu:
+            head += ["clips in a core's second", "ours is faster, of a core"]
+        lines = [racer(row, len(head), on_cpu) for row in figures["contenders"]]
+        texts.append(
+            f"**{about}**, {others}; `{name}`, {figures['gmacs']:.2f} GMACs a clip, "
+            f"{figures['rounds']} rounds:\n\n{markdown(head, lines, words=1)}"
+        )
+    return "\n\n".join(texts)
+
+
+def racer(row: dict[str, Any], width: int, on_cpu: bool) -> list[Any]:
+    if "clips_per_second" not in row:
+        return [row["name"], row["tried"][-1]["reason"], *[""] * (width - 2)]
+    rate, ratio = row["clips_per_second"], row["ours_is_faster"]
+    line = [row["name"], row["batch_size"], three(rate["wall"]), shares(row["product_share"]),
+            three(ratio["wall"])]  # fmt: skip
+    return line + [three(rate["cpu"]), three(ratio["cpu"])] * on_cpu
+
+
+def three(values: dict[str, float]) -> str:
+    """Median (least-largest)."""
+    return "{median:.3g} ({least:.3g}-{largest:.3g})".format(**values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The contenders of race_pytorch.py, each in a process of its own, with its threads and memory.
+
+Both do the same work with the same weights on the same clips, which lie on the device. Inference is
+the forward pass from normalised clips to logits. Training is a whole step: forward, cross-entropy
+in float32, backward, SGD with Nesterov momentum 0.9 and weight decay 1e-4 on every parameter; no
+drop path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from timesformer_jax.benchmark.timing import timed
+
+SETS = 2  # of clips, which steps take in turn
+CHECKED_STEPS = 3
+LEARNING_RATE = 0.005
+
+
+class Task(NamedTuple):
+    """What all contenders do.
+
+    Attributes:
+      kind: "inference" or "training".
+      model: fields of TimeSformerConfig.
+      folder: the weights, a transformers directory.
+      device: "cpu" or "cuda".
+      threads: of a CPU.
+      share: of a GPU's memory that one contender may take; the others hold their weights.
+      checked: clips whose outputs are compared; a batch is a multiple of it.
+    """
+
+    kind: str
+    model: dict[str, Any]
+    folder: str
+    device: str
+    threads: int
+    share: float
+    checked: int
+
+
+class Options(NamedTuple):
+    """What is done to transformers' model.
+
+    Attributes:
+      bfloat16: training under autocast, inference with the weights rounded beforehand if `rounded`.
+      rounded: see there.
+      sdpa: its attention through torch's scaled_dot_product_attention.
+      compiled: torch.compile with static shapes.
+      fused: the optimizer in one kernel.
+    """
+
+    bfloat16: bool = False
+    rounded: bool = False
+    sdpa: bool = False
+    compiled: bool = False
+    fused: bool = False
+
+
+def contend(connection: Connection, task: Task, options: Options | None) -> None:
+    """Answers (method, arguments) with (True, result) or (False, why not), to the race's end.
+
+    Args:
+      options: of transformers' model; None for ours.
+    """
+    module = "contender_ours" if options is None else "contender_transformers"
+    if hasattr(os, "sched_setaffinity") and task.device == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
+    contender = None
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:  # the race is over
+            return
+        try:
+            if contender is None:
+                contender = importlib.import_module(module).Contestant(task, options)
+            connection.send((True, getattr(contender, method)(*arguments)))
+        except Exception as e:
+            traceback.print_exc()
+            connection.send((False, f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"[:200]))
+
+
+def clips(task: Task, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Sets of (B, T, H, W, 3) float32 clips and (B,) int64 labels; the first repeats those that
+    are checked, so that its mean loss is the same for every batch."""
+    rng = np.random.default_rng(0)
+    model = task.model
+    side = model["image_size"]
+    shape = model["num_frames"], side, side, 3
+
+    def draw(size: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = rng.integers(0, model["num_classes"], size)
+        return rng.standard_normal((size, *shape), np.float32), labels
+
+    video, labels = draw(task.checked)
+    times = batch // task.checked
+    first = np.tile(video, (times, 1, 1, 1, 1)), np.tile(labels, times)
+    return [first, *(draw(batch) for _ in range(SETS - 1))]
+
+
+class Contender:
+    """What the race asks of a contender.
+
+    A subclass has `about`, its versions and device; `_begin`, which sets `_run` to start a step of
+    that number; `_wait`, which waits for what it gives; and `_product`, a large product to run.
+    """
+
+    task: Task
+    _run: Callable[[int], Any]
+
+    def begin(self, batch: int) -> dict[str, Any]:
+        """Gets ready for a batch.
+
+        Returns:
+          "compile_seconds", the first run's too where that compiles, and "check": logits of the
+          checked clips, or the losses of the first steps on them.
+        """
+        begin = time.perf_counter()
+        check = self._begin(batch)
+        return {"compile_seconds": time.perf_counter() - begin, "check": check}
+
+    def turn(self, seconds: float) -> dict[str, float]:
+        """Median seconds a step, of wall and of processor time."""
+        return self._timed(self._run, seconds)
+
+    def gemm(self, seconds: float) -> dict[str, float]:
+        """FLOPs of a large square product, a second of wall and of processor time."""
+        run, flops = self._product(2048 if self.task.device == "cpu" else 8192)
+        return {kind: flops / took for kind, took in self._timed(run, seconds).items()}
+
+    def _timed(self, run: Callable[[int], Any], seconds: float) -> dict[str, float]:
+        timing = timed(run, self._wait, seconds, least=1)
+        self._rest()
+        return {"wall": timing.wall["median"], "cpu": timing.cpu["median"]}
+
+    def _rest(self) -> None:
+        """Gives back memory that the next contender may need."""

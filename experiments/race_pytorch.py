@@ -1,0 +1,360 @@
+"""This project against PyTorch: transformers' TimeSformer on the same device, in the same minutes.
+
+    .venv/bin/python experiments/race_pytorch.py --json=benchmarks/results/DEVICE/race.json
+    .venv/bin/python experiments/race_pytorch.py --device=cuda --works=base_inference ...
+
+Contenders do the same work with the same weights on the same clips (contenders.py): ours in JAX;
+transformers' model as it is; and that model made faster by every means that leave it the same. Each
+is a process, only one of them computes at a time, and they take turns for several rounds, so that
+whatever else the machine does meets all alike. Before the clock starts their outputs are compared:
+logits, or in training the losses of three steps. On a GPU each runs at its best batch and the two
+frameworks have equal shares of the memory; on a CPU at the batch of the work, with equal threads.
+Ends with status 1 if an output differs.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import app, flags
+from contenders import Options, Task, contend
+
+from timesformer_jax.benchmark import report
+from timesformer_jax.benchmark.machine import machine
+from timesformer_jax.benchmark.model import best_of, search
+from timesformer_jax.benchmark.timing import spread
+from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.costs import macs
+
+BASE = {
+    "num_classes": 400, "image_size": 224, "num_frames": 8, "patch_size": 16, "hidden_size": 768,
+    "depth": 12, "num_heads": 12,
+}  # fmt: skip
+DEMO = {  # configs/demo.py
+    "num_classes": 8, "image_size": 32, "num_frames": 8, "patch_size": 8, "hidden_size": 64,
+    "depth": 3, "num_heads": 4,
+}  # fmt: skip
+
+
+class Work(NamedTuple):
+    """kind: "inference" or "training"; batch: on a CPU, and the first that is tried on a GPU."""
+
+    kind: str
+    model: dict[str, Any]
+    batch: int
+
+
+WORKS = {
+    "base_inference": Work("inference", BASE, 1),
+    "base_training": Work("training", BASE, 1),
+    "demo_training": Work("training", DEMO, 32),
+}
+OURS, AS_IS = "ours", "transformers"
+FASTEST = Options(bfloat16=True, rounded=True, sdpa=True, compiled=True, fused=True)
+CONTENDERS = {
+    "cpu": {
+        OURS: None,
+        AS_IS: Options(),
+        "transformers, SDPA": Options(sdpa=True),
+        "transformers, SDPA, compiled, fused": Options(sdpa=True, compiled=True, fused=True),
+    },
+    "cuda": {
+        OURS: None,
+        AS_IS: Options(),
+        "transformers, bfloat16": Options(bfloat16=True),
+        "transformers, bfloat16, compiled": Options(bfloat16=True, compiled=True),
+        "transformers, bfloat16, SDPA, compiled, fused": FASTEST,
+    },
+}
+# Of the largest output, by device: what rounding alone may do.
+TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
+KINDS = {"cpu": ("wall", "cpu"), "cuda": ("wall",)}
+MEMORY_SHARE = 0.45
+
+WORKED = flags.DEFINE_list("works", list(WORKS), f"of {', '.join(WORKS)}")
+DEVICE = flags.DEFINE_enum("device", "cpu", list(CONTENDERS), "what to race on")
+ONLY = flags.DEFINE_list("contenders", None, "numbers of contenders from 1 on; by default all")
+BATCHES = flags.DEFINE_list("batch_sizes", None, "to try, in place of the work's")
+THREADS = flags.DEFINE_integer("threads", 2, "of a CPU, for each", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each contender", lower_bound=1)
+SECONDS = flags.DEFINE_float("seconds", 1.0, "of a turn, at least", lower_bound=0.0)
+MINUTES = flags.DEFINE_float("minutes", 30.0, "after which no batch or round is begun")
+JSON = flags.DEFINE_string("json", None, "file for the figures; other works in it are kept")
+
+
+class Lost(Exception):
+    """A contender cannot go on; the message says why."""
+
+
+class Runner:
+    """A contender's process, asked from here."""
+
+    def __init__(self, task: Task, options: Options | None):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=contend, args=(theirs, task, options), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What the contender's method gives.
+
+        Raises:
+          Lost: if it fails, or its process ended.
+        """
+        try:
+            self._connection.send((method, arguments))
+            worked, result = self._connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise Lost(f"its process ended with status {self._process.exitcode}") from None
+        if not worked:
+            raise Lost(result)
+        return result
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+def main(_: Sequence[str]) -> None:
+    unknown = [name for name in WORKED.value if name not in WORKS]
+    if unknown:
+        sys.exit(f"error: --works has no {unknown[0]!r}; there are: {', '.join(WORKS)}")
+    report.check_folder(JSON.value)
+    os.environ["JAX_PLATFORMS"] = DEVICE.value
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(MEMORY_SHARE)
+    ends = time.monotonic() + 60 * MINUTES.value
+    for i, name in enumerate(WORKED.value):
+        # Each work gets its share of what is left.
+        share = (ends - time.monotonic()) / (len(WORKED.value) - i)
+        figures = race(WORKS[name], time.monotonic() + share)
+        print(f"\n{name}\n{as_text(figures)}\n", flush=True)
+        keep(name, figures)
+
+
+def keep(name: str, figures: dict[str, Any]) -> None:
+    """Puts the figures of a work into the file, beside those of others."""
+    if JSON.value is not None:
+        path = pathlib.Path(JSON.value)
+        works = json.loads(path.read_text()) if path.exists() else {}
+        report.write(JSON.value, works | {name: figures})
+
+
+def race(work: Work, ends: float) -> dict[str, Any]:
+    """The figures of a work, as JSON values.
+
+    Args:
+      ends: when, of `time.monotonic`; half of the time until then is for compiling and batches.
+    """
+    half = (time.monotonic() + ends) / 2
+    with tempfile.TemporaryDirectory() as folder:
+        # A batch holds as many of the checked clips as divide the least batch that is tried.
+        task = Task(
+            work.kind, work.model, folder, DEVICE.value, THREADS.value, MEMORY_SHARE, checked=1
+        )
+        with running(task) as runners:
+            rows = {name: ready(runners[name], work, half) for name in runners}
+            compare(rows, TOLERANCE[DEVICE.value])
+            rounds = take_turns(runners, rows, ends)
+            about = {}
+            for name in rounds:
+                about |= runners[name].ask("about")
+    return {
+        "machine": machine(),
+        "device": DEVICE.value,
+        "versions": about,
+        "threads": THREADS.value if DEVICE.value == "cpu" else None,
+        "kind": work.kind,
+        "model": work.model,
+        "gmacs": macs(TimeSformerConfig(**work.model)) / 1e9,
+        "rounds": len(next(iter(rounds.values()))) if rounds else 0,
+        "tolerance": TOLERANCE[DEVICE.value],
+        "contenders": summary(work, rows, rounds, KINDS[DEVICE.value]),
+    }
+
+
+@contextmanager
+def running(task: Task) -> Iterator[dict[str, Runner]]:
+    """The contenders' processes; ours' and the others' weights are written first."""
+    context = multiprocessing.get_context("spawn")
+    writer = context.Process(target=write_weights, args=(task.model, task.folder))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        sys.exit("error: no weights were written; the race needs torch and transformers")
+    chosen = list(CONTENDERS[DEVICE.value].items())
+    if ONLY.value:
+        chosen = [chosen[i - 1] for i in report.numbers("contenders", ONLY.value)]
+    runners = {}
+    try:
+        for name, options in chosen:
+            runners[name] = Runner(task, options)
+        yield runners
+    finally:
+        for runner in runners.values():
+            runner.close()
+
+
+def write_weights(model: dict[str, Any], folder: str) -> None:
+    from contender_transformers import write_weights
+
+    write_weights(model, folder)
+
+
+def ready(runner: Runner, work: Work, until: float) -> dict[str, Any]:
+    """A contender at its best batch: its row, with what was tried; or why it cannot run."""
+    began = {}
+
+    def measure(batch: int) -> dict[str, Any]:
+        row = {"batch_size": batch}
+        if time.monotonic() > until:
+            return row | {"status": "not run", "reason": "no time left"}
+        try:
+            began[batch] = runner.ask("begin", batch)
+            rate = batch / runner.ask("turn", SECONDS.value)["wall"]
+        except Lost as e:
+            return row | {"status": "failed", "reason": str(e)}
+        return row | {"status": "measured", "clips_per_second": {"wall": rate}}
+
+    sizes = report.numbers("batch_sizes", BATCHES.value) if BATCHES.value else None
+    if sizes is None and DEVICE.value == "cpu":
+        sizes = [work.batch]
+    tried = list(search(measure, sizes, start=work.batch))
+    best = best_of(tried)
+    if best is None:
+        return {"tried": tried}
+    batch = best["batch_size"]
+    if batch != tried[-1]["batch_size"]:
+        try:
+            runner.ask("begin", batch)
+        except Lost as e:
+            return {"tried": [*tried, best | {"status": "failed", "reason": str(e)}]}
+    return {"tried": tried, "batch_size": batch} | began[batch]
+
+
+def compare(rows: dict[str, dict[str, Any]], tolerance: float) -> None:
+    """Adds to each row by how much its outputs differ from the port's as it is.
+
+    Ends the program if that is more than rounding.
+    """
+    reference = rows.get(AS_IS, {}).get("check")
+    if reference is None:
+        sys.exit(f"error: {AS_IS} as it is must run, to compare with: {rows.get(AS_IS)}")
+    reference = np.asarray(reference)
+    for name, row in rows.items():
+        if "check" not in row:
+            continue
+        row["difference"] = float(np.abs(row.pop("check") - reference).max())
+        row["difference"] /= float(np.abs(reference).max())
+        if not row["difference"] <= tolerance:
+            sys.exit(
+                f"error: {name} computes something else than {AS_IS}: its outputs differ by "
+                f"{row['difference']:.2g} of the largest, more than {tolerance}"
+            )
+
+
+def take_turns(
+    runners: dict[str, Runner], rows: dict[str, dict[str, Any]], ends: float
+) -> dict[str, list[dict[str, Any]]]:
+    """Each contender's turns, a round after the other, another one first in each."""
+    names = [name for name, row in rows.items() if "batch_size" in row]
+    turns = {name: [] for name in names}
+    for i in range(ROUNDS.value):
+        if i and time.monotonic() > ends:
+            break
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            step = runners[name].ask("turn", SECONDS.value)
+            turns[name].append({"step": step, "gemm": runners[name].ask("gemm", 0.2)})
+    return turns
+
+
+def summary(
+    work: Work,
+    rows: dict[str, dict[str, Any]],
+    turns: dict[str, list[dict[str, Any]]],
+    kinds: Sequence[str],
+) -> list[dict[str, Any]]:
+    """A row for each contender: clips a second, share of the product, ours over it.
+
+    Args:
+      rows: of `ready`, by contender.
+      turns: of `take_turns`, of those that ran.
+      kinds: of seconds: "wall", and on a CPU "cpu", of a core.
+    """
+    flops = (2 if work.kind == "inference" else 6) * macs(TimeSformerConfig(**work.model))
+    # The fastest framework's: the product is the same for all.
+    products = {
+        kind: max(spread([t["gemm"][kind] for t in turns[name]])["median"] for name in turns)
+        for kind in kinds
+    }
+    found = []
+    for name, row in rows.items():
+        row = {"name": name} | row
+        if name in turns:
+            rates = {
+                kind: [row["batch_size"] / turn["step"][kind] for turn in turns[name]]
+                for kind in kinds
+            }
+            row["clips_per_second"] = {kind: spread(rates[kind]) for kind in kinds}
+            row["product"] = products
+            row["product_share"] = {
+                kind: flops * row["clips_per_second"][kind]["median"] / products[kind]
+                for kind in kinds
+            }
+            if OURS in turns:
+                row["ours_is_faster"] = {
+                    kind: spread([
+                        rows[OURS]["batch_size"] / ours["step"][kind] / rate
+                        for ours, rate in zip(turns[OURS], rates[kind])
+                    ])
+                    for kind in kinds
+                }  # fmt: skip
+        found.append(row)
+    return found
+
+
+def as_text(figures: dict[str, Any]) -> str:
+    """The figures for people."""
+    host, rows = figures["machine"], figures["contenders"]
+    products = next((row["product"] for row in rows if "product" in row), {})
+    measured = ", ".join(f"{report.tera(rate)} TFLOP/s ({kind})" for kind, rate in products.items())
+    lines = [
+        f"{host['processor']}, {host['cores']} cores, load {host['load_average']:.1f}; "
+        + ", ".join(f"{name} {value}" for name, value in figures["versions"].items()),
+        f"{figures['kind']}, {figures['gmacs']:.2f} GMACs a clip, {figures['rounds']} rounds; "
+        f"large product {measured}",
+        f"{'':<47}{'batch':>6}  {'clips/s':<22}{'product':>8}  {'ours is faster':<20}",
+    ]
+    for row in rows:
+        if "clips_per_second" not in row:
+            lines.append(f"{row['name']:<47}  {row['tried'][-1]['reason']}")
+            continue
+        start = f"{row['name']:<47}{row['batch_size']:>6}"
+        for kind, rate in row["clips_per_second"].items():
+            ratio = three(row["ours_is_faster"][kind]) if "ours_is_faster" in row else ""
+            lines.append(f"{start}  {three(rate):<22}{row['product_share'][kind]:>8.0%}  {ratio}")
+            start = f"{'  in a second of a core':<53}"
+    return "\n".join(lines)
+
+
+def three(values: dict[str, float]) -> str:
+    """Median (least-largest)."""
+    return "{median:.3g} ({least:.3g}-{largest:.3g})".format(**values)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,66 @@
+"""`timesformer benchmark attention --choose`: which kernel attends the fastest on this device.
+
+Times every implementation of the divided scheme's two attentions, alone, forward and with its
+gradient, and puts them into the table from which `kernels.choice` picks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+
+from timesformer_jax.benchmark.timing import timed
+from timesformer_jax.kernels import choice
+from timesformer_jax.models.attention import Tokens, over_space, over_time
+from timesformer_jax.models.config import TimeSformerConfig
+
+SECONDS = 0.3
+FORMULATIONS = {"temporal": over_time, "spatial": over_space}
+
+
+def choose_kernels(
+    configs: Iterable[TimeSformerConfig], batch_size: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of `kernels.choice.measure` for each attention of the clips, saved as they come."""
+    # The table tells lengths apart, not how many sequences there are: one clip for each will do.
+    first = {}
+    for kind, shape, dtype in attentions(configs, batch_size):
+        length = shape[1 if kind == "temporal" else 2]
+        first.setdefault((kind, length, shape[-2:], dtype), (kind, shape, dtype))
+    for kind, shape, dtype in first.values():
+        formulation = functools.partial(_patches, FORMULATIONS[kind])
+        rows = choice.measure(kind, shape, dtype, formulation, _seconds)
+        choice.save(rows)
+        yield rows
+
+
+def attentions(
+    configs: Iterable[TimeSformerConfig], batch_size: int
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Kind, shape of qkv and dtype of the divided scheme's attentions, whatever the config's."""
+    for config in configs:
+        patches = config.grid[0] * config.grid[1]
+        heads = 3, config.num_heads, config.hidden_size // config.num_heads
+        clip = batch_size, config.num_frames
+        yield "temporal", (*clip, patches, *heads), config.dtype
+        yield "spatial", (*clip, 1 + patches, *heads), config.dtype  # with the token
+
+
+def _patches(formulation: Callable, qkv: jax.Array) -> jax.Array:
+    return formulation(Tokens(None, qkv), (1, qkv.shape[2])).patches
+
+
+def _seconds(function: Callable[[jax.Array], jax.Array], qkv: jax.Array) -> float:
+    return timed(lambda _: function(qkv), jax.block_until_ready, SECONDS).wall["median"]
+
+
+def as_line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    start = f"{row['kind']:<9} {row['length']:>5} tokens  {row['implementation']:<10}"
+    if "error" in row:
+        return f"{start}  {row['error']}"
+    forward, gradient = (row["seconds"][name] * 1e3 for name in ("forward", "gradient"))
+    return f"{start}  {forward:.3f} ms, with gradient {gradient:.3f} ms"
