@@ -45,12 +45,15 @@ def attend(qkv: jax.Array) -> jax.Array:
     Returns:
       (length, h * d), the heads side by side. The softmax is taken in float32 at least.
     """
-    q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+    # Split, whose gradient is put together in one go: those of slices would be padded and added.
+    q, k, v = (part.squeeze(1) for part in jnp.split(qkv, 3, axis=1))
     scale = q.shape[-1] ** -0.5
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("qhd,khd->hqk", q * scale, k, preferred_element_type=wide)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("hqk,khd->qhd", weights, v).reshape(len(qkv), -1)
+    # By heads first, the order of the product: else XLA transposes the weights, not the result.
+    out = jnp.einsum("hqk,khd->hqd", weights, v)
+    return out.swapaxes(0, 1).reshape(len(qkv), -1)
 
 
 def attend_tokens(qkv: Tokens) -> Tokens:

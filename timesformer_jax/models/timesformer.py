@@ -21,6 +21,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import Grid, Step, Tokens, by_clip, by_frame
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.linear import Linear
+from timesformer_jax.models.norm import LayerNorm
 from timesformer_jax.models.remat import BLOCK_INPUT, OUTPUT, checkpointed
 
 
@@ -45,13 +46,6 @@ def _linear(
 def _head(config: TimeSformerConfig, rngs: nnx.Rngs) -> Linear:
     # The loss is computed from the logits in float32.
     return _linear(config, "head", config.hidden_size, config.num_classes, rngs, dtype="float32")
-
-
-def _norm(config: TimeSformerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # In float32 always; the linear layer that follows rounds.
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
-    )
 
 
 def drop_path(
@@ -85,7 +79,7 @@ class Attention(nnx.Module):
     def __init__(self, config: TimeSformerConfig, step: Step, *, plain: bool, rngs: nnx.Rngs):
         width = config.hidden_size
         self.step, self.heads = step, config.num_heads
-        self.norm = _norm(config, rngs)
+        self.norm = LayerNorm(config.hidden_size, rngs)
         self.qkv = _linear(config, "qkv", width, (3, width), rngs)
         self.proj = _linear(config, "proj", width, width, rngs)
         self.fc = None if plain else _linear(config, "fc", width, width, rngs, further=True)
@@ -128,7 +122,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: TimeSformerConfig, *, rngs: nnx.Rngs):
         self.sequences = by_frame if config.scheme.token_per_frame else by_clip
-        self.norm = _norm(config, rngs)
+        self.norm = LayerNorm(config.hidden_size, rngs)
         self.fc1 = _linear(config, "fc1", config.hidden_size, config.mlp_size, rngs)
         self.fc2 = _linear(config, "fc2", config.mlp_size, config.hidden_size, rngs)
 
@@ -285,7 +279,7 @@ class TimeSformer(nnx.Module):
         self.config = config
         self.embedding = Embedding(config, rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
-        self.norm = _norm(config, rngs)
+        self.norm = LayerNorm(config.hidden_size, rngs)
         self.head = _head(config, rngs)
 
     def __call__(self, video: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
