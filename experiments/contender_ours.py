@@ -14,6 +14,7 @@ from flax import nnx
 
 from timesformer_jax.benchmark.model import RECIPE
 from timesformer_jax.convert import from_pretrained
+from timesformer_jax.models.fold import folded
 from timesformer_jax.models.timesformer import parameters, with_parameters
 from timesformer_jax.training.optimizer import make_optimizer
 
@@ -36,7 +37,7 @@ class Contestant(Contender):
         return begin(sets)
 
     def _inference(self, sets: list) -> list[float]:
-        graph, state = nnx.split(self._model)
+        graph, state = nnx.split(folded(self._model))
         forward = jax.jit(lambda state, video: nnx.merge(graph, state)(video))
         forward = forward.lower(state, sets[0][0]).compile()
         self._run = lambda i: forward(state, sets[i % SETS][0])

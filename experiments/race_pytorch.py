@@ -5,10 +5,12 @@
 
 Contenders do the same work with the same weights on the same clips (contenders.py): ours in JAX;
 transformers' model as it is; and that model made faster by every means that leave it the same. Each
-is a process, only one of them computes at a time, and they take turns for several rounds, so that
-whatever else the machine does meets all alike. Before the clock starts their outputs are compared:
-logits, or in training the losses of three steps. On a GPU each runs at its best batch and the two
-frameworks have equal shares of the memory; on a CPU at the batch of the work, with equal threads.
+is a process, only one of them computes at a time, and they take turns for several rounds. On a CPU
+a turn waits until nobody else needs its cores, and is taken again if somebody did: threads that
+wait for one another suffer from that by far more than their share. Before the clock starts outputs
+are compared: logits, or in training the losses of three steps. On a GPU each contender runs at its
+best batch and the two frameworks have equal shares of the memory; on a CPU at the batch of the
+work, with equal threads.
 Ends with status 1 if an output differs.
 """
 
@@ -26,6 +28,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 from absl import app, flags
 from contenders import Options, Task, contend
 
@@ -33,6 +36,7 @@ from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.model import best_of, search
 from timesformer_jax.benchmark.timing import spread
+from timesformer_jax.data.workers import processors
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs
 
@@ -104,6 +108,7 @@ class Runner:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=contend, args=(theirs, task, options), daemon=True)
         self._process.start()
+        self.pid = self._process.pid
         theirs.close()
 
     def ask(self, method: str, *arguments: Any) -> Any:
@@ -169,6 +174,8 @@ def race(work: Work, ends: float) -> dict[str, Any]:
             rows = {name: ready(runners[name], work, half) for name in runners}
             compare(rows, TOLERANCE[DEVICE.value])
             rounds = take_turns(runners, rows, ends)
+            if not any(rounds.values()):
+                sys.exit("error: no round was finished: others need the processor, or --minutes")
             about = {}
             for name in rounds:
                 about |= runners[name].ask("about")
@@ -180,7 +187,7 @@ def race(work: Work, ends: float) -> dict[str, Any]:
         "kind": work.kind,
         "model": work.model,
         "gmacs": macs(TimeSformerConfig(**work.model)) / 1e9,
-        "rounds": len(next(iter(rounds.values()))) if rounds else 0,
+        "rounds": len(next(iter(rounds.values()))),
         "tolerance": TOLERANCE[DEVICE.value],
         "contenders": summary(work, rows, rounds, KINDS[DEVICE.value]),
     }
@@ -269,17 +276,63 @@ def compare(rows: dict[str, dict[str, Any]], tolerance: float) -> None:
 def take_turns(
     runners: dict[str, Runner], rows: dict[str, dict[str, Any]], ends: float
 ) -> dict[str, list[dict[str, Any]]]:
-    """Each contender's turns, a round after the other, another one first in each."""
+    """Each contender's turns, a round after the other, another one first in each.
+
+    On a CPU a turn waits until nobody else needs the cores, and one that was disturbed is taken
+    again. A round that is not over at the end does not count.
+    """
     names = [name for name, row in rows.items() if "batch_size" in row]
     turns = {name: [] for name in names}
     for i in range(ROUNDS.value):
-        if i and time.monotonic() > ends:
-            break
-        first = i % len(names)
+        first, taken = i % len(names), {}
         for name in names[first:] + names[:first]:
-            step = runners[name].ask("turn", SECONDS.value)
-            turns[name].append({"step": step, "gemm": runners[name].ask("gemm", 0.2)})
+            taken[name] = take_turn(runners[name], ends)
+            if taken[name] is None:
+                return turns
+        for name in names:
+            turns[name].append(taken[name])
     return turns
+
+
+def take_turn(runner: Runner, ends: float) -> dict[str, Any] | None:
+    """Seconds of a step and the rate of the product; None if there was no quiet until the end."""
+    while time.monotonic() < ends:
+        if DEVICE.value == "cpu" and busy_cores(0.5) > spare_cores():
+            continue
+        others = Others(runner)
+        step = runner.ask("turn", SECONDS.value)
+        turn = {"step": step, "gemm": runner.ask("gemm", 0.2), "others": others.cores()}
+        if DEVICE.value != "cpu" or turn["others"] <= spare_cores():
+            return turn
+    return None
+
+
+def spare_cores() -> float:
+    """How many cores others may be at without being in the way, and a tenth of one."""
+    return max(processors() - THREADS.value, 0) + 0.1
+
+
+def busy_cores(seconds: float) -> float:
+    """How many cores are at work, over some time."""
+    return psutil.cpu_percent(seconds) / 100 * psutil.cpu_count()
+
+
+class Others:
+    """What processes other than a contender's need of the cores, from now on."""
+
+    def __init__(self, runner: Runner):
+        self._process = psutil.Process(runner.pid)
+        self._wall, self._busy = time.monotonic(), self._seconds()
+
+    def cores(self) -> float:
+        """How many cores, on average."""
+        return (self._seconds() - self._busy) / (time.monotonic() - self._wall)
+
+    def _seconds(self) -> float:
+        """Processor time of the whole machine, less the contender's."""
+        machine, own = psutil.cpu_times(), self._process.cpu_times()
+        at_work = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
+        return at_work - own.user - own.system
 
 
 def summary(
@@ -310,6 +363,7 @@ def summary(
                 for kind in kinds
             }
             row["clips_per_second"] = {kind: spread(rates[kind]) for kind in kinds}
+            row["others_cores"] = max(turn["others"] for turn in turns[name])
             row["product"] = products
             row["product_share"] = {
                 kind: flops * row["clips_per_second"][kind]["median"] / products[kind]

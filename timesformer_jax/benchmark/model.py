@@ -3,13 +3,13 @@
     timesformer benchmark model --presets=timesformer_base,timesformer_hr --json=model.json
 
 One device, one view. Inference goes from uint8 frames in the device's memory to logits, as
-`predict` does. Training is the step of `timesformer train`: uint8 frames cropped, resized, flipped
-and normalised, the forward pass with drop path, the backward pass, SGD with Nesterov momentum.
-Reading and decoding videos is `benchmark input`'s.
+`predict` does, by the model of `models.fold`. Training is the step of `timesformer train`: uint8
+frames cropped, resized, flipped and normalised, the forward pass with drop path, the backward pass,
+SGD with Nesterov momentum. Reading and decoding videos is `benchmark input`'s.
 
 MFU counts the model's FLOPs, twice its multiply-accumulates forward and six times in training,
-whatever the compiler leaves out and `remat` repeats; "executed_flops" in the figures are the
-compiler's.
+whatever folding saves, the compiler leaves out and `remat` repeats; "executed_flops" in the figures
+are the compiler's.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs, parameter_count
+from timesformer_jax.models.fold import folded
 from timesformer_jax.models.presets import preset
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 from timesformer_jax.preprocessing import ClipSpec, preprocess
@@ -152,19 +153,19 @@ def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def inference(config: TimeSformerConfig, batch_size: int) -> Program:
-    """Frames to logits."""
+    """Frames to logits by the folded model, of whose FLOPs the original's are counted."""
     clip = ClipSpec(frames=config.num_frames, crop=config.image_size)
 
-    def model() -> TimeSformer:
-        return with_parameters(config, random_parameters(config))
-
-    graph, abstract = nnx.split(nnx.eval_shape(model))
+    graph, abstract = nnx.split(
+        nnx.eval_shape(lambda: folded(TimeSformer(config, rngs=nnx.Rngs(0))))
+    )
 
     def logits(state: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
         return nnx.merge(graph, state)(preprocess(batch["frames"], batch["windows"], clip))
 
     def start(compiled: jax.stages.Compiled) -> Callable[[int], Any]:
-        state = jax.device_put(nnx.split(model())[1])
+        model = folded(with_parameters(config, random_parameters(config)))
+        state = jax.device_put(nnx.state(model))
         batches = random_batches(config, batch_size)
         return lambda i: compiled(state, batches[i % SETS])
 
