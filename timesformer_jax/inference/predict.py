@@ -10,6 +10,7 @@ import numpy as np
 from timesformer_jax import checkpoints
 from timesformer_jax.data import decode, sampling
 from timesformer_jax.errors import InputError
+from timesformer_jax.models.fold import folded
 from timesformer_jax.models.timesformer import with_parameters
 from timesformer_jax.preprocessing import preprocess
 
@@ -34,10 +35,11 @@ class Predictor:
         model = self.card.model
         self.labels = self.card.labels or tuple(f"class {i}" for i in range(model.num_classes))
         self.views, self.crops = views, crops
+        forward = folded(with_parameters(model, params))
 
         def probabilities(frames: jax.Array, windows: jax.Array) -> jax.Array:
             video = preprocess(frames, windows, self.card.clip)
-            return jax.nn.softmax(with_parameters(model, params)(video)).mean(axis=0)
+            return jax.nn.softmax(forward(video)).mean(axis=0)
 
         self._probabilities = jax.jit(probabilities)
 
