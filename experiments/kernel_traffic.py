@@ -25,7 +25,7 @@ from jax.experimental import topologies
 
 from timesformer_jax.distributed.hardware import CHIPS
 from timesformer_jax.kernels import choice
-from timesformer_jax.models.attention import Tokens, over_space, over_time
+from timesformer_jax.models.attention import Tokens, through_time, within_sequences
 
 H100 = """
 platform_name: "CUDA"
@@ -127,10 +127,10 @@ def main(_: list[str]) -> None:
     print("| attention | by | forward, MB | ms | and gradient, MB | ms |")
     print("|---|---|---|---|---|---|")
     for kind, xla, around in (
-        ("temporal", over_time, patches_alone),
-        ("spatial", over_space, with_token),
+        ("temporal", through_time, patches_alone),
+        ("spatial", within_sequences, with_token),
     ):
-        runs = {"xla": lambda qkv, xla=xla: xla(qkv, GRID)}
+        runs = {"xla": xla}
         for name, (attention, _) in choice.KERNELS[kind].items():
             if "_" not in name:  # pallas_2 moves what pallas does
                 runs[name] = around(attention)

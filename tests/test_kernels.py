@@ -1,6 +1,7 @@
 """Device kernels where there is no device: interpreted on the host, and lowered for CUDA."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
@@ -17,8 +19,10 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from meshes import mesh_of
 
 from timesformer_jax.distributed.collectives import collectives
-from timesformer_jax.errors import InputError
 from timesformer_jax.kernels import choice, spatial, temporal
+from timesformer_jax.models.attention import SCHEMES
+from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.timesformer import TimeSformer, abstract
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 BASE = (64, 8, 196, 3, 12, 64)
@@ -242,23 +246,77 @@ def test_what_failed_or_can_run_no_more_is_not_chosen(monkeypatch, tmp_path):
         assert choice.choose("temporal", BASE, "bfloat16", table=rows) == "xla"
 
 
-def test_an_override_is_taken_or_refused_in_one_line():
-    choose = functools.partial(choice.choose, "temporal", BASE)
-    assert choose("bfloat16", override="xla") == "xla"
-    with program_for(H200):
-        assert choose("bfloat16", override="pallas") == "pallas"
-        with pytest.raises(InputError, match="'pallas': tensor cores round float32"):
-            choose("float32", override="pallas")
-        with pytest.raises(InputError, match="did you mean 'pallas'"):
-            choose("bfloat16", override="palas")
-    with pytest.raises(InputError, match="the program for 'cpu'; use 'xla'"):
-        choose("bfloat16", override="pallas")
-
-
 def plain(qkv):
     b, t, n, _, h, d = qkv.shape
     q, k, v = (jnp.swapaxes(qkv[..., i, :, :], 1, 2).reshape(b * n, t, h, d) for i in range(3))
     return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v).reshape(b, n, t, h * d), 1, 2)
+
+
+def within(qkv):
+    """`plain` of sequences: (B, S, length, 3, h, d) to (B, S, length, h * d)."""
+    b, s, length, *heads = qkv.shape
+    return plain(qkv.reshape(b * s, length, 1, *heads)).reshape(b, s, length, -1)
+
+
+SMALL = TimeSformerConfig(
+    num_classes=5, image_size=32, num_frames=8, hidden_size=64, depth=2, num_heads=2,
+    init="width_scaled", drop_path=0.0,
+)  # fmt: skip
+
+
+def always(implementation):
+    """Has every attention run as it, where it is an implementation of it and takes it."""
+
+    def choose(kind, shape, dtype):
+        known = implementation in choice.KERNELS[kind]
+        fits = known and choice.unsupported(kind, shape, dtype, implementation) is None
+        return implementation if fits else "xla"
+
+    return choose
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_gives_a_kernel_the_same_attention(scheme, monkeypatch):
+    model = TimeSformer(dataclasses.replace(SMALL, attention=scheme), rngs=nnx.Rngs(0))
+    video = random((2, 4, 32, 32, 3), "float32")
+    expected, used = model(video), []
+
+    def counted(attention):
+        def run(qkv):
+            used.append(qkv.shape)
+            return attention(qkv)
+
+        return run, lambda shape, dtype: None
+
+    monkeypatch.setitem(choice.KERNELS["temporal"], "other", counted(plain))
+    monkeypatch.setitem(choice.KERNELS["spatial"], "other", counted(within))
+    monkeypatch.setattr(choice, "_HOPPER", choice.re.compile("cpu"))
+    monkeypatch.setattr(choice, "choose", always("other"))
+    np.testing.assert_allclose(model(video), expected, atol=2e-5)
+    # Not where the token joins in temporal attention.
+    assert bool(used) == (scheme != "time")
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize("implementation", ["pallas", "pallas_2", "cudnn"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_traced_with_every_implementation(scheme, implementation, monkeypatch):
+    monkeypatch.setattr(choice, "choose", always(implementation))
+    config = dataclasses.replace(SMALL, attention=scheme, dtype="bfloat16")
+    graph, state = nnx.split(abstract(config))
+    video = jax.ShapeDtypeStruct((2, 8, 32, 32, 3), "float32")
+
+    def loss(state, video):
+        return nnx.merge(graph, state)(video).sum()
+
+    with program_for(H100):
+        traced = jax.jit(jax.grad(loss)).trace(state, video)
+    called = "dot_product_attention_fwd" if implementation == "cudnn" else "wgmma"
+    expected = {
+        "time": False,
+        "divided": True, "space_then_time": True, "parallel": True, "axial": True,
+    }.get(scheme, implementation == "cudnn")  # fmt: skip
+    assert (called in str(traced.jaxpr)) == expected
 
 
 def test_a_device_runs_the_kernel_on_its_own_part(monkeypatch):

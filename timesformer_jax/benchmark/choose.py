@@ -14,11 +14,11 @@ import jax
 
 from timesformer_jax.benchmark.timing import timed
 from timesformer_jax.kernels import choice
-from timesformer_jax.models.attention import Tokens, over_space, over_time
+from timesformer_jax.models.attention import Tokens, through_time, within_sequences
 from timesformer_jax.models.config import TimeSformerConfig
 
 SECONDS = 0.3
-FORMULATIONS = {"temporal": over_time, "spatial": over_space}
+FORMULATIONS = {"temporal": through_time, "spatial": within_sequences}
 
 
 def choose_kernels(
@@ -50,7 +50,7 @@ def attentions(
 
 
 def _patches(formulation: Callable, qkv: jax.Array) -> jax.Array:
-    return formulation(Tokens(None, qkv), (1, qkv.shape[2])).patches
+    return formulation(Tokens(None, qkv)).patches
 
 
 def _seconds(function: Callable[[jax.Array], jax.Array], qkv: jax.Array) -> float:

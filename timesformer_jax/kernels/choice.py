@@ -4,8 +4,8 @@
 and a size, the answer is "xla", the formulation of `models.attention`. The choice is made while the
 program is traced, for the devices that it is for, not those of the machine that compiles it.
 
-    name = choose("temporal", qkv.shape, qkv.dtype, override=None)
-    out = XLA(qkv) if name == "xla" else temporal(qkv, name)
+    name = choose("temporal", qkv.shape, qkv.dtype)
+    out = through_time(qkv) if name == "xla" else temporal(qkv, name)
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from jax.extend.backend import get_default_device
 from jax.sharding import PartitionSpec as P
 
 from timesformer_jax.distributed.sharding import mesh_size, spec
-from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.kernels import spatial as fused
 from timesformer_jax.kernels import temporal as tiles
 
@@ -93,27 +92,13 @@ def _devices(axis: str | tuple[str, ...] | None) -> int:
     return int(np.prod([mesh_size(name) for name in names]))
 
 
-def choose(
-    kind: str,
-    shape: tuple[int, ...],
-    dtype: Any,
-    override: str | None = None,
-    table: pathlib.Path = TABLE,
-) -> str:
+def choose(kind: str, shape: tuple[int, ...], dtype: Any, table: pathlib.Path = TABLE) -> str:
     """The implementation for a program that is being traced: "xla" unless another was measured.
 
     Args:
       kind: "temporal" or "spatial".
       shape: of qkv on all devices together, (B, T, N, 3, h, d) or (B, S, length, 3, h, d).
-      override: the name to take, measured or not; None leaves the choice to the table.
-
-    Raises:
-      InputError: where the override is no implementation of this attention, or does not take it.
     """
-    if override is not None:
-        if reason := unsupported(kind, shape, dtype, override):
-            raise InputError(f"{kind} attention cannot run as {override!r}: {reason}")
-        return override
     known = [
         row
         for row in json.loads(table.read_text())
@@ -130,8 +115,7 @@ def unsupported(kind: str, shape: tuple[int, ...], dtype: Any, implementation: s
     if implementation == "xla":
         return None
     if implementation not in KERNELS[kind]:
-        names = ["xla", *KERNELS[kind]]
-        return f"it is one of {', '.join(names)}{did_you_mean(implementation, names)}"
+        return f"there are {', '.join(KERNELS[kind])}"
     kind_of_device = _device().device_kind
     if not _HOPPER.search(kind_of_device):
         return f"it is for an H100 or H200, and the program for {kind_of_device!r}; use 'xla'"

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from timesformer_jax.kernels import choice
+
 Grid = tuple[int, int]
 
 
@@ -70,12 +72,37 @@ def attend_tokens(qkv: Tokens) -> Tokens:
 
 def over_time(qkv: Tokens, grid: Grid) -> Tokens:
     """Temporal attention (equation 8): a patch attends to its own position in every frame."""
-    axes = Tokens(0, 1)  # positions are axis 0 of cls (N, ...), axis 1 of the patches (T, N, ...)
-    return jax.vmap(jax.vmap(attend_tokens, in_axes=(axes,), out_axes=axes))(qkv)
+    if qkv.cls is None:
+        kernel = choice.choose("temporal", qkv.patches.shape, qkv.patches.dtype)
+        if kernel != "xla":
+            return Tokens(None, choice.temporal(qkv.patches, kernel))
+    return through_time(qkv)
 
 
 def over_space(qkv: Tokens, grid: Grid) -> Tokens:
     """Spatial attention (equation 9): the patches of a frame attend to one another."""
+    b, s, n, *heads = qkv.patches.shape
+    length = n if qkv.cls is None else n + 1
+    kernel = choice.choose("spatial", (b, s, length, *heads), qkv.patches.dtype)
+    if kernel == "xla":
+        return within_sequences(qkv)
+    if qkv.cls is None:
+        return Tokens(None, choice.spatial(qkv.patches, kernel))
+    out = choice.spatial(jnp.concatenate([qkv.cls[:, :, None], qkv.patches], axis=2), kernel)
+    return Tokens(out[:, :, 0], out[:, :, 1:])
+
+
+# The formulations that any device runs, and that its kernels are compared with.
+
+
+def through_time(qkv: Tokens) -> Tokens:
+    """Attention of (B, T, N, ...) over T."""
+    axes = Tokens(0, 1)  # positions are axis 0 of cls (N, ...), axis 1 of the patches (T, N, ...)
+    return jax.vmap(jax.vmap(attend_tokens, in_axes=(axes,), out_axes=axes))(qkv)
+
+
+def within_sequences(qkv: Tokens) -> Tokens:
+    """Attention of (B, S, length, ...) over the length."""
     return jax.vmap(jax.vmap(attend_tokens))(qkv)
 
 
@@ -98,8 +125,7 @@ def over_height(qkv: Tokens, grid: Grid) -> Tokens:
     t = qkv.patches.shape[1]
     cls = None if qkv.cls is None else qkv.cls.reshape(-1, t, grid[1], *qkv.cls.shape[2:])
     frames = Tokens(cls, _reshape(qkv.patches, t, *grid))  # b t (y x) ... -> b t y x ...
-    along_y = functools.partial(over_time, grid=grid)  # in each frame, at every x
-    out = jax.vmap(along_y, in_axes=1, out_axes=1)(frames)
+    out = jax.vmap(through_time, in_axes=1, out_axes=1)(frames)  # in each frame, at every x
     cls = None if out.cls is None else out.cls.reshape(-1, t * grid[1], out.cls.shape[-1])
     return Tokens(cls, out.patches.reshape(*qkv.patches.shape[:3], -1))
 
