@@ -54,11 +54,20 @@ def _backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
         return None, None, None
     x, mean, inverse, scale = saved
     normal = (x.astype(jnp.float32) - mean) * inverse
-    h = g * scale
-    along = (h * normal).mean(-1, keepdims=True)
-    x_bar = (h - h.mean(-1, keepdims=True) - normal * along) * inverse
+    along = normal * _row_means(g * normal, scale)
+    x_bar = (g * scale - _row_means(g, scale) - along) * inverse
     tokens = tuple(range(g.ndim - 1))
     return x_bar.astype(x.dtype), (g * normal).sum(tokens), g.sum(tokens)
 
 
 layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _row_means(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The mean of each row of `x * scale`, (..., 1)."""
+    return jax.lax.platform_dependent(
+        x, scale,
+        # XLA's CPU compiler takes five times as long for the reduction as for the product.
+        cpu=lambda x, scale: (x @ scale / scale.size)[..., None],
+        default=lambda x, scale: (x * scale).mean(-1, keepdims=True),
+    )  # fmt: skip
