@@ -120,7 +120,7 @@ def racer(row: dict[str, Any], width: int, on_cpu: bool) -> list[Any]:
     rate, ratio = row["clips_per_second"], row["ours_is_faster"]
     line = [row["name"], row["batch_size"], three(rate["wall"]), shares(row["product_share"]),
             three(ratio["wall"])]  # fmt: skip
-    return line + [three(rate["cpu"]), three(ratio["cpu"])] * on_cpu
+    return line + ([three(rate["cpu"]), three(ratio["cpu"])] if on_cpu else [])
 
 
 def three(values: dict[str, float]) -> str:

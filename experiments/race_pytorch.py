@@ -84,6 +84,7 @@ CONTENDERS = {
 TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 KINDS = {"cpu": ("wall", "cpu"), "cuda": ("wall",)}
 MEMORY_SHARE = 0.45
+GRACE = 60.0  # seconds for a turn that was begun before the end
 
 WORKED = flags.DEFINE_list("works", list(WORKS), f"of {', '.join(WORKS)}")
 DEVICE = flags.DEFINE_enum("device", "cpu", list(CONTENDERS), "what to race on")
@@ -111,14 +112,20 @@ class Runner:
         self.pid = self._process.pid
         theirs.close()
 
-    def ask(self, method: str, *arguments: Any) -> Any:
+    def ask(self, method: str, *arguments: Any, until: float) -> Any:
         """What the contender's method gives.
+
+        Args:
+          until: when, of `time.monotonic`, its process is killed if it has not answered.
 
         Raises:
           Lost: if it fails, or its process ended.
         """
         try:
             self._connection.send((method, arguments))
+            if not self._connection.poll(max(until - time.monotonic(), 0)):
+                self._process.kill()
+                raise Lost(f"no answer to {method} in time")
             worked, result = self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise Lost(f"its process ended with status {self._process.exitcode}") from None
@@ -171,14 +178,14 @@ def race(work: Work, ends: float) -> dict[str, Any]:
             work.kind, work.model, folder, DEVICE.value, THREADS.value, MEMORY_SHARE, checked=1
         )
         with running(task) as runners:
-            rows = {name: ready(runners[name], work, half) for name in runners}
+            rows = {name: ready(runners[name], work, half, ends) for name in runners}
             compare(rows, TOLERANCE[DEVICE.value])
-            rounds = take_turns(runners, rows, ends)
+            rounds = take_turns(runners, rows, ROUNDS.value, ends)
             if not any(rounds.values()):
                 sys.exit("error: no round was finished: others need the processor, or --minutes")
             about = {}
             for name in rounds:
-                about |= runners[name].ask("about")
+                about |= runners[name].ask("about", until=ends + GRACE)
     return {
         "machine": machine(),
         "device": DEVICE.value,
@@ -221,8 +228,13 @@ def write_weights(model: dict[str, Any], folder: str) -> None:
     write_weights(model, folder)
 
 
-def ready(runner: Runner, work: Work, until: float) -> dict[str, Any]:
-    """A contender at its best batch: its row, with what was tried; or why it cannot run."""
+def ready(runner: Runner, work: Work, until: float, ends: float) -> dict[str, Any]:
+    """A contender at its best batch: its row, with what was tried; or why it cannot run.
+
+    Args:
+      until: after which no batch is begun.
+      ends: when a batch that was begun is given up.
+    """
     began = {}
 
     def measure(batch: int) -> dict[str, Any]:
@@ -230,8 +242,8 @@ def ready(runner: Runner, work: Work, until: float) -> dict[str, Any]:
         if time.monotonic() > until:
             return row | {"status": "not run", "reason": "no time left"}
         try:
-            began[batch] = runner.ask("begin", batch)
-            rate = batch / runner.ask("turn", SECONDS.value)["wall"]
+            began[batch] = runner.ask("begin", batch, until=ends)
+            rate = batch / runner.ask("turn", SECONDS.value, until=ends)["wall"]
         except Lost as e:
             return row | {"status": "failed", "reason": str(e)}
         return row | {"status": "measured", "clips_per_second": {"wall": rate}}
@@ -246,7 +258,7 @@ def ready(runner: Runner, work: Work, until: float) -> dict[str, Any]:
     batch = best["batch_size"]
     if batch != tried[-1]["batch_size"]:
         try:
-            runner.ask("begin", batch)
+            runner.ask("begin", batch, until=ends)
         except Lost as e:
             return {"tried": [*tried, best | {"status": "failed", "reason": str(e)}]}
     return {"tried": tried, "batch_size": batch} | began[batch]
@@ -274,19 +286,27 @@ def compare(rows: dict[str, dict[str, Any]], tolerance: float) -> None:
 
 
 def take_turns(
-    runners: dict[str, Runner], rows: dict[str, dict[str, Any]], ends: float
+    runners: dict[str, Runner], rows: dict[str, dict[str, Any]], rounds: int, ends: float
 ) -> dict[str, list[dict[str, Any]]]:
     """Each contender's turns, a round after the other, another one first in each.
 
     On a CPU a turn waits until nobody else needs the cores, and one that was disturbed is taken
-    again. A round that is not over at the end does not count.
+    again. A round that is not over at the end does not count, nor a contender that fails: its row
+    then says why.
     """
     names = [name for name, row in rows.items() if "batch_size" in row]
     turns = {name: [] for name in names}
-    for i in range(ROUNDS.value):
-        first, taken = i % len(names), {}
+    for i in range(rounds):
+        first, taken = i % max(len(names), 1), {}
         for name in names[first:] + names[:first]:
-            taken[name] = take_turn(runners[name], ends)
+            try:
+                taken[name] = take_turn(runners[name], ends)
+            except Lost as e:
+                row = {"batch_size": rows[name]["batch_size"], "status": "failed", "reason": str(e)}
+                rows[name] = {"tried": [*rows[name]["tried"], row]}
+                names.remove(name)
+                del turns[name]
+                continue
             if taken[name] is None:
                 return turns
         for name in names:
@@ -300,8 +320,9 @@ def take_turn(runner: Runner, ends: float) -> dict[str, Any] | None:
         if DEVICE.value == "cpu" and busy_cores(0.5) > spare_cores():
             continue
         others = Others(runner)
-        step = runner.ask("turn", SECONDS.value)
-        turn = {"step": step, "gemm": runner.ask("gemm", 0.2), "others": others.cores()}
+        step = runner.ask("turn", SECONDS.value, until=ends + GRACE)
+        gemm = runner.ask("gemm", 0.2, until=ends + GRACE)
+        turn = {"step": step, "gemm": gemm, "others": others.cores()}
         if DEVICE.value != "cpu" or turn["others"] <= spare_cores():
             return turn
     return None

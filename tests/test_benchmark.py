@@ -387,6 +387,24 @@ def test_the_race_ends_if_outputs_differ(experiments):
         race.compare({race.OURS: {"check": [1.0]}, race.AS_IS: {"tried": []}}, 1e-3)
 
 
+def test_a_contender_that_is_lost_in_the_race_leaves_it(experiments, monkeypatch):
+    race = importlib.import_module("race_pytorch")
+    turns = iter([{"turn": 1}, race.Lost("it broke"), {"turn": 2}, {"turn": 3}])
+
+    def take_turn(runner, ends):
+        turn = next(turns)
+        if isinstance(turn, Exception):
+            raise turn
+        return turn
+
+    monkeypatch.setattr(race, "take_turn", take_turn)
+    rows = {name: {"batch_size": 4, "tried": []} for name in ("ours", "theirs")}
+    found = race.take_turns(dict.fromkeys(rows), rows, rounds=3, ends=0)
+    assert found == {"ours": [{"turn": 1}, {"turn": 2}, {"turn": 3}]}
+    assert rows["theirs"]["tried"][-1]["reason"] == "it broke"
+    assert "batch_size" not in rows["theirs"]
+
+
 def test_the_summary_pairs_the_turns_of_a_round(experiments):
     race = importlib.import_module("race_pytorch")
     work = race.Work("training", race.DEMO, 32)

@@ -6,6 +6,9 @@ A row is the whole model of --preset on one batch: its forward pass, and its for
 pass (loss and gradients of all parameters, no drop path, no optimizer), from normalised clips in
 the device's memory. Beside it stands what `models.costs` counts. This is the paper's figure 3 with
 time and memory added.
+
+Shares are of the whole model's FLOPs. No output needs the last block's MLP on the patches, which a
+compiler leaves out: of 12 blocks 4%, of one with --depth=1 most.
 """
 
 from __future__ import annotations
