@@ -441,3 +441,10 @@ def test_the_demo_of_the_race_is_the_demo(experiments):
     assert {name: getattr(demo, name) for name in race.DEMO} == race.DEMO
     base = preset("timesformer_base")
     assert {name: getattr(base, name) for name in race.BASE} == race.BASE
+
+
+def test_the_page_has_the_tables_of_the_results(experiments):
+    tables = importlib.import_module("benchmark_tables")
+    page = tables.PAGE.read_text()
+    assert tables.tabulated(page) == page  # if not: python experiments/benchmark_tables.py
+    assert "`demo_training`" in page
