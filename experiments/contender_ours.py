@@ -12,6 +12,7 @@ import optax
 from contenders import CHECKED_STEPS, LEARNING_RATE, SETS, Contender, Task, clips
 from flax import nnx
 
+from timesformer_jax import host_memory
 from timesformer_jax.benchmark.model import RECIPE
 from timesformer_jax.convert import from_pretrained
 from timesformer_jax.models.fold import folded
@@ -22,6 +23,7 @@ from timesformer_jax.training.optimizer import make_optimizer
 class Contestant(Contender):
     def __init__(self, task: Task, options: None):
         self.task = task
+        host_memory.keep_freed()  # as the command line does
         self._dtype = "float32" if task.device == "cpu" else "bfloat16"
         self._model = from_pretrained(task.folder, dtype=self._dtype, drop_path=0.0)
 

@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.get_absl_handler().addFilter(_is_for_people)
     _step_aside_for(logging.get_absl_handler().python_handler)
     try:
-        _run(argv[1:])
+        _run(argv[1:], loaded=_keep_memory)
         sys.stdout.flush()
     except InputError as e:
         _fail(str(e))
@@ -285,7 +285,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(141)
 
 
-def _run(argv: Sequence[str]) -> None:
+def _keep_memory() -> None:
+    if "jax" in sys.modules:  # else the command computes nothing
+        importlib.import_module("timesformer_jax.host_memory").keep_freed()
+
+
+def _run(argv: Sequence[str], loaded: Callable[[], None] = lambda: None) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return
@@ -301,6 +306,7 @@ def _run(argv: Sequence[str]) -> None:
         arguments = _parse(name, command, values, rest)
         module, function = command.function.split(":")
         run = getattr(importlib.import_module(module), function)
+        loaded()
     except ModuleNotFoundError as e:
         if e.name and e.name.startswith("timesformer_jax"):
             raise
