@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -448,3 +449,23 @@ def test_the_page_has_the_tables_of_the_results(experiments):
     page = tables.PAGE.read_text()
     assert tables.tabulated(page) == page  # if not: python experiments/benchmark_tables.py
     assert "`demo_training`" in page
+
+
+def test_one_command_runs_every_part(tmp_path):
+    """A stand-in for python writes down what it is given."""
+    python, given = tmp_path / "python", tmp_path / "given"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {given}\n')
+    python.chmod(0o755)
+    script = REPOSITORY / "experiments" / "benchmarks.sh"
+    variables = os.environ | {"PYTHON": str(python), "RESULTS": str(tmp_path / "results")}
+    subprocess.run([script, "gpu"], env=variables, check=True)
+    ran = given.read_text()
+    out = tmp_path / "results" / "gpu"
+    for part in ("kernels", "attention", "model", "race", "flags"):
+        assert f"--json={out}/{part}.json" in ran
+    assert all(f"--works=base_{work}" in ran for work in ("inference", "training"))
+    refused = subprocess.run(
+        [script, "gpu", "speed"], env=variables, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "no part speed" in refused.stderr
