@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import hypothesis
 import pytest
 from gcs import gcs  # noqa: F401
 
@@ -18,6 +19,10 @@ with contextlib.suppress(ImportError):
 _DEVICES = " --xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _DEVICES
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
