@@ -11,10 +11,10 @@ from typing import Any
 from page import DOCS, markdown, put
 
 from timesformer_jax.benchmark.report import milliseconds, tera
+from timesformer_jax.distributed.hardware import GIB
 
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PAGE = DOCS / "benchmarks.md"
-GIB = 2**30
 
 
 def main() -> None:

@@ -19,9 +19,10 @@ from typing import NamedTuple
 from absl import app, flags
 from page import DOCS, markdown, put
 
+from timesformer_jax.distributed.hardware import GIB
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = DOCS / "plan.md"
-GIB = 2**30
 
 PLANS = flags.DEFINE_string("plans", "runs/plan", "folder for the plans")
 

@@ -28,15 +28,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 from absl import app, flags
 from contenders import Options, Task, contend
+from quiet import Others, busy_cores, spare_cores
 
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.model import best_of, search
 from timesformer_jax.benchmark.timing import spread
-from timesformer_jax.data.workers import processors
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs
 
@@ -240,7 +239,7 @@ def ready(runner: Runner, work: Work, until: float, ends: float) -> dict[str, An
     def measure(batch: int) -> dict[str, Any]:
         row = {"batch_size": batch}
         if time.monotonic() > until:
-            return row | {"status": "not run", "reason": "no time left"}
+            return row | report.NO_TIME_LEFT
         try:
             began[batch] = runner.ask("begin", batch, until=ends)
             rate = batch / runner.ask("turn", SECONDS.value, until=ends)["wall"]
@@ -316,44 +315,17 @@ def take_turns(
 
 def take_turn(runner: Runner, ends: float) -> dict[str, Any] | None:
     """Seconds of a step and the rate of the product; None if there was no quiet until the end."""
+    spare = spare_cores(THREADS.value)
     while time.monotonic() < ends:
-        if DEVICE.value == "cpu" and busy_cores(0.5) > spare_cores():
+        if DEVICE.value == "cpu" and busy_cores(0.5) > spare:
             continue
-        others = Others(runner)
+        others = Others(runner.pid)
         step = runner.ask("turn", SECONDS.value, until=ends + GRACE)
         gemm = runner.ask("gemm", 0.2, until=ends + GRACE)
         turn = {"step": step, "gemm": gemm, "others": others.cores()}
-        if DEVICE.value != "cpu" or turn["others"] <= spare_cores():
+        if DEVICE.value != "cpu" or turn["others"] <= spare:
             return turn
     return None
-
-
-def spare_cores() -> float:
-    """How many cores others may be at without being in the way, and a tenth of one."""
-    return max(processors() - THREADS.value, 0) + 0.1
-
-
-def busy_cores(seconds: float) -> float:
-    """How many cores are at work, over some time."""
-    return psutil.cpu_percent(seconds) / 100 * psutil.cpu_count()
-
-
-class Others:
-    """What processes other than a contender's need of the cores, from now on."""
-
-    def __init__(self, runner: Runner):
-        self._process = psutil.Process(runner.pid)
-        self._wall, self._busy = time.monotonic(), self._seconds()
-
-    def cores(self) -> float:
-        """How many cores, on average."""
-        return (self._seconds() - self._busy) / (time.monotonic() - self._wall)
-
-    def _seconds(self) -> float:
-        """Processor time of the whole machine, less the contender's."""
-        machine, own = psutil.cpu_times(), self._process.cpu_times()
-        at_work = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
-        return at_work - own.user - own.system
 
 
 def summary(

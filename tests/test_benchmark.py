@@ -1,6 +1,5 @@
 """The benchmarks of attention, of the model and against PyTorch: what they count, do and refuse."""
 
-import functools
 import importlib
 import json
 import math
@@ -265,7 +264,7 @@ def test_attention_is_measured_where_there_is_no_tensorflow(tmp_path):
 def test_the_kernels_of_every_clip_are_timed_once_and_kept(tmp_path, monkeypatch):
     table = tmp_path / "measured.json"
     table.write_text("[]")
-    monkeypatch.setattr(choose.choice, "save", functools.partial(choose.choice.save, table=table))
+    monkeypatch.setattr(choose.choice, "TABLE", table)
     monkeypatch.setattr(choose, "_seconds", lambda function, qkv: float(function(qkv).size))
     rows = [row for rows in choose.choose_kernels([CONFIG, CONFIG], 3) for row in rows]
     assert json.loads(table.read_text()) == rows
@@ -297,7 +296,7 @@ def test_the_kernels_of_every_clip_are_timed_once_and_kept(tmp_path, monkeypatch
 )
 def test_what_cannot_be_measured_is_one_line(arguments, said):
     with pytest.raises(InputError) as error:
-        cli._run(["benchmark", *arguments])
+        cli._command(["benchmark", *arguments])()
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 

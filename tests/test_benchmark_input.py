@@ -90,7 +90,7 @@ def test_the_reference_sees_the_windows_that_are_planned(synthetic):
 )
 def test_what_cannot_be_measured_is_one_line(arguments, said, capsys):
     with pytest.raises((InputError, SystemExit)) as error:
-        cli._run(arguments)
+        cli._command(arguments)()
     assert said in str(error.value) + capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -274,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.get_absl_handler().addFilter(_is_for_people)
     _step_aside_for(logging.get_absl_handler().python_handler)
     try:
-        _run(argv[1:], loaded=_keep_memory)
+        run = _command(argv[1:])
+        _keep_memory()
+        run()
         sys.stdout.flush()
     except InputError as e:
         _fail(str(e))
@@ -290,10 +293,10 @@ def _keep_memory() -> None:
         importlib.import_module("timesformer_jax.host_memory").keep_freed()
 
 
-def _run(argv: Sequence[str], loaded: Callable[[], None] = lambda: None) -> None:
+def _command(argv: Sequence[str]) -> Callable[[], None]:
+    """What the words ask for, its module loaded and its flags read, to be called."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return
+        return functools.partial(print, _overview())
     name, rest = _named(argv)
     command = COMMANDS[name]
     values = flags.FlagValues()
@@ -301,17 +304,15 @@ def _run(argv: Sequence[str], loaded: Callable[[], None] = lambda: None) -> None
         for define in command.flags:
             define(values)
         if {"-h", "--help", "-help"} & set(rest):
-            print(_help(name, command, values))
-            return
+            return functools.partial(print, _help(name, command, values))
         arguments = _parse(name, command, values, rest)
         module, function = command.function.split(":")
         run = getattr(importlib.import_module(module), function)
-        loaded()
     except ModuleNotFoundError as e:
         if e.name and e.name.startswith("timesformer_jax"):
             raise
         _fail(f"{name} needs the package {e.name}: pip install '.[data]' in the project's folder")
-    run(**arguments)
+    return functools.partial(run, **arguments)
 
 
 def _named(argv: Sequence[str]) -> tuple[str, Sequence[str]]:

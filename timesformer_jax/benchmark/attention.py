@@ -129,7 +129,7 @@ def rows(
         }
         for name in PASSES:
             if over():
-                row[name] = {"status": "not run", "reason": "no time left"}
+                row[name] = report.NO_TIME_LEFT
             else:
                 row[name] = measured(program(config, name, batch_size), yard, seconds)
         yield row

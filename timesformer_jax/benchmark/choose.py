@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.timing import timed
 from timesformer_jax.kernels import choice
 from timesformer_jax.models.attention import Tokens, through_time, within_sequences
@@ -33,7 +34,7 @@ def choose_kernels(
     for kind, shape, dtype in first.values():
         formulation = functools.partial(_patches, FORMULATIONS[kind])
         rows = choice.measure(kind, shape, dtype, formulation, _seconds)
-        choice.save(rows)
+        report.write(choice.TABLE, choice.merged(rows, choice.TABLE))
         yield rows
 
 

@@ -18,8 +18,6 @@ import time
 from statistics import median
 from typing import Any, NamedTuple
 
-import jax
-
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.model import WORKS
@@ -94,7 +92,7 @@ def benchmark_flags(
             continue
         row: dict[str, Any] = flag._asdict()
         if time.monotonic() > ends:
-            row |= {"status": "not run", "reason": "no time left"}
+            row |= report.NO_TIME_LEFT
         else:
             row |= _gain(flag.text, settings, rounds)
         figures["rows"].append(row)
@@ -122,7 +120,7 @@ def _gain(flag: str, settings: dict[str, Any], rounds: int) -> dict[str, Any]:
         found.append((with_it, without))
     gains = [a / b for a, b in found]
     spread = {"median": median(gains), "least": min(gains), "largest": max(gains)}
-    return {"status": "measured", "gain": spread, "clips_per_second": found, "jax": jax.__version__}
+    return {"status": "measured", "gain": spread, "clips_per_second": found}
 
 
 def _rate(flag: str, settings: dict[str, Any]) -> float | str:

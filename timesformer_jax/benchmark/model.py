@@ -102,7 +102,7 @@ def benchmark_model(
             "parameters": parameter_count(config),
         }
         if time.monotonic() > ends:
-            row |= {"status": "not run", "reason": "no time left"}
+            row |= report.NO_TIME_LEFT
         else:
             row |= measured(PROGRAMS[work](config, size), yard, seconds)
         print(as_line(row), flush=True)

@@ -11,6 +11,9 @@ from timesformer_jax.benchmark.machine import Yardstick, machine
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.errors import InputError
 
+# What a row says that was not begun before --minutes were over.
+NO_TIME_LEFT = {"status": "not run", "reason": "no time left"}
+
 
 def numbers(flag: str, words: Sequence[str]) -> list[int]:
     """The numbers of a flag that lists them.
@@ -29,14 +32,21 @@ def check_folder(path: str | None) -> None:
         raise InputError(f"the folder of --json={path} does not exist")
 
 
-def write(path: str | None, figures: dict[str, Any]) -> None:
-    """Writes the figures, whole or not at all; nothing where no file was asked for."""
+def write(path: str | os.PathLike | None, figures: Any) -> None:
+    """Writes the figures, whole or not at all; nothing where no file was asked for.
+
+    Raises:
+      InputError: if the file cannot be written.
+    """
     if path is None:
         return
-    with open(f"{path}.new", "w") as f:
-        json.dump(figures, f, indent=1, allow_nan=False)
-        f.write("\n")
-    os.replace(f"{path}.new", path)
+    try:
+        with open(f"{path}.new", "w") as f:
+            json.dump(figures, f, indent=1, allow_nan=False)
+            f.write("\n")
+        os.replace(f"{path}.new", path)
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror}") from None
 
 
 def headline(yard: Yardstick) -> str:

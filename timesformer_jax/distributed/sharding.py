@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 CLIPS = ("data", "fsdp")  # the axes that share the clips of a batch
@@ -57,10 +58,21 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
         axes = spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ndim)
-        fits = (axis and size % mesh.shape[axis] == 0 for axis, size in zip(axes, leaf.shape))
-        return NamedSharding(mesh, P(*(axis if ok else None for axis, ok in zip(axes, fits))))
+        return NamedSharding(mesh, even(axes, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def even(axes: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """`axes` for an array of `shape`, without those that the mesh does not divide evenly."""
+    fit = (size % devices(axis, mesh) == 0 for axis, size in zip(axes, shape))
+    return P(*(axis if ok else None for axis, ok in zip(axes, fit)))
+
+
+def devices(axis: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
+    """How many devices an entry of a PartitionSpec splits an array among."""
+    names = axis if isinstance(axis, tuple) else (axis,) * (axis is not None)
+    return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
 def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
@@ -88,10 +100,13 @@ def gathered(kernel: jax.Array, path: str) -> jax.Array:
 
 def mesh_size(axis: str) -> int:
     """Devices along an axis of the mesh that is set; 1 where there is none."""
-    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+    return devices(axis, jax.sharding.get_abstract_mesh())
+
+
+def is_on_mesh() -> bool:
+    """Whether a mesh with the table's axes is set."""
+    return "sequence" in jax.sharding.get_abstract_mesh().axis_names
 
 
 def _constrain(x: jax.Array, axes: P) -> jax.Array:
-    if "sequence" not in jax.sharding.get_abstract_mesh().axis_names:
-        return x
-    return jax.lax.with_sharding_constraint(x, axes)
+    return jax.lax.with_sharding_constraint(x, axes) if is_on_mesh() else x

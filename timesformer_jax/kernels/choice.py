@@ -23,7 +23,7 @@ import numpy as np
 from jax.extend.backend import get_default_device
 from jax.sharding import PartitionSpec as P
 
-from timesformer_jax.distributed.sharding import mesh_size, spec
+from timesformer_jax.distributed.sharding import devices, even, is_on_mesh, spec
 from timesformer_jax.kernels import spatial as fused
 from timesformer_jax.kernels import temporal as tiles
 
@@ -72,7 +72,7 @@ def spatial(qkv: jax.Array, implementation: str) -> jax.Array:
 
 def _per_device(kind: str, qkv: jax.Array, implementation: str) -> jax.Array:
     attention, _ = KERNELS[kind][implementation]
-    if "sequence" not in jax.sharding.get_abstract_mesh().axis_names:
+    if not is_on_mesh():
         return attention(qkv)
     # To the partitioner a kernel is opaque: it would gather the whole batch on every device.
     inputs = _layout(kind, qkv.shape)
@@ -83,13 +83,8 @@ def _per_device(kind: str, qkv: jax.Array, implementation: str) -> jax.Array:
 def _layout(kind: str, shape: tuple[int, ...]) -> P:
     """How qkv lies on the mesh that is set; an axis that it does not divide is not split."""
     lies = spec(f"activations/{'positions' if kind == 'temporal' else 'frames'}", 4)
-    axes = (*lies[:3], None, "tensor", None)
-    return P(*(axis if size % _devices(axis) == 0 else None for axis, size in zip(axes, shape)))
-
-
-def _devices(axis: str | tuple[str, ...] | None) -> int:
-    names = axis if isinstance(axis, tuple) else (axis,) * (axis is not None)
-    return int(np.prod([mesh_size(name) for name in names]))
+    axes = P(*lies[:3], None, "tensor", None)
+    return even(axes, shape, jax.sharding.get_abstract_mesh())
 
 
 def choose(kind: str, shape: tuple[int, ...], dtype: Any, table: pathlib.Path = TABLE) -> str:
@@ -129,7 +124,8 @@ def _device() -> Any:
 
 def _local(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of qkv on one device of the mesh that is set."""
-    return tuple(size // _devices(axis) for axis, size in zip(_layout(kind, shape), shape))
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(size // devices(axis, mesh) for axis, size in zip(_layout(kind, shape), shape))
 
 
 def _row(kind: str, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
@@ -206,8 +202,7 @@ def _difference(expected: list[np.ndarray], found: list[np.ndarray]) -> str | No
     return None
 
 
-def save(rows: list[dict[str, Any]], table: pathlib.Path = TABLE) -> None:
-    """Puts rows into the table, in place of what it has of the same attentions."""
+def merged(rows: list[dict[str, Any]], table: pathlib.Path) -> list[dict[str, Any]]:
+    """The table's rows with these, in place of what it has of the same attentions."""
     new = {_key(row) for row in rows}
-    kept = [row for row in json.loads(table.read_text()) if _key(row) not in new]
-    table.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+    return [row for row in json.loads(table.read_text()) if _key(row) not in new] + rows

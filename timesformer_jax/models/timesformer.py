@@ -79,7 +79,7 @@ class Attention(nnx.Module):
     def __init__(self, config: TimeSformerConfig, step: Step, *, plain: bool, rngs: nnx.Rngs):
         width = config.hidden_size
         self.step, self.heads = step, config.num_heads
-        self.norm = LayerNorm(config.hidden_size, rngs)
+        self.norm = LayerNorm(width, rngs)
         self.qkv = _linear(config, "qkv", width, (3, width), rngs)
         self.proj = _linear(config, "proj", width, width, rngs)
         self.fc = None if plain else _linear(config, "fc", width, width, rngs, further=True)
