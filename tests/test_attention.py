@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from test_costs import equations
 
-from timesformer_jax.models import attention
+from timesformer_jax.models import attention, dot_product
 from timesformer_jax.models.attention import Step, Tokens
 
 STEPS = {
@@ -142,7 +143,7 @@ def jaxpr_sizes(step: Step, t: int, grid: tuple[int, int]) -> list[int]:
         jax.ShapeDtypeStruct((1, t, math.prod(grid), 3, 1, 4), jnp.float32),
     )
     jaxpr = jax.make_jaxpr(lambda qkv: step.mix(qkv, grid))(qkv)
-    return [v.aval.size for eqn in jaxpr.eqns for v in (*eqn.invars, *eqn.outvars)]
+    return [v.aval.size for eqn in equations(jaxpr) for v in (*eqn.invars, *eqn.outvars)]
 
 
 @pytest.mark.parametrize("name", [name for name in STEPS if name != "joint"])
@@ -157,6 +158,25 @@ def test_softmax_is_taken_in_float32_when_the_model_computes_in_bfloat16():
     half = attention.attend(qkv.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     jaxpr = jax.make_jaxpr(attention.attend)(qkv.astype(jnp.bfloat16))
-    exponentials = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "exp"]
+    exponentials = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "exp"]
     assert [eqn.outvars[0].aval.dtype for eqn in exponentials] == [jnp.float32]
     np.testing.assert_allclose(half.astype(jnp.float32), attention.attend(qkv), atol=0.03)
+
+
+@pytest.mark.parametrize("size", [1, 30, 1e4])  # of the logits: 1e4 is a softmax of zeros and a one
+@pytest.mark.parametrize("length", [1, 8, 64, 65, 130])
+def test_attention_of_any_length_and_its_gradient_equal_pytorchs(length, size):
+    rng = np.random.default_rng(length)
+    qkv = rng.standard_normal((3, length, HEADS, CHANNELS)) * [[[[size]]], [[[1]]], [[[1]]]]
+    direction = rng.standard_normal((length, HEADS, CHANNELS))
+    theirs = torch.tensor(qkv, requires_grad=True)
+    weights = torch.softmax(torch.einsum("qhd,khd->hqk", theirs[0], theirs[1]), dim=-1)
+    expected = torch.einsum("hqk,khd->qhd", weights, theirs[2])
+    expected.backward(torch.tensor(direction))
+
+    with jax.enable_x64(True):
+        out, vjp = jax.vjp(dot_product.attention, *qkv)
+        gradient = vjp(direction)
+    np.testing.assert_allclose(out, expected.detach(), atol=1e-12)
+    for ours, exact in zip(gradient, theirs.grad):
+        np.testing.assert_allclose(ours, exact, atol=1e-12 * max(size, 1))

@@ -47,6 +47,14 @@ def programs(params: dict):
                 yield item
 
 
+def equations(jaxpr):
+    """Those of a traced program and of every program inside it."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation
+        for inner in programs(equation.params):
+            yield from equations(inner)
+
+
 def traced_macs(config, frames=None, height=None, width=None, batch=1) -> int:
     shape = (
         batch, frames or config.num_frames, height or config.image_size,

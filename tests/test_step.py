@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from test_attention import QUICK
-from test_costs import products, programs
+from test_costs import equations, products
 
 from timesformer_jax import checkpoints, recipes
 from timesformer_jax.augmentation import OFF, Augmentation
@@ -113,13 +113,6 @@ def gradients(dtype):
     params = first_parameters(model)
     run = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
     return jax.make_jaxpr(loss)(params), *run(params)
-
-
-def equations(jaxpr):
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield equation
-        for inner in programs(equation.params):
-            yield from equations(inner)
 
 
 def test_bfloat16_multiplies_in_it_and_adds_up_in_float32():

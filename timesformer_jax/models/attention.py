@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from timesformer_jax.kernels import choice
+from timesformer_jax.models import dot_product
 
 Grid = tuple[int, int]
 
@@ -49,13 +50,7 @@ def attend(qkv: jax.Array) -> jax.Array:
     """
     # Split, whose gradient is put together in one go: those of slices would be padded and added.
     q, k, v = (part.squeeze(1) for part in jnp.split(qkv, 3, axis=1))
-    scale = q.shape[-1] ** -0.5
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("qhd,khd->hqk", q * scale, k, preferred_element_type=wide)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    # By heads first, the order of the product: else XLA transposes the weights, not the result.
-    out = jnp.einsum("hqk,khd->hqd", weights, v)
-    return out.swapaxes(0, 1).reshape(len(qkv), -1)
+    return dot_product.attention(q * q.shape[-1] ** -0.5, k, v).reshape(len(qkv), -1)
 
 
 def attend_tokens(qkv: Tokens) -> Tokens:

@@ -54,8 +54,8 @@ def _backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
         return None, None, None
     x, mean, inverse, scale = saved
     normal = (x.astype(jnp.float32) - mean) * inverse
-    along = normal * _row_means(g * normal, scale)
-    x_bar = (g * scale - _row_means(g, scale) - along) * inverse
+    along = normal * (row_sums(g * normal, scale) / scale.size)[..., None]
+    x_bar = (g * scale - (row_sums(g, scale) / scale.size)[..., None] - along) * inverse
     tokens = tuple(range(g.ndim - 1))
     return x_bar.astype(x.dtype), (g * normal).sum(tokens), g.sum(tokens)
 
@@ -63,11 +63,11 @@ def _backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
 layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _row_means(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """The mean of each row of `x * scale`, (..., 1)."""
+def row_sums(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """The sum of each row of `x * scale`: (..., D) and (D,) to (...)."""
     return jax.lax.platform_dependent(
         x, scale,
         # XLA's CPU compiler takes five times as long for the reduction as for the product.
-        cpu=lambda x, scale: (x @ scale / scale.size)[..., None],
-        default=lambda x, scale: (x * scale).mean(-1, keepdims=True),
+        cpu=lambda x, scale: x @ scale,
+        default=lambda x, scale: (x * scale).sum(-1),
     )  # fmt: skip
