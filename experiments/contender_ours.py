@@ -50,7 +50,7 @@ class Contestant(Contender):
 
         def step(state: tuple, video: jax.Array, labels: jax.Array) -> tuple:
             def loss_of(params: dict) -> jax.Array:
-                logits = with_parameters(self._model.config, params)(video)
+                logits = folded(with_parameters(self._model.config, params))(video)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
             params, opt_state = state
