@@ -16,10 +16,8 @@ _SHORT = 64
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k^T) v, by heads (equations 5 and 6 without their scale).
 
-    The weights are divided by their sum after the product with the values, an array of a head's
-    channels rather than of the sequence's length. Backward the sum over keys of a weight times its
-    gradient is that over channels of the result times its own. Both spare passes over all weights,
-    and let XLA's CPU compiler make one parallel loop of the whole forward pass.
+    The weights are divided by their sum after the product with the values: an array of a head's
+    channels, rather than of the sequence's length.
 
     Args:
       q, k, v: (length, h, d) each.
@@ -34,21 +32,23 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    total = weights.sum(axis=-1)
-    weights = weights.astype(v.dtype)
     # By heads first, the order of the product: else XLA transposes the weights, not the result.
-    out = jnp.einsum("hqk,khd->hqd", weights, v, preferred_element_type=wide) / total[..., None]
-    out = out.swapaxes(0, 1).astype(v.dtype)
-    return out, (q, k, v, weights, total, out)
+    out = jnp.einsum("hqk,khd->hqd", weights.astype(v.dtype), v, preferred_element_type=wide)
+    out = (out / weights.sum(axis=-1, keepdims=True)).swapaxes(0, 1)
+    return out.astype(v.dtype), (q, k, v, weights.astype(v.dtype))
 
 
 def _backward(saved: tuple, g: jax.Array) -> tuple:
-    q, k, v, weights, total, out = saved
-    g = g / total.T[..., None]
-    along = row_sums(g * out, jnp.ones(g.shape[-1], g.dtype))
-    wide, g = g.dtype, g.astype(v.dtype)
+    q, k, v, weights = saved
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    # XLA's CPU compiler takes one core for a product of batches, but all for one that is fused with
+    # a reduction, of which nothing else may use the result. So the sum is computed anew, in another
+    # way, and the weights meet their gradients here.
+    total = row_sums(weights.astype(wide), jnp.ones(weights.shape[-1], wide))
+    g = (g / total.T[..., None]).astype(v.dtype)
     of_weights = jnp.einsum("qhd,khd->hqk", g, v, preferred_element_type=wide)
-    of_logits = (weights * (of_weights - along.T[..., None])).astype(q.dtype)
+    along = (weights * of_weights).sum(axis=-1) / total
+    of_logits = (weights * (of_weights - along[..., None])).astype(q.dtype)
     of_q = jnp.einsum("hqk,khd->hqd", of_logits, k).swapaxes(0, 1)
     return of_q, _by_keys(of_logits, q), _by_keys(weights, g)
 
