@@ -18,9 +18,9 @@ BATCH = P(CLIPS)
 RULES: tuple[tuple[str, P], ...] = (
     # Parameters, and the optimizer's state, which mirrors them. "tensor" splits attentions by heads
     # and MLPs by hidden units: one layer by its outputs and the next by its inputs, so that one sum
-    # over the devices ends both. `fc` comes after such a sum and is whole, for a fifth of its
-    # attention's products and no second sum. "fsdp" splits another axis, for memory alone: a layer
-    # gathers it before use. What remains is small: norms, biases, embeddings.
+    # over the devices ends both. `fc` is multiplied into `proj` before that (models/fold.py), and
+    # whole: its inputs are the outputs of `proj`. "fsdp" splits another axis, for memory alone: a
+    # layer gathers it before use. What remains is small: norms, biases, embeddings.
     (r"qkv/kernel$", P("fsdp", None, "tensor")),
     (r"qkv/bias$", P(None, "tensor")),
     (r"fc1/kernel$", P("fsdp", "tensor")),
