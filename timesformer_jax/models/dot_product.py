@@ -31,11 +31,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide)
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True)).astype(v.dtype)
     # By heads first, the order of the product: else XLA transposes the weights, not the result.
-    out = jnp.einsum("hqk,khd->hqd", weights.astype(v.dtype), v, preferred_element_type=wide)
-    out = (out / weights.sum(axis=-1, keepdims=True)).swapaxes(0, 1)
-    return out.astype(v.dtype), (q, k, v, weights.astype(v.dtype))
+    out = jnp.einsum("hqk,khd->hqd", weights, v)
+    out = (out / weights.sum(axis=-1, keepdims=True, dtype=wide)).swapaxes(0, 1)
+    return out.astype(v.dtype), (q, k, v, weights)
 
 
 def _backward(saved: tuple, g: jax.Array) -> tuple:
