@@ -9,6 +9,7 @@ drop path.
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import time
 import traceback
@@ -63,6 +64,49 @@ class Options(NamedTuple):
     sdpa: bool = False
     compiled: bool = False
     fused: bool = False
+
+
+class Lost(Exception):
+    """A contender cannot go on; the message says why."""
+
+
+class Runner:
+    """A contender's process, asked from here."""
+
+    def __init__(self, task: Task, options: Options | None):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=contend, args=(theirs, task, options), daemon=True)
+        self._process.start()
+        self.pid = self._process.pid
+        theirs.close()
+
+    def ask(self, method: str, *arguments: Any, until: float) -> Any:
+        """What the contender's method gives.
+
+        Args:
+          until: when, of `time.monotonic`, its process is killed if it has not answered.
+
+        Raises:
+          Lost: if it fails, or its process ended.
+        """
+        try:
+            self._connection.send((method, arguments))
+            if not self._connection.poll(max(until - time.monotonic(), 0)):
+                self._process.kill()
+                raise Lost(f"no answer to {method} in time")
+            worked, result = self._connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise Lost(f"its process ended with status {self._process.exitcode}") from None
+        if not worked:
+            raise Lost(result)
+        return result
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
 
 
 def contend(connection: Connection, task: Task, options: Options | None) -> None:

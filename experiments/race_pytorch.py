@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import app, flags
-from contenders import Options, Task, contend
+from contenders import Lost, Options, Runner, Task
 from quiet import Others, busy_cores, spare_cores
 
 from timesformer_jax.benchmark import report
@@ -94,49 +94,6 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each contender", lower_boun
 SECONDS = flags.DEFINE_float("seconds", 1.0, "of a turn, at least", lower_bound=0.0)
 MINUTES = flags.DEFINE_float("minutes", 30.0, "after which no batch or round is begun")
 JSON = flags.DEFINE_string("json", None, "file for the figures; other works in it are kept")
-
-
-class Lost(Exception):
-    """A contender cannot go on; the message says why."""
-
-
-class Runner:
-    """A contender's process, asked from here."""
-
-    def __init__(self, task: Task, options: Options | None):
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=contend, args=(theirs, task, options), daemon=True)
-        self._process.start()
-        self.pid = self._process.pid
-        theirs.close()
-
-    def ask(self, method: str, *arguments: Any, until: float) -> Any:
-        """What the contender's method gives.
-
-        Args:
-          until: when, of `time.monotonic`, its process is killed if it has not answered.
-
-        Raises:
-          Lost: if it fails, or its process ended.
-        """
-        try:
-            self._connection.send((method, arguments))
-            if not self._connection.poll(max(until - time.monotonic(), 0)):
-                self._process.kill()
-                raise Lost(f"no answer to {method} in time")
-            worked, result = self._connection.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise Lost(f"its process ended with status {self._process.exitcode}") from None
-        if not worked:
-            raise Lost(result)
-        return result
-
-    def close(self) -> None:
-        self._connection.close()
-        self._process.join(timeout=10)
-        if self._process.is_alive():
-            self._process.kill()
 
 
 def main(_: Sequence[str]) -> None:

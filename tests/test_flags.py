@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from timesformer_jax.benchmark import flags
@@ -26,7 +27,9 @@ def test_a_gain_is_of_pairs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(flags, "FLAGS", listed)
     path = tmp_path / "flags.json"
     flags.benchmark_flags(json=str(path))
-    first, last = json.loads(path.read_text())["rows"]
+    figures = json.loads(path.read_text())
+    assert figures["versions"] == {"jax": jax.__version__}
+    first, last = figures["rows"]
     assert first["gain"] == pytest.approx({"median": 1.05, "least": 0.9, "largest": 1.2})
     assert first["clips_per_second"] == [[12.0, 10.0], [18.0, 20.0]]
     assert (last["status"], last["reason"]) == ("failed", "does not fit: needs 9 of 8 GiB")

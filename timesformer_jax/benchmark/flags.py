@@ -18,6 +18,8 @@ import time
 from statistics import median
 from typing import Any, NamedTuple
 
+import jax
+
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.model import WORKS
@@ -84,7 +86,12 @@ def benchmark_flags(
     platform = _platform()
     batch_size = batch_size or (1 if platform == "cpu" else 32)
     settings = {"preset": preset, "work": work, "batch_size": batch_size, "dtype": dtype}
-    figures: dict[str, Any] = {"machine": machine(), "settings": settings, "rows": []}
+    figures: dict[str, Any] = {
+        "machine": machine(),
+        "versions": {"jax": jax.__version__},
+        "settings": settings,
+        "rows": [],
+    }
     ends = time.monotonic() + 60 * minutes
     print(f"{'gain (least to largest)':<28}flag: why it might")
     for flag in FLAGS:
