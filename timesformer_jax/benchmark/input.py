@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 import json
 import math
-import os
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +18,7 @@ from typing import Any
 import psutil
 from ml_collections import ConfigDict
 
-from timesformer_jax.benchmark import input_videos
+from timesformer_jax.benchmark import input_videos, report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.timing import spread
 from timesformer_jax.data import pipeline, reading, sampling
@@ -72,8 +69,7 @@ def benchmark_input(
     Raises:
       InputError: data that cannot be read, settings that cannot be, a package that is not there.
     """
-    if json is not None and not os.path.isdir(os.path.dirname(os.path.abspath(json))):
-        raise InputError(f"the folder of --json={json} does not exist")
+    report.check_folder(json)
     clip = {"frames": frames, "rate": rate, "crop": crop}
     told = clip | {"jitter": jitter, "batch_size": batch_size}
     told = {name: value for name, value in told.items() if value is not None}
@@ -96,7 +92,7 @@ def benchmark_input(
     figures = measure(found, spec, options, batches, reference)
     print(table(figures))
     if json is not None:
-        write(json, figures)
+        report.write(json, figures)
         print(f"written to {json}")
 
 
@@ -122,7 +118,8 @@ def measure(
     Returns:
       JSON values: `machine`, `settings`, `data`, `ours`, and where asked for `reference` and
       `ratio`; `stages`, `memory` and `iterator_state_bytes`. Rates are clips a second (`wall`) and
-      a second of a core's time (`cpu`): median, least and largest of the rounds.
+      a second of a core's time (`cpu`), stages are milliseconds of a core's time a clip, all
+      together in `whole`: median, least and largest of the rounds.
     """
     size = options["batch_size"]
     each = math.ceil(batches / ROUNDS)
@@ -171,10 +168,11 @@ def measure(
 
 def _stages(
     split: Split, spec: ClipSpec, options: dict[str, Any], batches: int
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """Milliseconds of processor time a clip that each stage adds to the ones before it.
 
-    The pipeline is run cut off after each stage, all cuts in turn.
+    The pipeline is run cut off after each stage, all cuts in turn. A stage that costs less than
+    the rounds differ by may come out below zero: its least and largest say so.
     """
     side = pipeline.train_side(split, spec, options["jitter"])
 
@@ -207,13 +205,15 @@ def _stages(
     }
     for cut in cuts.values():
         _take(cut, WARM_UP)
-    rounds = {name: [] for name in cuts}
+    stages = {name: [] for name in ("whole", *cuts)}
     for _ in range(ROUNDS):
+        until = 0.0
         for name, cut in cuts.items():
             took = _rate(cut, batches, size)
-            rounds[name].append(took.cpu / took.clips * 1e3)
-    until = [statistics.median(of) for of in rounds.values()]
-    return dict(zip(cuts, (after - before for before, after in itertools.pairwise([0, *until]))))
+            before, until = until, took.cpu / took.clips * 1e3
+            stages[name].append(until - before)
+        stages["whole"].append(until)
+    return {name: spread(of) for name, of in stages.items()}
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -309,25 +309,22 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(_row("ours / reference", figures["ratio"], 1, ".2f"))
     lines.append(_row("MB read", figures["ours"], data["bytes_a_record"] / 1e6, ".0f"))
     lines.append(_row("MB decoded", figures["ours"], data["decoded_bytes_a_clip"] / 1e6, ".0f"))
-    stages = figures["stages"]
-    lines += ["", f"{'ms of a core a clip':<28}{sum(stages.values()):>22.2f}"]
-    lines += [f"  {name:<26}{value:>22.2f}" for name, value in stages.items()]
+    lines.append("")
+    for name, took in figures["stages"].items():
+        title = "ms of a core a clip" if name == "whole" else f"  {name}"
+        lines.append(f"{title:<28}{_cell(took, 1, '.2f'):>22}")
     memory = ", ".join(f"{at} {value / 1e6:.0f} MB" for at, value in figures["memory"].items())
     lines += ["", f"memory  {memory}"]
     return "\n".join([*lines, f"iterator state  {figures['iterator_state_bytes']} bytes"])
 
 
 def _row(name: str, spread: dict[str, Any], scale: float, form: str) -> str:
-    cells = []
-    for kind in ("wall", "cpu"):
-        median, least, largest = (
-            format(spread[kind][key] * scale, form) for key in ("median", "least", "largest")
-        )
-        cells.append(f"{median} ({least} to {largest})")
-    return f"{name:<28}{cells[0]:>22}{cells[1]:>24}"
+    wall, cpu = (_cell(spread[kind], scale, form) for kind in ("wall", "cpu"))
+    return f"{name:<28}{wall:>22}{cpu:>24}"
 
 
-def write(path: str, figures: dict[str, Any]) -> None:
-    with open(path, "w") as f:
-        json.dump(figures, f, indent=2)
-        f.write("\n")
+def _cell(spread: dict[str, float], scale: float, form: str) -> str:
+    median, least, largest = (
+        format(spread[key] * scale, form) for key in ("median", "least", "largest")
+    )
+    return f"{median} ({least} to {largest})"
