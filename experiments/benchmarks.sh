@@ -24,7 +24,7 @@ for part in "${@:-kernels attention model inference training flags}"; do
     for one in $part; do
         case $one in
             kernels)  # all other parts then use the fastest
-                timesformer benchmark attention --choose --minutes=7 --schemes=divided \
+                timesformer benchmark attention --choose --minutes=7 --schemes=divided,joint \
                     --frames=8,16,32,96 --sides=224 --batch_size=8 --json="$out/kernels.json" ;;
             attention)
                 timesformer benchmark attention --minutes=7 --json="$out/attention.json"

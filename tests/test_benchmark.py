@@ -1,5 +1,6 @@
 """The benchmarks of attention, of the model and against PyTorch: what they count, do and refuse."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY, environment
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +21,11 @@ from timesformer_jax import cli
 from timesformer_jax.benchmark import attention, choose, model, programs, report, timing
 from timesformer_jax.benchmark.machine import Yardstick
 from timesformer_jax.errors import InputError
+from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
 from timesformer_jax.models.presets import preset
-from timesformer_jax.models.timesformer import with_parameters
+from timesformer_jax.models.timesformer import abstract, with_parameters
 from timesformer_jax.preprocessing import ClipSpec, preprocess
 
 CONFIG = TimeSformerConfig(
@@ -277,6 +280,37 @@ def test_the_kernels_of_every_clip_are_timed_once_and_kept(tmp_path, monkeypatch
     assert others
     assert all("H100" in choose.as_line(row) for row in others)  # which this is not
     assert "2 tokens  xla" in choose.as_line(timed["temporal"])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_timed_is_what_the_model_asks_for(scheme, monkeypatch):
+    asked = set()
+
+    def recorded(kind, shape, dtype):
+        asked.add((kind, shape, jnp.dtype(dtype).name))
+        return "xla"
+
+    monkeypatch.setattr(choose.choice, "choose", recorded)
+    # 7 x 7 patches: halves that differ.
+    config = dataclasses.replace(CONFIG, attention=scheme, image_size=56, num_frames=3)
+    model, video = abstract(config), jax.ShapeDtypeStruct((2, 3, 56, 56, 3), jnp.float32)
+    nnx.eval_shape(lambda model, video: model(video), model, video)
+    assert set(choose.attentions([config], 2)) == asked
+    assert bool(asked) == (scheme != "time")
+
+
+def test_attention_that_does_not_fit_stands_in_its_row(monkeypatch):
+    def too_large(qkv):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(choose.choice, "_HOPPER", choose.choice.re.compile("cpu"))
+    other = lambda qkv: qkv[..., 0, 0, :], lambda *_: None
+    monkeypatch.setitem(choose.choice.KERNELS, "spatial", {"other": other})
+    rows = choose.choice.measure("spatial", (1, 1, 3, 3, 1, 8), "float32", too_large, None)
+    assert [row["error"] for row in rows] == [
+        "RuntimeError: RESOURCE_EXHAUSTED: out of memory",
+        "xla has no values to compare it with",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,22 @@ def test_what_failed_or_can_run_no_more_is_not_chosen(monkeypatch, tmp_path):
         assert choice.choose("temporal", BASE, "bfloat16", table=rows) == "xla"
 
 
+def test_a_device_whose_kernels_nobody_timed_is_told_of_once(tmp_path, caplog):
+    choice._tell_unmeasured.cache_clear()
+    of_16_frames = table(tmp_path, timed("xla", 1.0, length=16))
+    choose = functools.partial(choice.choose, "temporal", dtype="bfloat16", table=of_16_frames)
+    choose(BASE)  # on this machine
+    with program_for(H100):
+        choose((1, 7, 4, 3, 12, 64))  # which no kernel takes
+        choose((1, 16, 4, 3, 12, 64))
+        assert not caplog.records
+        for _ in range(12):
+            assert choose(BASE) == "xla"
+    [record] = caplog.records
+    assert f"no temporal attention of 8 tokens in bfloat16 was measured on {H100}" in record.message
+    assert "timesformer benchmark attention --choose" in record.message
+
+
 def plain(qkv):
     b, t, n, _, h, d = qkv.shape
     q, k, v = (jnp.swapaxes(qkv[..., i, :, :], 1, 2).reshape(b * n, t, h, d) for i in range(3))

@@ -1,21 +1,29 @@
 """`timesformer benchmark attention --choose`: which kernel attends the fastest on this device.
 
-Times every implementation of the divided scheme's two attentions, alone, forward and with its
-gradient, and puts them into the table from which `kernels.choice` picks.
+Times every implementation of each attention that the schemes are made of, alone, forward and with
+its gradient, and puts them into the table from which `kernels.choice` picks.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.timing import timed
 from timesformer_jax.kernels import choice
-from timesformer_jax.models.attention import Tokens, through_time, within_sequences
+from timesformer_jax.models.attention import (
+    Tokens,
+    over_height,
+    over_time,
+    through_time,
+    within_sequences,
+)
 from timesformer_jax.models.config import TimeSformerConfig
 
 SECONDS = 0.3
@@ -41,13 +49,19 @@ def choose_kernels(
 def attentions(
     configs: Iterable[TimeSformerConfig], batch_size: int
 ) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Kind, shape of qkv and dtype of the divided scheme's attentions, whatever the config's."""
+    """Kind, shape of qkv and dtype of every attention that these models ask `choice.choose` for."""
     for config in configs:
-        patches = config.grid[0] * config.grid[1]
+        t, grid = config.num_frames, config.grid
         heads = 3, config.num_heads, config.hidden_size // config.num_heads
-        clip = batch_size, config.num_frames
-        yield "temporal", (*clip, patches, *heads), config.dtype
-        yield "spatial", (*clip, 1 + patches, *heads), config.dtype  # with the token
+        for step in config.scheme.steps:
+            if step.mix is over_time:
+                if not step.token:
+                    yield "temporal", (batch_size, t, math.prod(grid), *heads), config.dtype
+            elif step.mix is not over_height:
+                of_sequences = np.bincount(step.sequences(t, grid).reshape(-1))
+                for length, count in zip(*np.unique(of_sequences, return_counts=True)):
+                    shape = (batch_size, int(count), int(length) + step.token, *heads)
+                    yield "spatial", shape, config.dtype
 
 
 def _patches(formulation: Callable, qkv: jax.Array) -> jax.Array:

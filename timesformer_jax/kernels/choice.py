@@ -1,8 +1,9 @@
 """Which implementation of attention a program gets: the one that was measured to be the fastest.
 
 `measured.json` holds what was timed, by kind of device. Where it has nothing of a device, a dtype
-and a size, the answer is "xla", the formulation of `models.attention`. The choice is made while the
-program is traced, for the devices that it is for, not those of the machine that compiles it.
+and a size, the answer is "xla", the formulation of `models.attention`, and a line says so if there
+is a kernel that could be faster. The choice is made while the program is traced, for the devices
+that it is for, not those of the machine that compiles it.
 
     name = choose("temporal", qkv.shape, qkv.dtype)
     out = through_time(qkv) if name == "xla" else temporal(qkv, name)
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.extend.backend import get_default_device
 from jax.sharding import PartitionSpec as P
 
@@ -94,23 +96,30 @@ def choose(kind: str, shape: tuple[int, ...], dtype: Any, table: pathlib.Path = 
       kind: "temporal" or "spatial".
       shape: of qkv on all devices together, (B, T, N, 3, h, d) or (B, S, length, 3, h, d).
     """
-    known = [
-        row
-        for row in json.loads(table.read_text())
-        if _key(row) == _key(_row(kind, _local(kind, shape), dtype))
-        and "seconds" in row
-        and not unsupported(kind, shape, dtype, row["implementation"])
-    ]
-    fastest = min(known, key=lambda row: row["seconds"]["gradient"], default=None)
+    row = _row(kind, _local(kind, shape), dtype)
+    known = [each for each in json.loads(table.read_text()) if _key(each) == _key(row)]
+    able = {name for name in KERNELS[kind] if not unsupported(kind, shape, dtype, name)}
+    if able and not known:
+        _tell_unmeasured(*_key(row))
+    able.add("xla")
+    timed = [row for row in known if "seconds" in row and row["implementation"] in able]
+    fastest = min(timed, key=lambda row: row["seconds"]["gradient"], default=None)
     return fastest["implementation"] if fastest else "xla"
+
+
+@functools.cache  # a program asks once a layer
+def _tell_unmeasured(kind: str, device: str, dtype: str, length: int, *_: int) -> None:
+    logging.warning(
+        "no %s attention of %d tokens in %s was measured on %s, so XLA's is used; `timesformer "
+        "benchmark attention --choose` with your frames, size and scheme finds the fastest",
+        kind, length, dtype, device,
+    )  # fmt: skip
 
 
 def unsupported(kind: str, shape: tuple[int, ...], dtype: Any, implementation: str) -> str | None:
     """Why an implementation cannot run in the program that is being traced; None if it can."""
     if implementation == "xla":
         return None
-    if implementation not in KERNELS[kind]:
-        return f"there are {', '.join(KERNELS[kind])}"
     kind_of_device = _device().device_kind
     if not _HOPPER.search(kind_of_device):
         return f"it is for an H100 or H200, and the program for {kind_of_device!r}; use 'xla'"
@@ -158,7 +167,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Times every implementation on the default device: a row each, JSON throughout.
 
-    A row that has "error" instead of "seconds" could not run, or gave other numbers than `xla`.
+    A row that has "error" instead of "seconds" could not run, or gave other numbers than `xla`, or
+    `xla` itself could not.
 
     Args:
       shape: of qkv, on this one device.
@@ -166,14 +176,16 @@ def measure(
       seconds: times a compiled function of qkv.
     """
     qkv = jax.random.normal(jax.random.key(0), shape, dtype)
-    reference = _numbers(xla, qkv)
     attentions = {"xla": xla} | {name: f for name, (f, _) in KERNELS[kind].items()}
-    rows = []
+    rows, reference = [], None
     for name, attention in attentions.items():
         row = _row(kind, shape, dtype) | {"implementation": name}
         reason = unsupported(kind, shape, dtype, name)
         try:
-            reason = reason or _difference(reference, _numbers(attention, qkv))
+            if name == "xla":
+                reference = _numbers(xla, qkv)
+            elif reason is None:
+                reason = _difference(reference, _numbers(attention, qkv))
             if reason is None:
                 row["seconds"] = {
                     "forward": seconds(jax.jit(attention), qkv),
@@ -194,7 +206,9 @@ def _numbers(attention: Callable, qkv: jax.Array) -> list[np.ndarray]:
     return [np.asarray(x, np.float32) for x in numbers]
 
 
-def _difference(expected: list[np.ndarray], found: list[np.ndarray]) -> str | None:
+def _difference(expected: list[np.ndarray] | None, found: list[np.ndarray]) -> str | None:
+    if expected is None:
+        return "xla has no values to compare it with"
     for what, a, b in zip(("values", "gradients"), expected, found):
         worst = np.abs(a - b).max() / np.abs(a).max()
         if not worst <= TOLERANCE:  # NaN too
