@@ -361,7 +361,12 @@ def new_head(config: TimeSformerConfig, seed: int = 0) -> dict:
 
 def abstract(config: TimeSformerConfig) -> TimeSformer:
     """A model whose parameters are shapes and dtypes only; costs no memory."""
-    return nnx.eval_shape(lambda: TimeSformer(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(*_structure(config), copy=True)
+
+
+@functools.cache  # it takes a second for the base model, and every program that is traced asks
+def _structure(config: TimeSformerConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: TimeSformer(config, rngs=nnx.Rngs(0))))
 
 
 def with_parameters(config: TimeSformerConfig, params: dict) -> TimeSformer:
@@ -370,7 +375,7 @@ def with_parameters(config: TimeSformerConfig, params: dict) -> TimeSformer:
     Raises:
       InputError: naming the parameter that is missing, left over, or of another shape.
     """
-    graph, state = nnx.split(abstract(config))
+    graph, state = _structure(config)
     flat = traverse_util.flatten_dict(params)
     leaves = []
     for path, variable in nnx.to_flat_state(state):
