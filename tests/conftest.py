@@ -1,6 +1,7 @@
 """What tests share: 8 virtual devices, a small prepared data set, and ways to run and read."""
 
 import contextlib
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -17,7 +18,11 @@ with contextlib.suppress(ImportError):
 
 # Before JAX and TensorFlow are imported.
 _DEVICES = " --xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _DEVICES
+# Programs of the tests run a few times: most of the time would go into making them fast.
+_QUICK = " --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib") < "0.11":  # which always uses what takes longer
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _QUICK + _DEVICES
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 # How long an example takes depends on what else the machine does.
@@ -48,6 +53,27 @@ def timesformer():
         if check:
             assert done.returncode == 0, done.stderr
         return done
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs a command line that cannot be, in this process: what is said of it.
+
+    That it is one line, and the last, is for processes to show, each of which starts for seconds.
+    """
+    from timesformer_jax import cli
+    from timesformer_jax.errors import InputError
+
+    def run(*arguments):
+        with pytest.raises((InputError, SystemExit)) as raised:
+            cli._command([*map(str, arguments)])()
+        if raised.type is SystemExit:
+            assert raised.value.code == 2
+            return capsys.readouterr().err
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
 
     return run
 

@@ -17,11 +17,6 @@ from timesformer_jax.training.step import abstract_state, init_state, make_train
 
 CLIPS = 8
 ONE = (1, 1, 1, 1)
-# Programs of the tests are run a few times: most of the time would go into making them fast.
-# Without these emitters, which JAX 0.11 always uses, a third of it is left.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 class Run(NamedTuple):
@@ -92,7 +87,7 @@ def trained(config, sizes, steps=5, augmentation=OFF):
     found, gradient, compiled = [], None, None
     for batch in batches(config, steps):
         arrays = put_batch(mesh, batch)
-        compiled = compiled or step.lower(target, arrays).compile(compiler_options=QUICK)
+        compiled = compiled or step.lower(target, arrays).compile()
         state, metrics = compiled(state, arrays)
         found.append(jax.device_get(metrics))
         gradient = gradient or jax.device_get(state.opt_state[0].trace)

@@ -28,8 +28,6 @@ STEPS = {
 # Frames, patches down, patches across: one of each, one patch, non-square, odd, even.
 SHAPES = [(1, 1, 1), (3, 1, 1), (1, 2, 3), (5, 3, 5), (2, 4, 2), (3, 1, 4)]
 HEADS, CHANNELS = 2, 3
-# Programs of the tests are run once: most of their time would go into optimising them.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def sequences(name: str, frames: int, height: int, width: int) -> list[list[tuple]]:
@@ -92,7 +90,7 @@ def test_attention_and_its_gradient_equal_a_brute_force_mask(name, shape):
         rng.standard_normal((b, t, h * w, width)),
     )
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def forward_and_gradient(qkv, direction):
         out, vjp = jax.vjp(lambda qkv: step.mix(qkv, (h, w)), qkv)
         return out, vjp(direction)[0]

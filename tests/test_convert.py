@@ -23,7 +23,6 @@ GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
 NAMES = ("divided_space_time", "joint_space_time", "space_only")
 DIVIDED = GOLDENS / "official_divided_space_time.pyth"
 VIT = GOLDENS / "timm_vit.pth"
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def ours(path, model, labels=(), **training):
@@ -90,7 +89,7 @@ def test_models_without_embeddings_go_out_with_zeros(kept, tmp_path):
     model = tsf.from_pretrained(tmp_path / "hf")
     assert not np.any(model.embedding.time[...])
     video = np.random.default_rng(0).normal(size=(1, 8, 16, 16, 3)).astype(np.float32)
-    run = jax.jit(lambda v: (source(v), model(v)), compiler_options=QUICK)
+    run = jax.jit(lambda v: (source(v), model(v)))
     before, after = run(video)
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
 

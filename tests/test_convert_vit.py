@@ -16,7 +16,6 @@ from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.timesformer import parameters
 
 VIT = pathlib.Path(__file__).parent / "data" / "goldens" / "timm_vit.pth"
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def assert_same(ours, reference):
 
 
 def features(model, video):
-    return jax.jit(lambda v: model.features(v), compiler_options=QUICK)(video)
+    return jax.jit(lambda v: model.features(v))(video)
 
 
 @pytest.mark.parametrize("container", [None, "state_dict", "model", "model_state"])
@@ -173,7 +172,7 @@ def jax_vit():
     params = jax.tree.map(
         lambda x: (0.3 * draw.normal(size=x.shape) + 0.1).astype(np.float32), shapes
     )
-    run = jax.jit(lambda p, x: JaxViT().apply({"params": p}, x), compiler_options=QUICK)
+    run = jax.jit(lambda p, x: JaxViT().apply({"params": p}, x))
     return images, run(params, images), traverse_util.flatten_dict(params, sep="/")
 
 

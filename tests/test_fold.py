@@ -5,7 +5,6 @@ import math
 import jax
 import numpy as np
 import pytest
-from test_attention import QUICK
 from test_costs import products
 from test_model import assert_near, config_of, random_parameters, random_video
 
@@ -15,7 +14,7 @@ from timesformer_jax.models.timesformer import parameters, with_parameters
 
 
 def run(model, video, key=None):
-    forward = jax.jit(lambda v, k: (model(v, key=k), model.features(v)), compiler_options=QUICK)
+    forward = jax.jit(lambda v, k: (model(v, key=k), model.features(v)))
     return forward(video, key)
 
 
@@ -41,7 +40,7 @@ def test_the_gradient_of_every_parameter_is_the_models(scheme):
         def loss(params):
             return fold(with_parameters(config, params))(video, key=jax.random.key(0)).sum()
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(random_parameters(config))
+        return jax.jit(jax.grad(loss))(random_parameters(config))
 
     jax.tree.map(
         lambda a, b: assert_near(b, a, 1e-5), gradient(lambda model: model), gradient(folded)

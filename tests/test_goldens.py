@@ -16,8 +16,10 @@ from timesformer_jax.training.optimizer import make_optimizer
 GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
 SCHEMES = {"divided_space_time": "divided", "joint_space_time": "joint", "space_only": "space"}
 CASES = ("native", "more_frames", "fewer_frames", "larger", "wide")
-# Programs of the tests are run once: most of their time would go into optimising them.
-QUICK = {"xla_backend_optimization_level": 0}
+# These programs alone are compiled as users' are, others of the tests quickly (conftest.py).
+AS_USED = {"xla_backend_optimization_level": 3}
+if jax.__version_info__ < (0, 11):
+    AS_USED["xla_cpu_use_fusion_emitters"] = True
 
 
 def difference(ours, theirs):
@@ -31,7 +33,7 @@ def outputs(model, video):
     def run(video):
         return model(video), model.features(video)
 
-    return jax.jit(run, compiler_options=QUICK)(video)
+    return jax.jit(run, compiler_options=AS_USED)(video)
 
 
 @functools.cache
@@ -112,7 +114,7 @@ def test_six_training_steps_follow_the_released_models(name):
         logits = with_parameters(model.config, params)(video)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit, compiler_options=AS_USED)
     def step(params, opt_state, video, labels):
         loss, grads = jax.value_and_grad(loss_of)(params, video, labels)
         updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -55,10 +55,9 @@ class Peers:
         self._started = []
 
     def start(self, arguments, devices, **variables):
-        """A process with so many CPU devices, compiled for sooner rather than well."""
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        variables["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+        """A process with so many CPU devices."""
         environ = environment() | {"JAX_PLATFORMS": "cpu", **variables}
+        environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
         pipe = subprocess.PIPE
         run = subprocess.Popen(arguments, env=environ, stdout=pipe, stderr=pipe, text=True)
         self._started.append(run)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flax import nnx, traverse_util
-from test_attention import QUICK, brute_force
+from test_attention import brute_force
 
 import timesformer_jax as tsf
 from timesformer_jax.models.attention import SCHEMES, Tokens
@@ -79,7 +79,7 @@ def compiled(config: tsf.TimeSformerConfig):
         out, vjp = jax.vjp(lambda p, v: with_parameters(config, p)(v), params, video)
         return out, vjp(direction)
 
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(run)
 
 
 def run(config, params, video):
@@ -247,7 +247,7 @@ def test_drop_path_draws_once_a_sequence_for_its_patches_and_its_token(scheme):
         if step.token:
             copies = x.cls if x.cls.ndim == 3 else np.repeat(x.cls[:, None], count, axis=1)
 
-        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.jit
         def run(x, copies, key, module=module, step=step):
             normed = jax.tree.map(module.norm, Tokens(copies, x.patches))
             mixed = step.mix(jax.tree.map(module._by_heads, module.qkv(normed)), grid)
@@ -284,7 +284,7 @@ def test_drop_path_rises_linearly_and_acts_only_with_a_key():
     model = tsf.TimeSformer(config_of("divided", depth=3, drop_path=0.4), rngs=nnx.Rngs(0))
     np.testing.assert_allclose(model.config.drop_path_rates, [0, 0.2, 0.4])
     video = random_video()
-    drop = jax.jit(lambda key: model(video, key=key), compiler_options=QUICK)
+    drop = jax.jit(lambda key: model(video, key=key))
     outputs = [drop(jax.random.key(seed)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert np.abs(outputs[1] - outputs[2]).max() > 0
@@ -298,7 +298,7 @@ def test_remat_changes_no_number():
         def loss(params):
             return with_parameters(config, params)(video, key=key).var()
 
-        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+        return jax.jit(jax.grad(loss))(params)
 
     plain, remat = gradient(config), gradient(dataclasses.replace(config, remat="block"))
     jax.tree.map(lambda a, b: assert_near(a, b, 1e-4), plain, remat)

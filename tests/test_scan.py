@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import QUICK
 from test_costs import products
 from test_model import assert_near, config_of, random_parameters, random_video
 
@@ -28,7 +27,7 @@ def loss(params, video, config):
 @functools.cache
 def value_and_gradient(scheme, **fields):
     config = config_of(scheme, **{"drop_path": 0.5} | fields)
-    run = jax.jit(jax.value_and_grad(loss), static_argnums=2, compiler_options=QUICK)
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=2)
     return run(random_parameters(config), random_video(), config)
 
 
@@ -51,7 +50,7 @@ def test_scans_and_remats_change_no_number(scheme, scan_layers, remat):
 
 def test_drop_path_does_act_in_what_is_compared():
     config = config_of("space", drop_path=0.0)
-    run = jax.jit(loss, static_argnums=2, compiler_options=QUICK)
+    run = jax.jit(loss, static_argnums=2)
     without = run(random_parameters(config), random_video(), config)
     assert abs(value_and_gradient("space")[0] - without) > 1e-3
 

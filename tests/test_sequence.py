@@ -11,7 +11,6 @@ from flax import nnx
 from meshes import (
     CLIPS,
     ONE,
-    QUICK,
     assert_same_training,
     mesh_of,
     patch_bytes,
@@ -95,7 +94,7 @@ def block(config, sizes):
         return out, backward(directions)
 
     with jax.set_mesh(mesh):
-        program = jax.jit(both_ways).lower(params, x).compile(QUICK)
+        program = jax.jit(both_ways).lower(params, x).compile()
     return jax.device_get(program(params, x)), collectives(program, mesh)
 
 
@@ -177,7 +176,7 @@ def test_evaluation_shares_every_view_and_exchanges_twice_in_a_layer():
         assert part[:3] == tuple(n // s for n, s in zip((4, 2, config.num_frames), shares))
         arguments = random_parameters(config), arrays["frames"], arrays["windows"]
         with jax.set_mesh(mesh):
-            program = jax.jit(make_probabilities(config, clip)).lower(*arguments).compile(QUICK)
+            program = jax.jit(make_probabilities(config, clip)).lower(*arguments).compile()
         return program(*arguments), collectives(program, mesh)
 
     found, exchanges = probabilities(SEQUENCE)

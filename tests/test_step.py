@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_attention import QUICK
 from test_costs import equations, products
 
 from timesformer_jax import checkpoints, recipes
@@ -67,7 +66,7 @@ class Compiled:
 
     @functools.cached_property
     def program(self):
-        return self.traced.lower().compile(compiler_options=QUICK)
+        return self.traced.lower().compile()
 
     def run(self, steps=1):
         """The states, from the first on, and the metrics, of steps with the same batch."""
@@ -111,7 +110,7 @@ def gradients(dtype):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     params = first_parameters(model)
-    run = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
+    run = jax.jit(jax.value_and_grad(loss))
     return jax.make_jaxpr(loss)(params), *run(params)
 
 
