@@ -188,8 +188,9 @@ def test_all_frames_are_treated_alike(photographs):
     changed = 0
     for draw in np.arange(40, dtype=np.uint32):
         found = np.asarray(distorted(clip, draw))
-        assert found.min() >= 0
-        assert found.max() <= 1
+        # Weights of interpolated pixels sum to 1 but for float32's rounding.
+        assert found.min() > -1e-5
+        assert found.max() < 1 + 1e-5
         assert np.array_equal(found[0], found[2])
         # Sums over a clip in another order may round to another level.
         np.testing.assert_allclose(distorted(clip[order], draw), found[order], atol=1.01 / 255)
