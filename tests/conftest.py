@@ -23,7 +23,7 @@ _QUICK = " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib") < "0.11":  # which always uses what takes longer
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _QUICK + _DEVICES
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # as the command line does
 
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("any machine", deadline=None)

@@ -1,11 +1,14 @@
 """The command line: errors a person can cause are one line and status 2."""
 
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, command, environment, tiny_run
+
+from timesformer_jax import cli
 
 DEMO = REPOSITORY / "configs" / "demo.py"
 
@@ -32,10 +35,22 @@ def test_help_lists_commands_and_flags(timesformer):
 def test_errors_are_one_line(arguments, said, timesformer, tmp_path):
     done = timesformer(*arguments, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_but_remarks_is_left_out_of_the_errors(capfd):
+    remarks = "WARNING: All log messages before absl::InitializeLog() is called\nI0000 00:00 x\n"
+    with cli._without_remarks():
+        os.write(2, f"{remarks}E0000 broken\n{remarks}said I0000".encode())
+    print("after", file=sys.stderr)
+    assert capfd.readouterr().err == "E0000 broken\nsaid I0000after\n"
+    with pytest.raises(ImportError), cli._without_remarks():
+        import nothing_of_this_name  # noqa: F401
+    os.write(2, b"I0000 is told again\n")
+    assert capfd.readouterr().err == "I0000 is told again\n"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from logging import ERROR, WARNING, Handler, LogRecord
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,6 +19,8 @@ from tqdm import tqdm
 from timesformer_jax.errors import InputError
 
 Define = Callable[[flags.FlagValues], Any]
+
+_REMARK = re.compile(rb"WARNING: All log messages before absl::InitializeLog|I0000 ")
 
 
 def _flag(kind: Callable, name: str, default: Any, text: str, **more: Any) -> Define:
@@ -307,7 +312,8 @@ def _command(argv: Sequence[str]) -> Callable[[], None]:
             return functools.partial(print, _help(name, command, values))
         arguments = _parse(name, command, values, rest)
         module, function = command.function.split(":")
-        run = getattr(importlib.import_module(module), function)
+        with _without_remarks():
+            run = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as e:
         if e.name and e.name.startswith("timesformer_jax"):
             raise
@@ -400,6 +406,24 @@ def _is_for_people(record: LogRecord) -> bool:
     if "orbax" in record.pathname:
         return record.levelno >= ERROR
     return record.levelno >= WARNING or f"{os.sep}jax{os.sep}" not in record.pathname
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Drops what TensorFlow remarks on the machine while it is imported, at any level of logging.
+
+    What else is written to the standard error meanwhile follows at the end.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as written, os.fdopen(os.dup(2), "wb") as errors:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(errors.fileno(), 2)
+            written.seek(0)
+            errors.writelines(line for line in written if not _REMARK.match(line))
 
 
 def _fail(message: str) -> NoReturn:
