@@ -18,10 +18,13 @@ with contextlib.suppress(ImportError):
 
 # Before JAX and TensorFlow are imported.
 _DEVICES = " --xla_force_host_platform_device_count=8"
-# Programs of the tests run a few times: most of the time would go into making them fast.
+# Programs of the tests run a few times: most of the time would go into making them fast. Where
+# rounding matters they are compiled `AS_USED`.
 _QUICK = " --xla_backend_optimization_level=0"
+AS_USED = {"xla_backend_optimization_level": 3}
 if importlib.metadata.version("jaxlib") < "0.11":  # which always uses what takes longer
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
+    AS_USED["xla_cpu_use_fusion_emitters"] = True
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _QUICK + _DEVICES
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # as the command line does
 

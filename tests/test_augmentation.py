@@ -10,6 +10,7 @@ import optax
 import pytest
 import scipy.stats
 import skimage.data
+from conftest import AS_USED
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -177,7 +178,8 @@ def test_operations_and_directions_are_drawn_evenly(monkeypatch):
     assert scipy.stats.chisquare(pairs.ravel()).pvalue > 0.01
 
 
-@jax.jit
+# Compiled quickly, rounding puts pixels at another level, and a later operation them far away.
+@functools.partial(jax.jit, compiler_options=AS_USED)
 def distorted(clip, draw):
     return distort(clip, draw, EVERYTHING, FILL)
 
@@ -188,9 +190,8 @@ def test_all_frames_are_treated_alike(photographs):
     changed = 0
     for draw in np.arange(40, dtype=np.uint32):
         found = np.asarray(distorted(clip, draw))
-        # Weights of interpolated pixels sum to 1 but for float32's rounding.
-        assert found.min() > -1e-5
-        assert found.max() < 1 + 1e-5
+        assert found.min() >= 0
+        assert found.max() <= 1
         assert np.array_equal(found[0], found[2])
         # Sums over a clip in another order may round to another level.
         np.testing.assert_allclose(distorted(clip[order], draw), found[order], atol=1.01 / 255)
@@ -202,7 +203,8 @@ def test_all_frames_are_treated_alike(photographs):
 def on_mesh(how, classes, *sizes):
     """The jitted augmentation of a batch on a mesh of these sizes."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
-    return jax.jit(functools.partial(augment, how=how, fill=FILL, classes=classes, mesh=mesh))
+    run = functools.partial(augment, how=how, fill=FILL, classes=classes, mesh=mesh)
+    return jax.jit(run, compiler_options=AS_USED)
 
 
 DISTORTING = Augmentation(**vars(EVERYTHING) | {"mixup": 0.0, "cutmix": 0.0})

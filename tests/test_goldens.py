@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import AS_USED
 
 import timesformer_jax as tsf
 from timesformer_jax import recipes
@@ -16,10 +17,6 @@ from timesformer_jax.training.optimizer import make_optimizer
 GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
 SCHEMES = {"divided_space_time": "divided", "joint_space_time": "joint", "space_only": "space"}
 CASES = ("native", "more_frames", "fewer_frames", "larger", "wide")
-# These programs alone are compiled as users' are, others of the tests quickly (conftest.py).
-AS_USED = {"xla_backend_optimization_level": 3}
-if jax.__version_info__ < (0, 11):
-    AS_USED["xla_cpu_use_fusion_emitters"] = True
 
 
 def difference(ours, theirs):

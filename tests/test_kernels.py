@@ -15,7 +15,7 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from meshes import mesh_of
 
 from timesformer_jax.distributed.collectives import collectives
@@ -193,7 +193,8 @@ def test_without_cudnn_nothing_is_promised(monkeypatch):
 def program_for(device_kind, axes=(1, 1, 1, 1)):
     device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
     names = ("data", "fsdp", "tensor", "sequence")
-    with jax.sharding.use_abstract_mesh(AbstractMesh(axes, names, abstract_device=device)):
+    mesh = AbstractMesh(axes, names, (AxisType.Auto,) * 4, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         yield
 
 
@@ -246,7 +247,8 @@ def test_what_failed_or_can_run_no_more_is_not_chosen(monkeypatch, tmp_path):
         assert choice.choose("temporal", BASE, "bfloat16", table=rows) == "xla"
 
 
-def test_a_device_whose_kernels_nobody_timed_is_told_of_once(tmp_path, caplog):
+def test_a_device_whose_kernels_nobody_timed_is_told_of_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(spatial, "cudnn_version", lambda: None)
     choice._tell_unmeasured.cache_clear()
     of_16_frames = table(tmp_path, timed("xla", 1.0, length=16))
     choose = functools.partial(choice.choose, "temporal", dtype="bfloat16", table=of_16_frames)

@@ -140,6 +140,7 @@ def _local(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _row(kind: str, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
     """What is known of a case before it is timed; the shape is of one device."""
     length = shape[1] if kind == "temporal" else shape[2]
+    cudnn = fused.cudnn_version()
     return {
         "kind": kind,
         "device": _device().device_kind,
@@ -149,7 +150,7 @@ def _row(kind: str, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
         "channels": shape[-1],
         "sequences": shape[0] * shape[1] * shape[2] // length,
         "jax": jax.__version__,
-        "cudnn": fused.cudnn_version(),
+        "cudnn": cudnn and ".".join(map(str, cudnn)),
     }
 
 
