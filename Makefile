@@ -18,7 +18,7 @@ lint: .venv/test
 plan-table: .venv/tpu
 	$(BIN)/python experiments/plan_table.py
 
-# What a GPU does, into benchmarks/results/$(DEVICE); half an hour, or some of
+# What a GPU does, into benchmarks/results/$(DEVICE); under an hour, or some of
 # PARTS="kernels attention model inference training flags", each meant for 9 minutes.
 benchmarks: .venv/test
 	PYTHON=$(BIN)/python experiments/benchmarks.sh $(DEVICE) $(PARTS)

@@ -269,7 +269,9 @@ def test_the_kernels_of_every_clip_are_timed_once_and_kept(tmp_path, monkeypatch
     table.write_text("[]")
     monkeypatch.setattr(choose.choice, "TABLE", table)
     monkeypatch.setattr(choose, "_seconds", lambda function, qkv: float(function(qkv).size))
-    rows = [row for rows in choose.choose_kernels([CONFIG, CONFIG], 3) for row in rows]
+    rows = [
+        row for rows in choose.choose_kernels([CONFIG, CONFIG], 3, lambda: False) for row in rows
+    ]
     assert json.loads(table.read_text()) == rows
     timed = {row["kind"]: row for row in rows if row["implementation"] == "xla"}
     assert (timed["temporal"]["length"], timed["spatial"]["length"]) == (2, 5)
@@ -280,6 +282,10 @@ def test_the_kernels_of_every_clip_are_timed_once_and_kept(tmp_path, monkeypatch
     assert others
     assert all("H100" in choose.as_line(row) for row in others)  # which this is not
     assert "2 tokens  xla" in choose.as_line(timed["temporal"])
+    left = [row for rows in choose.choose_kernels([CONFIG], 3, lambda: True) for row in rows]
+    assert [(row["kind"], row["length"]) for row in left] == [("temporal", 2), ("spatial", 5)]
+    assert all("not timed: no time left" in choose.as_line(row) for row in left)
+    assert json.loads(table.read_text()) == rows
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -321,6 +327,7 @@ def test_attention_that_does_not_fit_stands_in_its_row(monkeypatch):
         (["attention", "--sides=0"], "--sides=0 must be numbers"),
         (["attention", "--sides=100"], "image_size 100 is not divisible by patch_size 16"),
         (["attention", "--json=/nowhere/x.json"], "the folder of --json=/nowhere/x.json"),
+        (["attention", "--json=/"], "--json=/ is a folder; name a file"),
         (["attention", "--dtype=float16"], "dtype must be one of float32, bfloat16"),
         (["model", "--presets=timesformer_bas"], "did you mean 'timesformer_base'"),
         (["model", "--works=train"], "did you mean 'training'"),

@@ -89,6 +89,7 @@ def test_the_reference_sees_the_windows_that_are_planned(synthetic):
         (["benchmark", "input", "--data=x", "--jitter=a,b"], "--jitter=a,b must be two sizes"),
         (["benchmark", "input", "--data=x", "--jitter=200,300"], "of at least the crop, 224"),
         (["benchmark", "input", "--data=x", "--json=/nowhere/x"], "--json=/nowhere/x"),
+        (["benchmark", "input", "--data=x", "--synthetic=y"], "--data or --synthetic, not both"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(arguments, said, capsys):

@@ -238,7 +238,12 @@ COMMANDS = {
             _integer("depth", None, "blocks; by default the preset's", least=1),
             _integer("batch_size", 1, "clips a run", least=1),
             _flag(flags.DEFINE_bool, "quick", False, "one block, up to 32 frames of 224"),
-            _flag(flags.DEFINE_bool, "choose", False, "times the kernels first, to use the best"),
+            _flag(
+                flags.DEFINE_bool,
+                "choose",
+                False,
+                "times the kernels; programs then use the fastest",
+            ),
             *MEASURING,
         ),
     ),

@@ -35,6 +35,7 @@ from timesformer_jax.benchmark.programs import (
     random_parameters,
 )
 from timesformer_jax.distributed.hardware import GIB
+from timesformer_jax.kernels.choice import TABLE
 from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
@@ -70,7 +71,8 @@ def benchmark_attention(
       dtype: by default bfloat16, on a CPU float32.
       batch_size: clips a run.
       quick: whether one block and three lengths will do, where nothing else is said.
-      choose: whether to time the attention kernels first, alone, and use the fastest from then on.
+      choose: whether to time the attention kernels first, alone, and have all programs use the
+        fastest from then on: the table of `kernels.choice` is written.
       seconds: that the runs of one pass may take; what is predicted to take longer is not run.
       minutes: after which no further row is begun.
       memory: GiB that a program may need; by default what the device has.
@@ -95,15 +97,20 @@ def benchmark_attention(
     yard = yardstick(configs[0].dtype, memory and memory * GIB)
     what = f"{preset}, {configs[0].depth} blocks, {configs[0].dtype}, batch {batch_size}"
     print(f"{what}; {report.headline(yard)}\n")
-    settings = {"preset": preset, "depth": configs[0].depth, "batch_size": batch_size}
+    settings = {"preset": preset, "depth": configs[0].depth, "batch_size": batch_size,
+                "seconds": seconds, "minutes": minutes}  # fmt: skip
     figures = about(yard) | {"settings": settings, "kernels": [], "rows": []}
-    for kernels in choose_kernels(configs, batch_size) if choose else ():
-        print(*map(kernel_line, kernels), sep="\n", flush=True)
-        figures["kernels"] += kernels
-        if time.monotonic() > ends:
-            break
+
+    def over() -> bool:
+        return time.monotonic() > ends
+
+    if choose:
+        for kernels in choose_kernels(configs, batch_size, over):
+            print(*map(kernel_line, kernels), sep="\n", flush=True)
+            figures["kernels"] += kernels
+        print(f"from now on programs use the fastest: {TABLE}\n")
     print(header())
-    for row in rows(configs, batch_size, yard, seconds, lambda: time.monotonic() > ends):
+    for row in rows(configs, batch_size, yard, seconds, over):
         print(as_line(row), flush=True)
         figures["rows"].append(row)
         report.write(json, figures)  # what there is, if the next row ends the process

@@ -31,15 +31,23 @@ FORMULATIONS = {"temporal": through_time, "spatial": within_sequences}
 
 
 def choose_kernels(
-    configs: Iterable[TimeSformerConfig], batch_size: int
+    configs: Iterable[TimeSformerConfig], batch_size: int, over: Callable[[], bool]
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of `kernels.choice.measure` for each attention of the clips, saved as they come."""
+    """The rows of `kernels.choice.measure` for each attention of the clips, saved as they come.
+
+    Once it is `over`, a row for each of those left says that it was not timed; the table has none.
+    """
     # The table tells lengths apart, not how many sequences there are: one clip for each will do.
     first = {}
     for kind, shape, dtype in attentions(configs, batch_size):
         length = shape[1 if kind == "temporal" else 2]
         first.setdefault((kind, length, shape[-2:], dtype), (kind, shape, dtype))
     for kind, shape, dtype in first.values():
+        if over():
+            length = shape[1 if kind == "temporal" else 2]
+            row = {"kind": kind, "length": length, "implementation": "all"}
+            yield [row | {"error": "not timed: no time left"}]
+            continue
         formulation = functools.partial(_patches, FORMULATIONS[kind])
         rows = choice.measure(kind, shape, dtype, formulation, _seconds)
         report.write(choice.TABLE, choice.merged(rows, choice.TABLE))

@@ -151,7 +151,11 @@ def _rate(flag: str, settings: dict[str, Any]) -> float | str:
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             # XLA names a flag that it does not know, and then dumps its stack.
-            return next((line for line in said if "Unknown flag" in line), said[-1]).strip()
+            return (
+                next((line for line in said if "Unknown flag" in line), said[-1])
+                .removeprefix("error:")
+                .strip()
+            )
         with open(path) as f:
             [row] = json_format.load(f)["rows"]
     if row["status"] != "measured":

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -70,6 +71,10 @@ def benchmark_input(
       InputError: data that cannot be read, settings that cannot be, a package that is not there.
     """
     report.check_folder(json)
+    if reference:
+        _input_reference()  # before videos are made
+    if data and synthetic:
+        raise InputError("give --data or --synthetic, not both")
     clip = {"frames": frames, "rate": rate, "crop": crop}
     told = clip | {"jitter": jitter, "batch_size": batch_size}
     told = {name: value for name, value in told.items() if value is not None}
@@ -259,13 +264,17 @@ def _summary(rates: list[Rate]) -> dict[str, Any]:
     }
 
 
-def _reference(split: Split, spec: ClipSpec, options: dict[str, Any]) -> Iterator[None]:
+def _input_reference() -> ModuleType:
     try:
-        reference = importlib.import_module("timesformer_jax.benchmark.input_reference")
+        return importlib.import_module("timesformer_jax.benchmark.input_reference")
     except ModuleNotFoundError as error:
         raise InputError(
             f"--reference needs the package {error.name}: pip install '.[benchmark]'"
         ) from error
+
+
+def _reference(split: Split, spec: ClipSpec, options: dict[str, Any]) -> Iterator[None]:
+    reference = _input_reference()
     plans = pipeline.train_plans(split, spec, **options)
     clips = ([reference.Clip(*clip) for clip in reference_plan(split, plan)] for plan in plans)
     return reference.batches(clips, spec.crop)

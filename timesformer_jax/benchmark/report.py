@@ -28,8 +28,12 @@ def numbers(flag: str, words: Sequence[str]) -> list[int]:
 
 def check_folder(path: str | None) -> None:
     """Raises InputError, before anything is measured, if the file of --json cannot be."""
-    if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+    if path is None:
+        return
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise InputError(f"the folder of --json={path} does not exist")
+    if os.path.isdir(path):
+        raise InputError(f"--json={path} is a folder; name a file")
 
 
 def write(path: str | os.PathLike | None, figures: Any) -> None:
