@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint plan-table benchmarks clean
+.PHONY: train test lint plan-table benchmarks device clean
 
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
@@ -20,8 +20,11 @@ plan-table: .venv/tpu
 
 # What a GPU does, into benchmarks/results/$(DEVICE); under an hour, or some of
 # PARTS="kernels attention model inference training flags", each meant for 9 minutes.
-benchmarks: .venv/test
+benchmarks: device .venv/test
 	PYTHON=$(BIN)/python experiments/benchmarks.sh $(DEVICE) $(PARTS)
+
+device:
+	@test -n "$(DEVICE)" || { echo "say DEVICE=h100, or another folder of benchmarks/results"; exit 2; }
 
 clean:
 	rm -rf .venv build *.egg-info

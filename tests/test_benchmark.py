@@ -330,7 +330,7 @@ def test_attention_that_does_not_fit_stands_in_its_row(monkeypatch):
         (["attention", "--json=/"], "--json=/ is a folder; name a file"),
         (["attention", "--dtype=float16"], "dtype must be one of float32, bfloat16"),
         (["model", "--presets=timesformer_bas"], "did you mean 'timesformer_base'"),
-        (["model", "--works=train"], "did you mean 'training'"),
+        (["model", "--works=train"], "there are inference, training"),
         (["model", "--batch_sizes=-1"], "--batch_sizes=-1 must be numbers"),
         (["model", "--remat=all"], "remat must be one of"),
     ],

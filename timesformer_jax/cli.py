@@ -76,8 +76,14 @@ VIEWS = (
 )
 MEASURING = (
     _string("dtype", None, "float32 or bfloat16; by default bfloat16, on a CPU float32"),
-    _flag(flags.DEFINE_float, "seconds", 60.0, "skips what is predicted to run longer"),
-    _flag(flags.DEFINE_float, "minutes", 5.0, "after which nothing more is begun"),
+    _flag(
+        flags.DEFINE_float,
+        "seconds",
+        60.0,
+        "skips what is predicted to run longer",
+        lower_bound=0.0,
+    ),
+    _flag(flags.DEFINE_float, "minutes", 5.0, "after which nothing more begins", lower_bound=0.0),
     _flag(flags.DEFINE_float, "memory", None, "GiB; what the device has", lower_bound=0.0),
     _string("json", None, "file for all figures"),
 )
@@ -267,7 +273,7 @@ COMMANDS = {
             _integer("batch_size", None, "clips; 32, on a CPU 1", least=1),
             _string("dtype", None, "float32 or bfloat16; by default bfloat16, on a CPU float32"),
             _integer("rounds", 2, "runs with the flag and without", least=1),
-            _flag(flags.DEFINE_float, "minutes", 8.0, "after which no further flag is begun"),
+            _flag(flags.DEFINE_float, "minutes", 8.0, "after which none begins", lower_bound=0.0),
             _string("json", None, "file for all figures"),
         ),
     ),

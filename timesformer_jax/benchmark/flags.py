@@ -23,7 +23,7 @@ import jax
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.model import WORKS
-from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.errors import InputError
 
 
 class Flag(NamedTuple):
@@ -81,7 +81,7 @@ def benchmark_flags(
       InputError: for a name or file that cannot be, or where not even no flag can be measured.
     """
     if work not in WORKS:
-        raise InputError(f"--work has no {work!r}{did_you_mean(work, WORKS)}")
+        raise InputError(f"--work has no {work!r}; there are {', '.join(WORKS)}")
     report.check_folder(json)
     platform = _platform()
     batch_size = batch_size or (1 if platform == "cpu" else 32)

@@ -32,7 +32,7 @@ from timesformer_jax.benchmark.programs import SETS, Program, measured, random_p
 from timesformer_jax.data.sampling import decoded_side
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.distributed.mesh import make_mesh
-from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.errors import InputError
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs, parameter_count
 from timesformer_jax.models.fold import folded
@@ -82,7 +82,7 @@ def benchmark_model(
     report.check_folder(json)
     for work in works or WORKS:
         if work not in WORKS:
-            raise InputError(f"--works has no {work!r}{did_you_mean(work, WORKS)}")
+            raise InputError(f"--works has no {work!r}; there are {', '.join(WORKS)}")
     dtype = dtype or default_dtype()
     configs = {
         name: preset(name, dtype=dtype, remat=remat) for name in presets or ["timesformer_base"]
