@@ -58,13 +58,15 @@ def close(found, expected, dtype):
     return error < TOLERANCE[dtype]  # False for NaN, which memory holds before it is written
 
 
-# Sequences that fill a tile together, positions that do not; one of 96 rows, whose products
-# overlap; heads side by side.
+# Sequences that fill a tile together, positions that do not; tiles of 96 rows, whose products
+# overlap, and of 128, whose do not; heads side by side.
 CASES = [
     ((2, 8, 11, 3, 2, 64), "bfloat16", 2),
     ((1, 16, 3, 3, 1, 32), "float16", 1),
     ((1, 24, 5, 3, 1, 64), "bfloat16", 1),
     ((1, 64, 1, 3, 2, 32), "bfloat16", 2),
+    ((1, 128, 1, 3, 1, 32), "bfloat16", 1),
+    ((1, 8, 3, 3, 3, 32), "bfloat16", 3),
 ]
 
 
@@ -335,6 +337,23 @@ def test_every_scheme_is_traced_with_every_implementation(scheme, implementation
         "divided": True, "space_then_time": True, "parallel": True, "axial": True,
     }.get(scheme, implementation == "cudnn")  # fmt: skip
     assert (called in str(traced.jaxpr)) == expected
+
+
+def test_on_a_gpu_patches_lie_in_the_order_of_their_axes():
+    graph, state = nnx.split(abstract(SMALL))
+    video = jax.ShapeDtypeStruct((2, 8, 32, 32, 3), "float32")
+
+    def loss(state, video):
+        return nnx.merge(graph, state)(video).sum()
+
+    def constraints():
+        return str(jax.jit(jax.grad(loss)).trace(state, video).jaxpr).count("layout_constraint")
+
+    with program_for(H100):
+        # After the embedding and each of two layers' three updates but the last, which nothing
+        # reads; and of their gradients.
+        assert constraints() == 2 * (1 + 2 * 3 - 1)
+    assert constraints() == 0  # on this machine
 
 
 def test_a_device_runs_the_kernel_on_its_own_part(monkeypatch):

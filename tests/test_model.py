@@ -18,6 +18,7 @@ from test_attention import brute_force
 
 import timesformer_jax as tsf
 from timesformer_jax.models.attention import SCHEMES, Tokens
+from timesformer_jax.models.gelu import gelu
 from timesformer_jax.models.timesformer import (
     Attention,
     abstract,
@@ -288,6 +289,21 @@ def test_drop_path_rises_linearly_and_acts_only_with_a_key():
     outputs = [drop(jax.random.key(seed)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert np.abs(outputs[1] - outputs[2]).max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_and_its_gradient_are_pytorchs_in_float64(dtype):
+    x = jnp.linspace(-9, 9, 1001).astype(dtype)
+    value, vjp = jax.vjp(gelu, x)
+    (slope,) = vjp(jnp.full_like(x, 3))
+    there = torch.tensor(np.float64(x), requires_grad=True)
+    expected = F.gelu(there)
+    expected.backward(torch.full_like(expected, 3))
+    assert value.dtype == slope.dtype == x.dtype
+    # float32 leaves 1 + erf no digits far below zero, where the value is next to nothing.
+    bounds = {"rtol": 2e-6, "atol": 2e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-6}
+    np.testing.assert_allclose(np.float64(value), expected.detach(), **bounds)
+    np.testing.assert_allclose(np.float64(slope), there.grad, **bounds)
 
 
 def test_remat_changes_no_number():

@@ -102,7 +102,7 @@ def test_remats_keep_less_and_less_on_the_device(scan_layers):
     found = {remat: kept(config) for remat, config in configs.items()}
     on_device = [found[remat][0] for remat in ("none", "outputs", "block", "offload")]
     assert on_device == sorted(on_device, reverse=True)
-    assert on_device[0] > 2 * on_device[1] > 4 * on_device[2]
+    assert on_device[0] > 1.5 * on_device[1] > 3 * on_device[2]
     # Each block's input: patches (2, 5, 12, 8) and the token (2, 8), in bfloat16.
     inputs = 2 * (2 * 5 * 12 * 8 + 2 * 8) * 2
     assert found["offload"][1] == inputs

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+from jax.extend.backend import get_default_device
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -106,6 +107,11 @@ def mesh_size(axis: str) -> int:
 def is_on_mesh() -> bool:
     """Whether a mesh with the table's axes is set."""
     return "sequence" in jax.sharding.get_abstract_mesh().axis_names
+
+
+def target_device() -> Any:
+    """What the program that is being traced is for: a device of the mesh, or else the default."""
+    return jax.sharding.get_abstract_mesh().abstract_device or get_default_device()
 
 
 def _constrain(x: jax.Array, axes: P) -> jax.Array:

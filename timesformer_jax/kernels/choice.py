@@ -15,17 +15,16 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.extend.backend import get_default_device
 from jax.sharding import PartitionSpec as P
 
-from timesformer_jax.distributed.sharding import devices, even, is_on_mesh, spec
+from timesformer_jax.distributed.sharding import devices, even, is_on_mesh, spec, target_device
 from timesformer_jax.kernels import spatial as fused
 from timesformer_jax.kernels import temporal as tiles
 
@@ -120,15 +119,10 @@ def unsupported(kind: str, shape: tuple[int, ...], dtype: Any, implementation: s
     """Why an implementation cannot run in the program that is being traced; None if it can."""
     if implementation == "xla":
         return None
-    kind_of_device = _device().device_kind
+    kind_of_device = target_device().device_kind
     if not _HOPPER.search(kind_of_device):
         return f"it is for an H100 or H200, and the program for {kind_of_device!r}; use 'xla'"
     return KERNELS[kind][implementation][1](_local(kind, shape), dtype)
-
-
-def _device() -> Any:
-    """What the program that is being traced is for: a device of the mesh, or else the default."""
-    return jax.sharding.get_abstract_mesh().abstract_device or get_default_device()
 
 
 def _local(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -143,7 +137,7 @@ def _row(kind: str, shape: tuple[int, ...], dtype: Any) -> dict[str, Any]:
     cudnn = fused.cudnn_version()
     return {
         "kind": kind,
-        "device": _device().device_kind,
+        "device": target_device().device_kind,
         "dtype": jnp.dtype(dtype).name,
         "length": length,
         "heads": shape[-2],
@@ -168,8 +162,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Times every implementation on the default device: a row each, JSON throughout.
 
-    A row that has "error" instead of "seconds" could not run, or gave other numbers than `xla`, or
-    `xla` itself could not.
+    A row that has "error" instead of "seconds" could not run, or gave other numbers than `xla`,
+    which are computed a head at a time: the logits of all heads need not fit the device.
 
     Args:
       shape: of qkv, on this one device.
@@ -182,18 +176,17 @@ def measure(
     for name, attention in attentions.items():
         row = _row(kind, shape, dtype) | {"implementation": name}
         reason = unsupported(kind, shape, dtype, name)
+        functions = jax.jit(attention), jax.jit(jax.grad(_loss(attention)))
         try:
             if name == "xla":
-                reference = _numbers(xla, qkv)
+                reference = _numbers_by_head(functions, qkv)
             elif reason is None and reference is None:
                 reason = "xla has no values to compare it with"
             elif reason is None:
-                reason = _difference(reference, _numbers(attention, qkv))
+                reason = _difference(reference, _numbers(functions, qkv))
             if reason is None:
-                row["seconds"] = {
-                    "forward": seconds(jax.jit(attention), qkv),
-                    "gradient": seconds(jax.jit(jax.grad(_loss(attention))), qkv),
-                }
+                forward, gradient = (seconds(function, qkv) for function in functions)
+                row["seconds"] = {"forward": forward, "gradient": gradient}
         except Exception as failed:  # of a compiler: the others are timed all the same
             reason = f"{type(failed).__name__}: {failed}".splitlines()[0]
         rows.append(row if reason is None else row | {"error": reason})
@@ -204,9 +197,14 @@ def _loss(attention: Callable) -> Callable:
     return lambda qkv: jnp.square(attention(qkv).astype(jnp.float32)).sum()
 
 
-def _numbers(attention: Callable, qkv: jax.Array) -> list[np.ndarray]:
-    numbers = jax.jit(attention)(qkv), jax.jit(jax.grad(_loss(attention)))(qkv)
-    return [np.asarray(x, np.float32) for x in numbers]
+def _numbers(functions: Iterable[Callable], qkv: jax.Array) -> list[np.ndarray]:
+    return [np.asarray(function(qkv), np.float32) for function in functions]
+
+
+def _numbers_by_head(functions: Iterable[Callable], qkv: jax.Array) -> list[np.ndarray]:
+    heads = [_numbers(functions, qkv[..., i : i + 1, :]) for i in range(qkv.shape[-2])]
+    values, gradients = zip(*heads)
+    return [np.concatenate(values, axis=-1), np.concatenate(gradients, axis=-2)]
 
 
 def _difference(expected: list[np.ndarray], found: list[np.ndarray]) -> str | None:

@@ -46,7 +46,10 @@ def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple:
 
 
 def _forward(*arguments: Any) -> tuple:
-    return _normalised(*(argument.value for argument in arguments))
+    out, (x, *statistics, scale) = _normalised(*(argument.value for argument in arguments))
+    # Opaque: XLA's GPU compiler would take these means together with the gradient's sums, and write
+    # float32 arrays of all tokens between them.
+    return out, (x, *jax.lax.optimization_barrier(statistics), scale)
 
 
 def _backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:

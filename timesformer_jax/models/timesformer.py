@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from timesformer_jax.distributed import sequence
-from timesformer_jax.distributed.sharding import constrain
+from timesformer_jax.distributed.sharding import constrain, target_device
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import Grid, Step, Tokens, by_clip, by_frame
 from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.gelu import gelu
 from timesformer_jax.models.linear import Linear
 from timesformer_jax.models.norm import LayerNorm
 from timesformer_jax.models.remat import BLOCK_INPUT, OUTPUT, checkpointed
@@ -130,7 +132,7 @@ class MLP(nnx.Module):
         self, x: Tokens, grid: Grid, key: jax.Array | None = None, rate: float | jax.Array = 0.0
     ) -> Tokens:
         y = self.fc1(jax.tree.map(self.norm, x))
-        y = self.fc2(jax.tree.map(functools.partial(jax.nn.gelu, approximate=False), y))
+        y = self.fc2(jax.tree.map(gelu, y))
         return drop_path(y, rate, self.sequences(x.patches.shape[1], grid), key)
 
 
@@ -162,8 +164,13 @@ def _add(x: Tokens, update: Tokens) -> Tokens:
 
 
 def _placed(x: Tokens) -> Tokens:
-    """The state where it lies between layers, on a mesh of several devices."""
-    return Tokens(constrain(x.cls, "token"), constrain(x.patches, "frames"))
+    """The state where it lies between layers, on a mesh of several devices; in order, on a GPU."""
+    patches = constrain(x.patches, "frames")
+    if target_device().platform == "gpu":
+        # XLA would lay frames and clips innermost, along which positions' gradients are summed, and
+        # transpose in every layer.
+        patches = with_layout_constraint(patches, Layout(tuple(range(patches.ndim))))
+    return Tokens(constrain(x.cls, "token"), patches)
 
 
 def _fold(key: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
