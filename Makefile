@@ -18,9 +18,9 @@ lint: .venv/test
 plan-table: .venv/tpu
 	$(BIN)/python experiments/plan_table.py
 
-# What a GPU does, into benchmarks/results/$(DEVICE); under an hour, or some of
-# PARTS="kernels attention model inference training flags", each meant for 9 minutes.
-benchmarks: device .venv/test
+# What a GPU does, into benchmarks/results/$(DEVICE); an hour, or some of
+# PARTS="kernels attention schemes model inference training flags", each of 9 minutes at most.
+benchmarks: device .venv/test .venv/cuda13
 	PYTHON=$(BIN)/python experiments/benchmarks.sh $(DEVICE) $(PARTS)
 
 device:

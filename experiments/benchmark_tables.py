@@ -10,7 +10,8 @@ from typing import Any
 
 from page import DOCS, markdown, put
 
-from timesformer_jax.benchmark.report import milliseconds, tera
+from timesformer_jax.benchmark import report
+from timesformer_jax.benchmark.flags import gain
 from timesformer_jax.distributed.hardware import GIB
 
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -24,10 +25,13 @@ def main() -> None:
 
 def tabulated(page: str) -> str:
     """The page with all tables as the results have them."""
-    for name, table in {"attention": attention, "model": model, "race": race}.items():
-        texts = []
-        for file in sorted(RESULTS.glob(f"*/{name}.json")):
-            texts.append(table(json.loads(file.read_text())))
+    for name, (table, files) in TABLES.items():
+        texts = [
+            table(json.loads(file.read_text()))
+            for folder in sorted(RESULTS.iterdir())
+            for file in (folder / f"{each}.json" for each in files)
+            if file.exists()
+        ]
         page = put(page, "benchmark_tables.py", name, "\n\n".join(texts) or "Not measured yet.")
     return page
 
@@ -37,24 +41,25 @@ def device(figures: dict[str, Any]) -> str:
     host, kind = figures["machine"], figures["device"]["kind"]
     yard = figures["yardstick"]
     name = f"{host['processor']}, {host['cores']} cores" if kind == "cpu" else kind
-    gemm = f"{tera(yard['gemm']['wall'])} TFLOP/s"
+    gemm = f"{report.tera(yard['gemm']['wall'])} TFLOP/s"
     if "cpu" in yard["gemm"]:
-        gemm += f", in a second of a core's time {tera(yard['gemm']['cpu'])} TFLOP"
+        gemm += f", in a second of a core's time {report.tera(yard['gemm']['cpu'])} TFLOP"
     return (
         f"**{name}** (load {host['load_average']:.1f}, JAX {figures['versions']['jax']}), "
         f"{yard['dtype']}; large product measured {gemm}"
-        + (f"; datasheet {tera(yard['datasheet'])} TFLOP/s" if yard["datasheet"] else "")
+        + (f"; datasheet {report.tera(yard['datasheet'])} TFLOP/s" if yard["datasheet"] else "")
     )
 
 
 def attention(figures: dict[str, Any]) -> str:
     """A line for each scheme and clip."""
     settings = figures["settings"]
-    head = ["scheme", "clip", "comparisons a patch", "GMACs"]
+    head = ["scheme", "clip", "comparisons a patch", "GMACs", "M parameters"]
     head += [f"{name}, {what}" for name in ("forward", "training") for what in UNITS]
     lines = [
         [f"`{row['scheme']}`", f"{row['frames']} x {row['side']}", f"{row['comparisons']:.0f}",
-         f"{row['macs'] / 1e9:.1f}", *cells(row["forward"]), *cells(row["training"])]
+         f"{row['macs'] / 1e9:.1f}", f"{row['parameters'] / 1e6:.1f}", *cells(row["forward"]),
+         *cells(row["training"])]
         for row in figures["rows"]
     ]  # fmt: skip
     about = f"{settings['preset']}, {settings['depth']} blocks, batch {settings['batch_size']}"
@@ -69,7 +74,7 @@ def cells(found: dict[str, Any]) -> list[str]:
     if found["status"] != "measured":
         return [f"{found['status']}: {found['reason']}", "", ""]
     memory = f"{found['bytes'] / GIB:.2f}"
-    return [milliseconds(found["seconds"]["wall"]), memory, shares(found["gemm_share"])]
+    return [report.milliseconds(found["seconds"]["wall"]), memory, shares(found["gemm_share"])]
 
 
 def shares(share: dict[str, float]) -> str:
@@ -117,16 +122,36 @@ def race(works: dict[str, Any]) -> str:
 def racer(row: dict[str, Any], width: int, on_cpu: bool) -> list[Any]:
     if "clips_per_second" not in row:
         return [row["name"], row["tried"][-1]["reason"], *[""] * (width - 2)]
-    rate, ratio = row["clips_per_second"], row["ours_is_faster"]
-    line = [row["name"], row["batch_size"], three(rate["wall"]), shares(row["product_share"]),
-            three(ratio["wall"])]  # fmt: skip
-    return line + ([three(rate["cpu"]), three(ratio["cpu"])] if on_cpu else [])
+    line = [row["name"], report.batch(row)]
+    for kind in ("wall", "cpu") if on_cpu else ("wall",):
+        line.append(report.three(row["clips_per_second"][kind]))
+        if kind == "wall":
+            line.append(shares(row["product_share"]))
+        # Where ours did not end the race there is nothing to compare with.
+        line.append(report.three(row["ours_is_faster"][kind]) if "ours_is_faster" in row else "")
+    return line
 
 
-def three(values: dict[str, float]) -> str:
-    """Median (least-largest)."""
-    return "{median:.3g} ({least:.3g}-{largest:.3g})".format(**values)
+def flags(figures: dict[str, Any]) -> str:
+    """A line for each of XLA's flags."""
+    settings = figures["settings"]
+    lines = [[f"`{row['text']}`", row["why"], gain(row)] for row in figures["rows"]]
+    what = f"`{settings['preset']}`, {settings['work']}, batch {settings['batch_size']}"
+    host = figures["machine"]
+    return (
+        f"**{figures['device']}** ({host['cores']} cores of {host['processor']}, load "
+        f"{host['load_average']:.1f}, JAX {figures['versions']['jax']}), {what}:\n\n"
+        + markdown(["flag", "why it might", "gain (least to largest)"], lines, words=3)
+    )
 
+
+# By the name on the page: the table, and the files of a device that have its figures.
+TABLES = {
+    "attention": (attention, ("attention", "schemes")),
+    "model": (model, ("model",)),
+    "race": (race, ("race",)),
+    "flags": (flags, ("flags",)),
+}
 
 if __name__ == "__main__":
     main()

@@ -25,6 +25,10 @@ SETS = 2  # of clips, which steps take in turn
 CHECKED_STEPS = 3
 LEARNING_RATE = 0.005
 
+# Module and class, imported in the contender's own process.
+OURS = "contender_ours", "Ours"
+TRANSFORMERS = "contender_transformers", "Transformers"
+
 
 class Task(NamedTuple):
     """What all contenders do.
@@ -36,7 +40,6 @@ class Task(NamedTuple):
       device: "cpu" or "cuda".
       threads: of a CPU.
       share: of a GPU's memory that one contender may take; the others hold their weights.
-      checked: clips whose outputs are compared; a batch is a multiple of it.
     """
 
     kind: str
@@ -45,7 +48,6 @@ class Task(NamedTuple):
     device: str
     threads: int
     share: float
-    checked: int
 
 
 class Options(NamedTuple):
@@ -115,7 +117,7 @@ def contend(connection: Connection, task: Task, options: Options | None) -> None
     Args:
       options: of transformers' model; None for ours.
     """
-    module = "contender_ours" if options is None else "contender_transformers"
+    module, name = OURS if options is None else TRANSFORMERS
     if hasattr(os, "sched_setaffinity") and task.device == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
     contender = None
@@ -126,7 +128,7 @@ def contend(connection: Connection, task: Task, options: Options | None) -> None
             return
         try:
             if contender is None:
-                contender = importlib.import_module(module).Contestant(task, options)
+                contender = getattr(importlib.import_module(module), name)(task, options)
             connection.send((True, getattr(contender, method)(*arguments)))
         except Exception as e:
             traceback.print_exc()
@@ -134,8 +136,8 @@ def contend(connection: Connection, task: Task, options: Options | None) -> None
 
 
 def clips(task: Task, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Sets of (B, T, H, W, 3) float32 clips and (B,) int64 labels; the first repeats those that
-    are checked, so that its mean loss is the same for every batch."""
+    """Sets of (B, T, H, W, 3) float32 clips and (B,) int64 labels; the first repeats one clip, so
+    that its mean loss is the same for every batch."""
     rng = np.random.default_rng(0)
     model = task.model
     side = model["image_size"]
@@ -145,9 +147,8 @@ def clips(task: Task, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
         labels = rng.integers(0, model["num_classes"], size)
         return rng.standard_normal((size, *shape), np.float32), labels
 
-    video, labels = draw(task.checked)
-    times = batch // task.checked
-    first = np.tile(video, (times, 1, 1, 1, 1)), np.tile(labels, times)
+    video, labels = draw(1)
+    first = np.tile(video, (batch, 1, 1, 1, 1)), np.tile(labels, batch)
     return [first, *(draw(batch) for _ in range(SETS - 1))]
 
 
@@ -165,11 +166,14 @@ class Contender:
         """Gets ready for a batch.
 
         Returns:
-          "compile_seconds", the first run's too where that compiles, and "check": logits of the
-          checked clips, or the losses of the first steps on them.
+          "compile_seconds", the first run's too where that compiles, and "check": logits of one
+          clip, or the losses of the first steps on it.
         """
         begin = time.perf_counter()
-        check = self._begin(batch)
+        try:
+            check = self._begin(batch)
+        finally:
+            self._rest()
         return {"compile_seconds": time.perf_counter() - begin, "check": check}
 
     def turn(self, seconds: float) -> dict[str, float]:

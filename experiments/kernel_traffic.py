@@ -1,16 +1,18 @@
-"""What a layer's attentions move through an H100's memory, from programs compiled without one.
+"""What programs move through an H100's memory, counted where they are compiled, without one.
 
     pip install 'jax[cuda13]'; python experiments/kernel_traffic.py [--batch=64]
 
-XLA:GPU and the kernels are compiled ahead of time for the description of an H100 below, and the
-bytes that every instruction of the program reads and writes are added: an operand of which a
-fusion only cuts slices counts as the slices. Divided by the data sheet's bandwidth that is a
-prediction, and of memory alone; nothing is run. XLA tunes its products on a GPU, and may choose
-others there. docs/kernels.md has the table.
+Two tables: a layer's attentions alone, and all of inference and of the training step. XLA:GPU and
+the kernels are compiled ahead of time for the description of an H100 below, and the bytes that
+every instruction of the program reads and writes are added: an operand of which a fusion only cuts
+slices counts as the slices. Divided by the data sheet's bandwidth that is a prediction, and of
+memory alone; nothing is run. XLA tunes its products on a GPU, and may choose others there.
+docs/kernels.md and docs/performance.md have the tables.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -23,9 +25,12 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 
+from timesformer_jax.benchmark import model
 from timesformer_jax.distributed.hardware import CHIPS
+from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.kernels import choice
 from timesformer_jax.models.attention import Tokens, through_time, within_sequences
+from timesformer_jax.models.presets import preset
 
 H100 = """
 platform_name: "CUDA"
@@ -123,7 +128,13 @@ def _bytes(shape: str) -> int:
 
 def main(_: list[str]) -> None:
     target = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1")
-    place = jax.NamedSharding(jax.sharding.Mesh(target.devices, "x"), jax.P())
+    attentions(jax.NamedSharding(jax.sharding.Mesh(target.devices, "x"), jax.P()))
+    print()
+    programs(make_mesh(devices=target.devices))
+
+
+def attentions(place: jax.NamedSharding) -> None:
+    """The table of a layer's attentions."""
     print("| attention | by | forward, MB | ms | and gradient, MB | ms |")
     print("|---|---|---|---|---|---|")
     for kind, xla, around in (
@@ -142,6 +153,30 @@ def main(_: list[str]) -> None:
                 moved = traffic(jax.jit(function).lower(*inputs).compile().as_text())
                 cells += [f"{moved / 1e6:.0f}", f"{moved / CHIPS['h100'].memory_rate * 1e3:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def programs(mesh: jax.sharding.Mesh) -> None:
+    """The table of inference and training: what two and three layers differ by is a layer."""
+    fastest = {"temporal": "pallas", "spatial": "cudnn"}
+    print("| work | attention | a layer, GB | 12 layers, GB | ms |")
+    print("|---|---|---|---|---|")
+    for work, (name, choose) in itertools.product(
+        model.PROGRAMS,
+        {"xla": lambda *_: "xla", "kernels": lambda kind, *_: fastest[kind]}.items(),
+    ):
+        choice.choose = choose
+        two, three = (whole(work, depth, mesh) for depth in (2, 3))
+        twelve = two + 10 * (three - two)
+        cells = [work, name, f"{(three - two) / 1e9:.1f}", f"{twelve / 1e9:.0f}"]
+        cells.append(f"{twelve / CHIPS['h100'].memory_rate * 1e3:.0f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def whole(work: str, depth: int, mesh: jax.sharding.Mesh) -> int:
+    """Bytes of a program of `benchmark model`, base with so many layers."""
+    config = preset("timesformer_base", dtype="bfloat16", depth=depth)
+    program = model.PROGRAMS[work](config, BATCH.value, mesh)
+    return traffic(program.lower().compile().as_text())
 
 
 if __name__ == "__main__":

@@ -50,17 +50,17 @@ DEMO = {  # configs/demo.py
 
 
 class Work(NamedTuple):
-    """kind: "inference" or "training"; batch: on a CPU, and the first that is tried on a GPU."""
+    """kind: "inference" or "training"; batches: on a CPU, and the first that is tried on a GPU."""
 
     kind: str
     model: dict[str, Any]
-    batch: int
+    batches: dict[str, int]
 
 
 WORKS = {
-    "base_inference": Work("inference", BASE, 1),
-    "base_training": Work("training", BASE, 1),
-    "demo_training": Work("training", DEMO, 32),
+    "base_inference": Work("inference", BASE, {"cpu": 1, "cuda": 16}),
+    "base_training": Work("training", BASE, {"cpu": 1, "cuda": 16}),
+    "demo_training": Work("training", DEMO, {"cpu": 32, "cuda": 256}),
 }
 OURS, AS_IS = "ours", "transformers"
 FASTEST = Options(bfloat16=True, rounded=True, sdpa=True, compiled=True, fused=True)
@@ -82,7 +82,9 @@ CONTENDERS = {
 # Of the largest output, by device: what rounding alone may do.
 TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 KINDS = {"cpu": ("wall", "cpu"), "cuda": ("wall",)}
-MEMORY_SHARE = 0.45
+MEMORY_SHARE = 0.4  # twice, and what five contenders hold while another computes
+# Of the time, for compiling and finding batches; on a CPU turns wait for quiet.
+SEARCH_SHARE = {"cpu": 0.5, "cuda": 0.85}
 GRACE = 60.0  # seconds for a turn that was begun before the end
 
 WORKED = flags.DEFINE_list("works", list(WORKS), f"of {', '.join(WORKS)}")
@@ -125,16 +127,13 @@ def race(work: Work, ends: float) -> dict[str, Any]:
     """The figures of a work, as JSON values.
 
     Args:
-      ends: when, of `time.monotonic`; half of the time until then is for compiling and batches.
+      ends: when, of `time.monotonic`; SEARCH_SHARE of the time until then is for batches.
     """
-    half = (time.monotonic() + ends) / 2
+    searched = time.monotonic() + SEARCH_SHARE[DEVICE.value] * (ends - time.monotonic())
     with tempfile.TemporaryDirectory() as folder:
-        # A batch holds as many of the checked clips as divide the least batch that is tried.
-        task = Task(
-            work.kind, work.model, folder, DEVICE.value, THREADS.value, MEMORY_SHARE, checked=1
-        )
+        task = Task(work.kind, work.model, folder, DEVICE.value, THREADS.value, MEMORY_SHARE)
         with running(task) as runners:
-            rows = {name: ready(runners[name], work, half, ends) for name in runners}
+            rows = all_ready(runners, work.batches[DEVICE.value], searched, ends)
             compare(rows, TOLERANCE[DEVICE.value])
             rounds = take_turns(runners, rows, ROUNDS.value, ends)
             if not any(rounds.values()):
@@ -184,10 +183,30 @@ def write_weights(model: dict[str, Any], folder: str) -> None:
     write_weights(model, folder)
 
 
-def ready(runner: Runner, work: Work, until: float, ends: float) -> dict[str, Any]:
+def all_ready(
+    runners: dict[str, Runner], batch: int, until: float, ends: float
+) -> dict[str, dict[str, Any]]:
+    """The rows of `ready`, by contender. Each has an equal share of the time that is left.
+
+    Those that compile nothing come first, and leave theirs to the others.
+    """
+    rows = {}
+    for name in sorted(runners, key=lambda name: _compiles(CONTENDERS[DEVICE.value][name])):
+        now = time.monotonic()
+        share = (until - now) / (len(runners) - len(rows))
+        rows[name] = ready(runners[name], batch, now + share, ends)
+    return {name: rows[name] for name in runners}
+
+
+def _compiles(options: Options | None) -> bool:
+    return options is None or options.compiled
+
+
+def ready(runner: Runner, batch: int, until: float, ends: float) -> dict[str, Any]:
     """A contender at its best batch: its row, with what was tried; or why it cannot run.
 
     Args:
+      batch: on a CPU; on a GPU the first that is tried.
       until: after which no batch is begun.
       ends: when a batch that was begun is given up.
     """
@@ -206,8 +225,8 @@ def ready(runner: Runner, work: Work, until: float, ends: float) -> dict[str, An
 
     sizes = report.numbers("batch_sizes", BATCHES.value) if BATCHES.value else None
     if sizes is None and DEVICE.value == "cpu":
-        sizes = [work.batch]
-    tried = list(search(measure, sizes, start=work.batch))
+        sizes = [batch]
+    tried = list(search(measure, sizes, start=batch))
     best = best_of(tried)
     if best is None:
         return {"tried": tried}
@@ -341,23 +360,19 @@ def as_text(figures: dict[str, Any]) -> str:
         + ", ".join(f"{name} {value}" for name, value in figures["versions"].items()),
         f"{figures['kind']}, {figures['gmacs']:.2f} GMACs a clip, {figures['rounds']} rounds; "
         f"large product {measured}",
-        f"{'':<47}{'batch':>6}  {'clips/s':<22}{'product':>8}  {'ours is faster':<20}",
+        f"{'':<47}{'batch':>18}  {'clips/s':<22}{'product':>8}  {'ours is faster':<20}",
     ]
     for row in rows:
         if "clips_per_second" not in row:
             lines.append(f"{row['name']:<47}  {row['tried'][-1]['reason']}")
             continue
-        start = f"{row['name']:<47}{row['batch_size']:>6}"
+        start = f"{row['name']:<47}{report.batch(row):>18}"
         for kind, rate in row["clips_per_second"].items():
-            ratio = three(row["ours_is_faster"][kind]) if "ours_is_faster" in row else ""
-            lines.append(f"{start}  {three(rate):<22}{row['product_share'][kind]:>8.0%}  {ratio}")
-            start = f"{'  in a second of a core':<53}"
+            ratio = report.three(row["ours_is_faster"][kind]) if "ours_is_faster" in row else ""
+            share = f"{row['product_share'][kind]:>8.0%}"
+            lines.append(f"{start}  {report.three(rate):<22}{share}  {ratio}")
+            start = f"{'  in a second of a core':<65}"
     return "\n".join(lines)
-
-
-def three(values: dict[str, float]) -> str:
-    """Median (least-largest)."""
-    return "{median:.3g} ({least:.3g}-{largest:.3g})".format(**values)
 
 
 if __name__ == "__main__":

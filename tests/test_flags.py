@@ -1,6 +1,8 @@
 """What XLA's flags gain: from pairs of runs, real ones where a flag is not known."""
 
 import json
+import subprocess
+import time
 
 import jax
 import pytest
@@ -13,18 +15,22 @@ SETTINGS = {"preset": "timesformer_tiny", "work": "inference", "batch_size": 1, 
 
 
 def test_a_flag_that_xla_does_not_know_is_a_row():
-    said = flags._rate("--xla_no_such_flag=true", SETTINGS)
+    said = flags._rate("--xla_no_such_flag=true", SETTINGS, "", time.monotonic() + 300)
     assert "Unknown flag" in said
     assert "--xla_no_such_flag=true" in said
     assert "\n" not in said
 
 
-def test_a_gain_is_of_pairs(monkeypatch, tmp_path, capsys):
-    rates = iter([10.0, 12.0, 20.0, 18.0, 10.0, "does not fit: needs 9 of 8 GiB"])
-    monkeypatch.setattr(flags, "_rate", lambda flag, settings: next(rates))
-    monkeypatch.setattr(flags, "_platform", lambda: "cpu")
-    listed = Flag("cpu", "--a", "first"), Flag("gpu", "--b", "other"), Flag("cpu", "--c", "last")
-    monkeypatch.setattr(flags, "FLAGS", listed)
+@pytest.fixture
+def listed(monkeypatch):
+    found = Flag("cpu", "--a", "first"), Flag("gpu", "--b", "other"), Flag("cpu", "--c", "last")
+    monkeypatch.setattr(flags, "_device", lambda: ("cpu", "a CPU"))
+    monkeypatch.setattr(flags, "FLAGS", found)
+
+
+def test_a_gain_is_of_pairs(listed, monkeypatch, tmp_path, capsys):
+    rates = iter([10.0, 12.0, 10.0, "does not fit: needs 9 of 8 GiB", 20.0, 18.0])
+    monkeypatch.setattr(flags, "_rate", lambda *_: next(rates))
     path = tmp_path / "flags.json"
     flags.benchmark_flags(json=str(path))
     figures = json.loads(path.read_text())
@@ -36,9 +42,31 @@ def test_a_gain_is_of_pairs(monkeypatch, tmp_path, capsys):
     assert "+5.0% (-10.0% to +20.0%)" in capsys.readouterr().out
 
 
+def test_what_is_stopped_leaves_what_was_measured(listed, monkeypatch, tmp_path, capsys):
+    rates = iter([10.0, 12.0])
+
+    def rate(flag, settings, cache, until):
+        for found in rates:
+            return found
+        raise subprocess.TimeoutExpired("benchmark model", until)
+
+    monkeypatch.setattr(flags, "_rate", rate)
+    path = tmp_path / "flags.json"
+    flags.benchmark_flags(json=str(path))
+    first, last = json.loads(path.read_text())["rows"]
+    assert first["gain"]["median"] == pytest.approx(1.2)
+    assert (last["status"], last["reason"]) == ("not run", "no time left")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("not run: no time left")
+
+
+def test_a_process_is_stopped_when_the_time_is_over():
+    with pytest.raises(subprocess.TimeoutExpired):
+        flags._rate("", SETTINGS, "", time.monotonic() + 0.1)
+
+
 def test_where_nothing_can_be_measured_it_is_one_line(monkeypatch):
-    monkeypatch.setattr(flags, "_rate", lambda flag, settings: "no device")
+    monkeypatch.setattr(flags, "_rate", lambda *_: "no device")
     with pytest.raises(InputError, match="nothing to compare flags with: no device"):
         flags.benchmark_flags()
-    with pytest.raises(InputError, match="did you mean 'training'"):
+    with pytest.raises(InputError, match="there are inference, training"):
         flags.benchmark_flags(work="trainin")

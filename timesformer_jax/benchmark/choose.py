@@ -1,7 +1,9 @@
 """`timesformer benchmark attention --choose`: which kernel attends the fastest on this device.
 
 Times every implementation of each attention that the schemes are made of, alone, forward and with
-its gradient, and puts them into the table from which `kernels.choice` picks.
+its gradient, and puts them into the table from which `kernels.choice` picks. The table tells
+lengths apart, not how many sequences there are: each is timed on as many clips as a step would have
+of that size.
 """
 
 from __future__ import annotations
@@ -27,21 +29,23 @@ from timesformer_jax.models.attention import (
 from timesformer_jax.models.config import TimeSformerConfig
 
 SECONDS = 0.3
+TOKENS = 32 * 8 * 14 * 14  # of the clips that are timed together: 32 of 8 x 224, at least one
 FORMULATIONS = {"temporal": through_time, "spatial": within_sequences}
 
 
 def choose_kernels(
-    configs: Iterable[TimeSformerConfig], batch_size: int, over: Callable[[], bool]
+    configs: Iterable[TimeSformerConfig], over: Callable[[], bool]
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of `kernels.choice.measure` for each attention of the clips, saved as they come.
 
     Once it is `over`, a row for each of those left says that it was not timed; the table has none.
     """
-    # The table tells lengths apart, not how many sequences there are: one clip for each will do.
     first = {}
-    for kind, shape, dtype in attentions(configs, batch_size):
-        length = shape[1 if kind == "temporal" else 2]
-        first.setdefault((kind, length, shape[-2:], dtype), (kind, shape, dtype))
+    for config in configs:
+        clips = max(1, TOKENS // (config.num_frames * math.prod(config.grid)))
+        for kind, shape, dtype in attentions(config, clips):
+            length = shape[1 if kind == "temporal" else 2]
+            first.setdefault((kind, length, shape[-2:], dtype), (kind, shape, dtype))
     for kind, shape, dtype in first.values():
         if over():
             length = shape[1 if kind == "temporal" else 2]
@@ -55,21 +59,20 @@ def choose_kernels(
 
 
 def attentions(
-    configs: Iterable[TimeSformerConfig], batch_size: int
+    config: TimeSformerConfig, batch_size: int
 ) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Kind, shape of qkv and dtype of every attention that these models ask `choice.choose` for."""
-    for config in configs:
-        t, grid = config.num_frames, config.grid
-        heads = 3, config.num_heads, config.hidden_size // config.num_heads
-        for step in config.scheme.steps:
-            if step.mix is over_time:
-                if not step.token:
-                    yield "temporal", (batch_size, t, math.prod(grid), *heads), config.dtype
-            elif step.mix is not over_height:
-                of_sequences = np.bincount(step.sequences(t, grid).reshape(-1))
-                for length, count in zip(*np.unique(of_sequences, return_counts=True)):
-                    shape = (batch_size, int(count), int(length) + step.token, *heads)
-                    yield "spatial", shape, config.dtype
+    """Kind, shape of qkv and dtype of every attention that the model asks `choice.choose` for."""
+    t, grid = config.num_frames, config.grid
+    heads = 3, config.num_heads, config.hidden_size // config.num_heads
+    for step in config.scheme.steps:
+        if step.mix is over_time:
+            if not step.token:
+                yield "temporal", (batch_size, t, math.prod(grid), *heads), config.dtype
+        elif step.mix is not over_height:
+            of_sequences = np.bincount(step.sequences(t, grid).reshape(-1))
+            for length, count in zip(*np.unique(of_sequences, return_counts=True)):
+                shape = (batch_size, int(count), int(length) + step.token, *heads)
+                yield "spatial", shape, config.dtype
 
 
 def _patches(formulation: Callable, qkv: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,13 +106,12 @@ def benchmark_model(
         else:
             row |= measured(PROGRAMS[work](config, size), yard, seconds)
         print(as_line(row), flush=True)
+        figures["rows"].append(row)
+        report.write(json, figures)  # what there is, if the next row ends the process
         return row
 
     for name, work in itertools.product(configs, works or WORKS):
-        found = list(search(lambda size: measure(name, work, size), sizes))  # noqa: B023
-        figures["rows"] += found
-        report.write(json, figures)
-        if best := best_of(found):
+        if best := best_of(search(lambda size: measure(name, work, size), sizes)):  # noqa: B023
             rate = best["clips_per_second"]["wall"]
             print(f"best: {name} {work} {rate:.3g} clips/s at {best['batch_size']} a batch")
 
@@ -143,7 +142,7 @@ def search(
         best = max(best, rate)
 
 
-def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def best_of(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of the highest rate; None if none was measured."""
     done = [row for row in rows if row["status"] == "measured"]
     return max(done, key=lambda row: row["clips_per_second"]["wall"], default=None)
@@ -152,8 +151,15 @@ def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 # ---- what is measured ---------------------------------------------------------------------------
 
 
-def inference(config: TimeSformerConfig, batch_size: int) -> Program:
-    """Frames to logits by the folded model, of whose FLOPs the original's are counted."""
+def inference(
+    config: TimeSformerConfig, batch_size: int, mesh: jax.sharding.Mesh | None = None
+) -> Program:
+    """Frames to logits by the folded model, of whose FLOPs the original's are counted.
+
+    Args:
+      mesh: of one device, by default the first.
+    """
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
     clip = ClipSpec(frames=config.num_frames, crop=config.image_size)
 
     graph, abstract = nnx.split(
@@ -170,15 +176,18 @@ def inference(config: TimeSformerConfig, batch_size: int) -> Program:
         return lambda i: compiled(state, batches[i % SETS])
 
     def lower() -> jax.stages.Lowered:
-        return jax.jit(logits).lower(abstract, batch_shapes(config, batch_size))
+        with jax.set_mesh(mesh):
+            return jax.jit(logits).lower(abstract, batch_shapes(config, batch_size))
 
     return Program(2 * macs(config) * batch_size, batch_size, lower, start)
 
 
-def training(config: TimeSformerConfig, batch_size: int) -> Program:
-    """The step of `timesformer train` on one device."""
+def training(
+    config: TimeSformerConfig, batch_size: int, mesh: jax.sharding.Mesh | None = None
+) -> Program:
+    """The step of `timesformer train`, on one device likewise."""
     clip = ClipSpec(frames=config.num_frames, crop=config.image_size)
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
     schedule = optax.constant_schedule(0.005)
     optimizer = make_optimizer(RECIPE, schedule)
     target = abstract_state(config, optimizer, mesh)

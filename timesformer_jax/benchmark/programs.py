@@ -50,13 +50,14 @@ def measured(program: Program, yard: Yardstick, seconds: float) -> dict[str, Any
         large one is not even compiled.
 
     Returns:
-      "status": "measured", "does not fit" or "not run", with the "reason" of the latter two. When
-      compiled "compile_seconds", "bytes" (arguments, results and temporaries, as compiled) and
-      "executed_flops" (as the compiler counts them; a loop as one turn). When measured the
-      "seconds" a run ("wall" and "cpu" of `timing.Timing`), "clips_per_second" and
-      "flops_per_second" (of the model's FLOPs), each as `machine.rates` has them, their
-      "gemm_share", "mfu" (the share of the datasheet; None for a chip that is not in the table)
-      and "peak_bytes" (in use on the device at most, where it says so and the most yet was here).
+      "status": "measured", "does not fit", "not run" or "failed" (as the compiler or the device
+      says), with the "reason" of the latter three. When compiled "compile_seconds", "bytes"
+      (arguments, results and temporaries, as compiled) and "executed_flops" (as the compiler counts
+      them; a loop as one turn). When measured the "seconds" a run ("wall" and "cpu" of
+      `timing.Timing`), "clips_per_second" and "flops_per_second" (of the model's FLOPs), each as
+      `machine.rates` has them, their "gemm_share", "mfu" (the share of the datasheet; None for a
+      chip that is not in the table) and "peak_bytes" (in use on the device at most, where it says
+      so and the most yet was here).
     """
     predicted = RUNS * program.flops / yard.gemm["wall"]
     if predicted > seconds:
@@ -80,7 +81,7 @@ def measured(program: Program, yard: Yardstick, seconds: float) -> dict[str, Any
         timing = timed(program.start(compiled), jax.block_until_ready, SECONDS)
     except jax.errors.JaxRuntimeError as e:
         if (needed := exceeded(e)) is None:
-            raise
+            return {"status": "failed", "reason": str(e).splitlines()[0]} | found
         return _does_not_fit(needed, yard) | found
     flops, after = rates(program.flops, timing), _peak_bytes()
     return found | {

@@ -75,6 +75,18 @@ def milliseconds(seconds: dict[str, float]) -> str:
     return f"{median} ({least}-{largest})"
 
 
+def batch(row: dict[str, Any]) -> str:
+    """A contender's best batch, and the one that no time was left for if there is one."""
+    last = row["tried"][-1]
+    more = f" ({last['batch_size']} not tried)" if last["status"] == "not run" else ""
+    return f"{row['batch_size']}{more}"
+
+
+def three(values: dict[str, float]) -> str:
+    """Median, least and largest of values that have no unit here."""
+    return "{median:.3g} ({least:.3g}-{largest:.3g})".format(**values)
+
+
 def tera(flops: float) -> str:
     return f"{flops / 1e12:.3g}"
 
