@@ -48,7 +48,7 @@ for part in "${parts[@]}"; do
         flags) run $benchmark flags --minutes=7 --json="$out/flags.json" ;;
     esac
 done
-run experiments/benchmark_tables.py
+part=tables run experiments/benchmark_tables.py
 if [ ${#failed[@]} != 0 ]; then
     echo "error: failed, or not over in 9 minutes: ${failed[*]}" >&2
     exit 1

@@ -39,8 +39,8 @@ def _list(name: str, text: str) -> Define:
     return _flag(flags.DEFINE_list, name, None, text)
 
 
-def _seconds(name: str, text: str) -> Define:
-    return _flag(flags.DEFINE_float, name, None, text, lower_bound=0.0)
+def _number(name: str, default: float | None, text: str) -> Define:
+    return _flag(flags.DEFINE_float, name, default, text, lower_bound=0.0)
 
 
 def _fraction(name: str, default: float, text: str) -> Define:
@@ -76,23 +76,17 @@ VIEWS = (
 )
 MEASURING = (
     _string("dtype", None, "float32 or bfloat16; by default bfloat16, on a CPU float32"),
-    _flag(
-        flags.DEFINE_float,
-        "seconds",
-        60.0,
-        "skips what is predicted to run longer",
-        lower_bound=0.0,
-    ),
-    _flag(flags.DEFINE_float, "minutes", 5.0, "after which nothing more begins", lower_bound=0.0),
-    _flag(flags.DEFINE_float, "memory", None, "GiB; what the device has", lower_bound=0.0),
+    _number("seconds", 60.0, "skips what is predicted to run longer"),
+    _number("minutes", 5.0, "after which nothing more begins"),
+    _number("memory", None, "GiB; what the device has"),
     _string("json", None, "file for all figures"),
 )
 PROCESSES = (
     _string("coordinator", None, "host:port of process 0; by default what the cluster tells"),
     _integer("num_processes", None, "processes of this run, likewise", least=1),
     _integer("process_id", None, "which of them this is, from 0, likewise"),
-    _seconds("startup_seconds", "to wait for all processes; by default 300"),
-    _seconds("heartbeat_seconds", "of silence after which a process is lost; by default 60"),
+    _number("startup_seconds", None, "to wait for all processes; by default 300"),
+    _number("heartbeat_seconds", None, "of silence after which a process is lost; by default 60"),
 )
 
 COMMANDS = {
@@ -118,15 +112,18 @@ COMMANDS = {
             _string("name", None, "name of the data set, for its files"),
             _integer("short_side", 256, "pixels that the short side is scaled to", least=1),
             _integer("quality", 90, "JPEG quality of the stored frames", least=1),
-            _seconds("fps", "frames a second to resample to; by default as the video has them"),
+            _number(
+                "fps", None, "frames a second to resample to; by default as the video has them"
+            ),
             _integer(
                 "store_stride",
                 None,
                 "store every n-th frame only; by default 4 for Kinetics and HowTo100M, else 1",
                 least=1,
             ),
-            _seconds(
+            _number(
                 "segment_seconds",
+                None,
                 "cut clips into equal records of about so many seconds; by"
                 " default 8.53 for HowTo100M, else whole",
             ),
@@ -180,8 +177,8 @@ COMMANDS = {
         (
             CHECKPOINT,
             *VIEWS,
-            _seconds("start", "look at the part of each video from here, in seconds"),
-            _seconds("end", "up to here"),
+            _number("start", None, "look at the part of each video from here, in seconds"),
+            _number("end", None, "up to here"),
             _integer("top", 5, "classes to print", least=1),
         ),
         required=("checkpoint",),
@@ -195,7 +192,7 @@ COMMANDS = {
             _string("topology", None, "v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, cpu:8"),
             _flag(flags.DEFINE_bool, "find_batch", False, "search the largest batch that fits"),
             _flag(flags.DEFINE_bool, "quick", False, "TPU: compile sooner, optimising less"),
-            _flag(flags.DEFINE_float, "memory", None, "GiB a chip; its own", lower_bound=0.0),
+            _number("memory", None, "GiB a chip; its own"),
             _string("json", None, "file for all figures"),
         ),
         required=("config", "topology"),
@@ -273,7 +270,7 @@ COMMANDS = {
             _integer("batch_size", None, "clips; 32, on a CPU 1", least=1),
             _string("dtype", None, "float32 or bfloat16; by default bfloat16, on a CPU float32"),
             _integer("rounds", 2, "runs with the flag and without", least=1),
-            _flag(flags.DEFINE_float, "minutes", 8.0, "after which none begins", lower_bound=0.0),
+            _number("minutes", 8.0, "after which no further flag is begun"),
             _string("json", None, "file for all figures"),
         ),
     ),
