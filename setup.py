@@ -50,7 +50,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["timesformer_jax", "timesformer_jax.*"]),
-    package_data={"timesformer_jax.kernels": ["measured.json"]},
+    package_data={"timesformer_jax.models.ops.kernels": ["measured.json"]},
     install_requires=BASE,
     extras_require={
         "cuda12": ["jax[cuda12]"],
@@ -78,5 +78,5 @@ setuptools.setup(
             "trustme>=1.2",  # the certificate of tests/gcs.py
         ],
     },
-    entry_points={"console_scripts": ["timesformer = timesformer_jax.cli:main"]},
+    entry_points={"console_scripts": ["timesformer = timesformer_jax.cli.main:main"]},
 )

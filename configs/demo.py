@@ -6,8 +6,7 @@ Two CPU cores, a few minutes. Expect 99% top-1 of 8 directions; with
 `--config.model.attention=space`, which sees no motion, chance (docs/demo_motion.json).
 """
 
-from timesformer_jax.recipes import demo
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import demo, varied
 
 
 def get_config(arguments=""):

@@ -6,13 +6,12 @@
 
 config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
 There is no config of the authors: that the frames are spread over the whole dive is our choice
-(--config.clip.sampling=rate takes them as on Kinetics).
+(--config.clip.sampling=stride takes them as on Kinetics).
 8 GPUs of 24 GB: 19 GiB each, 8 clips, by `timesformer plan`.
 The paper reports 81.0 top-1. We have not trained it.
 """
 
-from timesformer_jax.recipes import diving48
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import diving48, varied
 
 
 def get_config(arguments=""):

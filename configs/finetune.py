@@ -6,8 +6,7 @@
 One GPU. AdamW at 1e-4 for 15 epochs; a batch of 8 clips.
 """
 
-from timesformer_jax.recipes import finetune
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import finetune, varied
 
 
 def get_config(arguments=""):

@@ -14,8 +14,7 @@ The paper reports 62.2 top-1 (SlowFast: 51.5). We have not trained it; the autho
 published (docs/data.md).
 """
 
-from timesformer_jax.recipes import howto100m
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import howto100m, varied
 
 
 def get_config(arguments=""):

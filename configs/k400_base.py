@@ -19,8 +19,7 @@ The paper's ablations are arguments, :NAME=VALUE,NAME=VALUE after the file's nam
     fraction            0.25, 0.5, 0.75 of each class's training videos (figure 4)
 """
 
-from timesformer_jax.recipes import kinetics400
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import kinetics400, varied
 
 
 def get_config(arguments=""):

@@ -10,8 +10,7 @@ The authors' model reaches 80.6 / 94.7 top-1 / top-5 (model zoo, 1 x 3 views).
 We have not trained it.
 """
 
-from timesformer_jax.recipes import kinetics400
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import kinetics400, varied
 
 
 def get_config(arguments=""):

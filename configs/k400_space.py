@@ -8,8 +8,7 @@ config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoi
 The paper reports 76.9 top-1 (table 1). We have not trained it.
 """
 
-from timesformer_jax.recipes import kinetics400
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import kinetics400, varied
 
 
 def get_config(arguments=""):

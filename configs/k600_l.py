@@ -11,8 +11,7 @@ The authors' model reaches 82.2 / 95.6 top-1 / top-5 (model zoo, 1 x 3 views).
 We have not trained it.
 """
 
-from timesformer_jax.recipes import kinetics600
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import kinetics600, varied
 
 
 def get_config(arguments=""):

@@ -17,8 +17,7 @@ The paper's ablations are arguments, as of configs/k400_base.py, with top-1
     fraction            0.25, 0.5, 0.75 of each class's training videos (figure 4)
 """
 
-from timesformer_jax.recipes import something_v2
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import something_v2, varied
 
 
 def get_config(arguments=""):

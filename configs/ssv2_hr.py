@@ -13,8 +13,7 @@ The authors' model reaches 61.8 / 86.9 top-1 / top-5 (model zoo, 1 x 3 views).
 We have not trained it.
 """
 
-from timesformer_jax.recipes import something_v2
-from timesformer_jax.variations import varied
+from timesformer_jax.recipes import something_v2, varied
 
 
 def get_config(arguments=""):

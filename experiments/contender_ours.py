@@ -14,8 +14,8 @@ from flax import nnx
 
 from timesformer_jax import host_memory
 from timesformer_jax.benchmark.model import RECIPE
-from timesformer_jax.convert import from_pretrained
-from timesformer_jax.models.fold import folded
+from timesformer_jax.checkpoints.convert import from_pretrained
+from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import parameters, with_parameters
 from timesformer_jax.training.optimizer import make_optimizer
 

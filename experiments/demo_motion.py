@@ -24,8 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from timesformer_jax import recipes
-from timesformer_jax.data import decode, sampling
-from timesformer_jax.data.demo import FPS, FRAMES
+from timesformer_jax.data import decode
+from timesformer_jax.data.input import sampling
+from timesformer_jax.data.prepare.demo import FPS, FRAMES
 from timesformer_jax.training.loop import TENSORBOARD, train
 
 SCHEMES = {"divided": "tab:blue", "space": "tab:orange"}
@@ -78,7 +79,7 @@ def draw() -> Figure:
     config = recipes.demo()
     figure = plt.figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.6, 1])
-    indices = sampling.clip_indices(FRAMES, FPS, config.clip.frames, config.clip.rate, 0.5)
+    indices = sampling.clip_indices(FRAMES, FPS, config.clip.frames, config.clip.frame_stride, 0.5)
     axes = left.subplots(4, len(indices))
     videos = pathlib.Path(config.data.directory) / "videos"
     rows = (videos / "annotations.csv").read_text().splitlines()[1:]

@@ -28,8 +28,8 @@ from jax.experimental import topologies
 from timesformer_jax.benchmark import model
 from timesformer_jax.distributed.hardware import CHIPS
 from timesformer_jax.distributed.mesh import make_mesh
-from timesformer_jax.kernels import choice
 from timesformer_jax.models.attention import Tokens, through_time, within_sequences
+from timesformer_jax.models.ops.kernels import select as choice
 from timesformer_jax.models.presets import preset
 
 H100 = """

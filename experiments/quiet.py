@@ -6,12 +6,12 @@ import time
 
 import psutil
 
-from timesformer_jax.data.workers import processors
+from timesformer_jax.workers import available_cores
 
 
 def spare_cores(threads: int) -> float:
     """How many cores others may be at without being in the way of `threads`, and a tenth of one."""
-    return max(processors() - threads, 0) + 0.1
+    return max(available_cores() - threads, 0) + 0.1
 
 
 def busy_cores(seconds: float) -> float:

@@ -38,7 +38,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory):
     """The embedded data set, small: 64 training and 21 validation videos, prepared."""
-    from timesformer_jax.data import demo
+    from timesformer_jax.data.prepare import demo
 
     directory = tmp_path_factory.mktemp("demo")
     demo.prepare_demo(directory, train=64, validation=21)
@@ -66,7 +66,7 @@ def refusal(capsys):
 
     That it is one line, and the last, is for processes to show, each of which starts for seconds.
     """
-    from timesformer_jax import cli
+    from timesformer_jax.cli import main as cli
     from timesformer_jax.errors import InputError
 
     def run(*arguments):

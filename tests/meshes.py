@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import optax
 
-from timesformer_jax.augmentation import OFF
-from timesformer_jax.distributed.collectives import collectives
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed.mesh import make_mesh, put_batch
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
-from timesformer_jax.preprocessing import ClipSpec
+from timesformer_jax.planning.collectives import collectives
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
+from timesformer_jax.transforms.augment import OFF
 
 CLIPS = 8
 ONE = (1, 1, 1, 1)
@@ -69,7 +69,7 @@ def batches(config, steps):
     for _ in range(steps):
         yield {
             "frames": rng.integers(0, 256, (CLIPS, config.num_frames, side, side, 3), np.uint8),
-            "windows": np.tile(np.float32([1, 2, side - 3]), (CLIPS, 1)),
+            "crop_boxes": np.tile(np.float32([1, 2, side - 3]), (CLIPS, 1)),
             "flip": rng.random(CLIPS) < 0.5,
             "label": rng.integers(0, config.num_classes, CLIPS, dtype=np.int32),
             "draw": rng.integers(0, 2**32, CLIPS, dtype=np.uint32),

@@ -4,13 +4,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from timesformer_jax.data.annotations import (
-    Clip,
-    assign_splits,
-    label_names,
-    read,
-    read_labels,
-)
+from timesformer_jax.data.annotations import Clip, assign_splits, label_names, read, read_labels
 from timesformer_jax.errors import InputError
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_costs import equations
 
-from timesformer_jax.models import attention, dot_product
+from timesformer_jax.models import attention
 from timesformer_jax.models.attention import Step, Tokens
+from timesformer_jax.models.ops import dot_product_attention as dot_product
 
 STEPS = {
     "temporal": attention.TEMPORAL,

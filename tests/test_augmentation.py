@@ -16,15 +16,22 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image, ImageEnhance, ImageOps
 
-from timesformer_jax import augmentation, recipes
-from timesformer_jax.augmentation import ERASED_AREA, OPERATIONS, Augmentation, augment, distort
-from timesformer_jax.distributed.collectives import collectives
+from timesformer_jax import recipes
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed.mesh import make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, parameters
-from timesformer_jax.preprocessing import ClipSpec
+from timesformer_jax.planning.collectives import collectives
 from timesformer_jax.training import loop
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
+from timesformer_jax.transforms import augment as augmentation
+from timesformer_jax.transforms.augment import (
+    ERASED_AREA,
+    OPERATIONS,
+    Augmentation,
+    augment,
+    distort,
+)
 
 SIDE = 96
 FILL = (100 / 255, 120 / 255, 140 / 255)
@@ -395,7 +402,7 @@ def batches(photographs):
     return [
         {
             "frames": np.stack([photographs[:1, i : i + 20, i : i + 20] for i in range(8)]),
-            "windows": np.tile(np.float32([1, 2, 17]), (8, 1)),
+            "crop_boxes": np.tile(np.float32([1, 2, 17]), (8, 1)),
             "flip": random.random(8) < 0.5,
             "label": np.arange(8, dtype=np.int32) % 5,
             "draw": random.integers(2**32, size=8, dtype=np.uint32),

@@ -18,16 +18,18 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timesformer_jax import cli
-from timesformer_jax.benchmark import attention, choose, model, programs, report, timing
+from timesformer_jax.benchmark import attention, model, programs, report, timing
+from timesformer_jax.benchmark import autotune as choose
 from timesformer_jax.benchmark.machine import Yardstick
+from timesformer_jax.cli import main as cli
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
 from timesformer_jax.models.presets import preset
 from timesformer_jax.models.timesformer import abstract, with_parameters
-from timesformer_jax.preprocessing import ClipSpec, preprocess
+from timesformer_jax.transforms.preprocess import preprocess
 
 CONFIG = TimeSformerConfig(
     num_classes=3, image_size=16, num_frames=2, patch_size=8, hidden_size=8, depth=1, num_heads=2,
@@ -182,10 +184,10 @@ def test_inference_is_the_model_on_preprocessed_frames():
     params = programs.random_parameters(CONFIG)
 
     @jax.jit
-    def expected(frames, windows):
-        return with_parameters(CONFIG, params)(preprocess(frames, windows, clip))
+    def expected(frames, crop_boxes):
+        return with_parameters(CONFIG, params)(preprocess(frames, crop_boxes, clip))
 
-    np.testing.assert_allclose(found, expected(batch["frames"], batch["windows"]), atol=1e-6)
+    np.testing.assert_allclose(found, expected(batch["frames"], batch["crop_boxes"]), atol=1e-6)
     assert np.ptp(found) > 0
 
 
@@ -201,8 +203,8 @@ def test_training_is_the_step_that_trains():
 def test_random_frames_are_as_training_decodes_them():
     base = preset("timesformer_base")
     assert model.batch_shapes(base, 4)["frames"].shape == (4, 8, 227, 227, 3)
-    frames, windows = (model.random_batches(CONFIG, 1)[0][k] for k in ("frames", "windows"))
-    top, left, side = windows[0]
+    frames, crop_boxes = (model.random_batches(CONFIG, 1)[0][k] for k in ("frames", "crop_boxes"))
+    top, left, side = crop_boxes[0]
     assert side == 16
     assert max(top, left) + side < frames.shape[2]
 

@@ -6,14 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from timesformer_jax import cli, recipes
+from timesformer_jax import recipes
 from timesformer_jax.benchmark import input as benchmark
 from timesformer_jax.benchmark import input_reference, input_videos
-from timesformer_jax.data import pipeline, records
+from timesformer_jax.cli import main as cli
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import pipeline
+from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
-from timesformer_jax.preprocessing import ClipSpec
 
-OPTIONS = {"batch_size": 2, "jitter": (256, 320), "flip": True, "seed": 0}
+OPTIONS = {"batch_size": 2, "short_side_range": (256, 320), "flip": True, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def synthetic(tmp_path_factory):
 
 
 def test_synthetic_videos_are_as_kinetics_would_be(synthetic):
-    split = records.open_split(synthetic, "train")
+    split = open_split(synthetic, "train")
     assert split.num_frames.tolist() == [300, 300]
     assert split.stride.tolist() == [4, 4]
     assert split.fps.tolist() == [30, 30]
@@ -38,7 +40,7 @@ def test_what_is_measured_is_what_the_clips_are(synthetic, tmp_path, capsys):
     path = tmp_path / "input.json"
     benchmark.benchmark_input(data=synthetic, batch_size=2, batches=10, reference=True, json=path)
     figures = json.loads(path.read_text())
-    split = records.open_split(synthetic, "train")
+    split = open_split(synthetic, "train")
     data = figures["data"]
     assert data["bytes_a_record"] == split.size.mean()
     assert data["stored_frames_a_record"] == 75
@@ -62,15 +64,15 @@ def test_what_is_measured_is_what_the_clips_are(synthetic, tmp_path, capsys):
 
 
 def test_the_reference_sees_the_windows_that_are_planned(synthetic):
-    split = records.open_split(synthetic, "train")
-    # Of the frame's own size, so that a window is cut and not resized.
-    spec, options = ClipSpec(frames=3, crop=224), OPTIONS | {"jitter": (256, 256)}
+    split = open_split(synthetic, "train")
+    # Of the frame's own size, so that a crop_box is cut and not resized.
+    spec, options = ClipSpec(frames=3, crop=224), OPTIONS | {"short_side_range": (256, 256)}
     plan = next(pipeline.train_plans(split, spec, **options))
-    plan["windows"] = np.rint(plan["windows"])
+    plan["crop_boxes"] = np.rint(plan["crop_boxes"])
     clips = [input_reference.Clip(*clip) for clip in benchmark.reference_plan(split, plan)]
     found = input_reference.decode(clips, 224)
     batch, _ = next(pipeline.train_batches(split, spec, **options))
-    for row, (top, left, side) in enumerate(plan["windows"][:, 0].astype(int)):
+    for row, (top, left, side) in enumerate(plan["crop_boxes"][:, 0].astype(int)):
         assert side == 224
         expected = batch["frames"][row, :, top : top + 224, left : left + 224]
         if batch["flip"][row]:
@@ -86,8 +88,14 @@ def test_the_reference_sees_the_windows_that_are_planned(synthetic):
         (["benchmark", "inputs"], "no command 'benchmark inputs'; there are: benchmark input"),
         (["benchmark", "input"], "say what to read with --data"),
         (["benchmark", "input", "--data=/nowhere"], "/nowhere"),
-        (["benchmark", "input", "--data=x", "--jitter=a,b"], "--jitter=a,b must be two sizes"),
-        (["benchmark", "input", "--data=x", "--jitter=200,300"], "of at least the crop, 224"),
+        (
+            ["benchmark", "input", "--data=x", "--short_side_range=a,b"],
+            "--short_side_range=a,b must be two sizes",
+        ),
+        (
+            ["benchmark", "input", "--data=x", "--short_side_range=200,300"],
+            "of at least the crop, 224",
+        ),
         (["benchmark", "input", "--data=x", "--json=/nowhere/x"], "--json=/nowhere/x"),
         (["benchmark", "input", "--data=x", "--synthetic=y"], "--data or --synthetic, not both"),
     ],

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from videos import write_audio, write_video
 
-from timesformer_jax.data import records
 from timesformer_jax.data.annotations import Clip
-from timesformer_jax.data.check import check, is_chosen
-from timesformer_jax.data.check_prepared import check_prepared, histogram
-from timesformer_jax.data.check_videos import examine_all
-from timesformer_jax.data.prepare import prepare
+from timesformer_jax.data.check.check import check, is_chosen
+from timesformer_jax.data.check.prepared import check_prepared, histogram
+from timesformer_jax.data.check.videos import examine_all
+from timesformer_jax.data.prepare.prepare import prepare
+from timesformer_jax.data.records import prepared as records
+from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
 
 SHARD = "tiny-train.tfrecord-00001-of-00003"
@@ -169,7 +170,7 @@ def cut(directory):
 
 
 def cut_between_records(directory):
-    split = records.open_split(directory, "train")
+    split = open_split(directory, "train")
     os.truncate(directory / SHARD, split.offset[split.shard == 1][2])
 
 
@@ -323,7 +324,7 @@ def flippable(prepared, tmp_path_factory):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_found_in_its_record(flippable, data):
-    split = records.open_split(flippable, "train")
+    split = open_split(flippable, "train")
     ids, ends = (of[split.shard == 1] for of in (split.ids, split.offset + split.size + 16))
     position = data.draw(st.integers(0, int(ends[-1]) - 1))
     record = int(np.searchsorted(ends, position, side="right"))
@@ -409,7 +410,7 @@ def test_many_classes_are_shown_by_their_ends(prepared, tmp_path, capsys):
     """A data set of 60 classes, class i of which has 1 + i // 2 clips; and 1 that has none."""
     counts = collections.Counter({f"class {i}": 1 + i // 2 for i in range(60)})
     labels = [*counts.elements()]
-    split = records.open_split(prepared, "train")
+    split = open_split(prepared, "train")
     many = dataclasses.replace(
         split,
         label_names=(*counts, "unseen"),
@@ -492,7 +493,7 @@ def test_videos_are_as_preparing_finds_them(source_of_all_kinds, tmp_path, capsy
 
 
 def test_an_output_that_cannot_be_written_is_told_first(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("timesformer_jax.data.check_videos.examine_all", None)
+    monkeypatch.setattr("timesformer_jax.data.check.videos.examine_all", None)
     arguments = {"annotations": source / "clips.csv", "labels": source / "labels.txt"}
     with pytest.raises(InputError, match=r"cannot write .*bad.csv"):
         check(videos=source, **arguments, output=tmp_path / "nowhere" / "bad.csv")

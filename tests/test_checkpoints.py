@@ -22,16 +22,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from walk import State, target
 
-from timesformer_jax import convert
-from timesformer_jax.checkpoints import Card, Checkpoints, DamagedCheckpoint, load_parameters
+from timesformer_jax.checkpoints import convert
+from timesformer_jax.checkpoints.store import (
+    CheckpointMetadata,
+    Checkpoints,
+    DamagedCheckpoint,
+    load_parameters,
+)
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
-from timesformer_jax.preprocessing import ClipSpec
 
 MODEL = TimeSformerConfig(
     num_classes=3, image_size=8, num_frames=2, patch_size=4, hidden_size=32, depth=1, num_heads=1
 )
-CARD = Card(MODEL, ClipSpec(frames=2, crop=8, short_side=10), ("a", "b", "c"), {"rate": 0.1})
+METADATA = CheckpointMetadata(
+    MODEL, ClipSpec(frames=2, crop=8, short_side=10), ("a", "b", "c"), {"rate": 0.1}
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,7 @@ def saved(directory, first, steps, **options):
     """Checkpoints of the steps; those with a top-1 are evaluated."""
     found = Checkpoints(directory, **options)
     for step, top1 in steps.items():
-        found.save(step, at(first, step), {"position": step}, CARD)
+        found.save(step, at(first, step), {"position": step}, METADATA)
         if top1 is not None:
             found.record_validation(step, top1, 1.0)
     found.wait()
@@ -90,7 +97,7 @@ def test_what_is_saved_comes_back_on_any_mesh(first, directory):
             state, progress = found.restore(2, there)
             assert_equal(state, at(first, 2))
             assert progress == {"position": 2}
-        assert found.card(2) == CARD
+        assert found.metadata(2) == METADATA
     assert_equal(load_parameters(directory / "1")[1], at(first, 1).params)
 
 
@@ -107,7 +114,7 @@ def test_save_returns_before_the_checkpoint_is_written(first, tmp_path, monkeypa
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
     state = at(first, 7)
     with contextlib.closing(Checkpoints(tmp_path)) as found:
-        found.save(7, state, {}, CARD)
+        found.save(7, state, {}, METADATA)
         overwrite(state)  # as the next step of training does
         assert not steps_in(tmp_path)
         returned.set()
@@ -129,8 +136,8 @@ def test_the_newest_and_the_best_stay(first, tmp_path):
         assert found.best_step() == 9
     assert_equal(load_parameters(tmp_path)[1], at(first, 11).params)
     for path in (tmp_path / "best", tmp_path / "9"):
-        card, params = load_parameters(path)
-        assert card == CARD
+        metadata, params = load_parameters(path)
+        assert metadata == METADATA
         assert_equal(params, at(first, 9).params)
     assert_equal(convert.read(tmp_path / "best").load(), at(first, 9).params)
 
@@ -166,10 +173,10 @@ DAMAGES = {
     "a byte of an array": lambda d: flip(arrays(d, "params")),
     "a byte of the optimizer": lambda d: flip(arrays(d, "optimizer")),
     "a digit of the position": lambda d: (d / "2/progress/metadata").write_text('{"position": 3}'),
-    "a digit of the card": lambda d: (d / "2/card/metadata").write_text(
-        (d / "2/card/metadata").read_text().replace('"rate": 0.1', '"rate": 0.7')
+    "a digit of the metadata": lambda d: (d / "2/metadata/metadata").write_text(
+        (d / "2/metadata/metadata").read_text().replace('"rate": 0.1', '"rate": 0.7')
     ),
-    "no card": lambda d: shutil.rmtree(d / "2" / "card"),
+    "no metadata": lambda d: shutil.rmtree(d / "2" / "metadata"),
     "no optimizer": lambda d: shutil.rmtree(d / "2" / "optimizer"),
     "the arrays' metadata": lambda d: half(d / "2" / "params" / "_METADATA"),
     "the tree of arrays": lambda d: flip(d / "2" / "optimizer" / "manifest.ocdbt"),
@@ -182,11 +189,11 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(damage, first, di
     DAMAGES[damage](directory)
 
     def read(step):
-        return found.card(step), found.restore(step, target(first))
+        return found.metadata(step), found.restore(step, target(first))
 
     with contextlib.closing(Checkpoints(directory)) as found:
-        step, (card, (state, progress)) = found.newest(read)
-        assert (step, card, progress) == (1, CARD, {"position": 1})
+        step, (metadata, (state, progress)) = found.newest(read)
+        assert (step, metadata, progress) == (1, METADATA, {"position": 1})
         assert_equal(state, at(first, 1))
         lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         told = [line for line in lines if "2 cannot be restored" in line]
@@ -195,7 +202,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(damage, first, di
         assert "\n" not in told[0]
         # Step 2 is free to be saved anew, and what was found there is not lost.
         found.set_aside_after(1)
-        found.save(2, at(first, 2), {"position": 2}, CARD)
+        found.save(2, at(first, 2), {"position": 2}, METADATA)
         found.wait()
         assert found.newest(read)[0] == 2
     assert (directory / "2.damaged").is_dir()
@@ -212,7 +219,7 @@ def test_flipped_bits_are_noticed_wherever_they_are(first, directory):
             content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
             path.write_bytes(content)
             try:
-                assert found.card(2) == CARD
+                assert found.metadata(2) == METADATA
                 state, progress = found.restore(2, target(first))
                 assert progress == {"position": 2}
                 assert_equal(state, at(first, 2))
@@ -224,13 +231,13 @@ def test_flipped_bits_are_noticed_wherever_they_are(first, directory):
 
 def test_where_all_are_damaged_nothing_is_changed(first, directory):
     for step in (1, 2):
-        (directory / str(step) / "card" / "metadata").write_text("{")
+        (directory / str(step) / "metadata" / "metadata").write_text("{")
     before = sorted(p.relative_to(directory) for p in directory.rglob("*"))
     with pytest.raises(InputError, match=r"no checkpoint can be read: .*2 cannot.*1 cannot") as e:
         load_parameters(directory)
     assert "\n" not in str(e.value)
     with contextlib.closing(Checkpoints(directory)) as found, pytest.raises(InputError):
-        found.newest(found.card)
+        found.newest(found.metadata)
     assert sorted(p.relative_to(directory) for p in directory.rglob("*")) == before
 
 

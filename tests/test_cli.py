@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, command, environment, tiny_run
 
-from timesformer_jax import cli
+from timesformer_jax.cli import main as cli
+from timesformer_jax.data.records.open import open_split
 
 DEMO = REPOSITORY / "configs" / "demo.py"
 
@@ -141,15 +142,17 @@ def test_predict_and_evaluate_agree_on_every_video(trained, demo_data, timesform
 
 
 def test_predict_gives_the_evaluated_probabilities(trained, demo_data):
-    from timesformer_jax import checkpoints
-    from timesformer_jax.data import pipeline, records
+    from timesformer_jax.checkpoints import store as checkpoints
+    from timesformer_jax.data.input import pipeline
     from timesformer_jax.evaluation.multi_view import make_probabilities
     from timesformer_jax.inference.predict import Predictor
 
-    split = records.open_split(demo_data, "validation")
-    card, params = checkpoints.load_parameters(trained)
-    batch = next(pipeline.eval_batches(split, card.clip, batch_size=8, views=2, crops=3))
-    evaluated = make_probabilities(card.model, card.clip)(params, batch["frames"], batch["windows"])
+    split = open_split(demo_data, "validation")
+    metadata, params = checkpoints.load_parameters(trained)
+    batch = next(pipeline.eval_batches(split, metadata.clip, batch_size=8, views=2, crops=3))
+    evaluated = make_probabilities(metadata.model, metadata.clip)(
+        params, batch["frames"], batch["crop_boxes"]
+    )
     predictor = Predictor(trained, views=2, crops=3)
     for row in range(8):
         predicted = predictor(demo_data / "videos" / split.ids[batch["record"][row]])
@@ -176,8 +179,8 @@ def test_predict_names_unreadable_videos_and_predicts_the_others(
 
 
 def test_evaluating_on_other_labels_is_refused(trained, tmp_path, refusal):
-    from timesformer_jax.data import demo
-    from timesformer_jax.data.prepare import prepare
+    from timesformer_jax.data.prepare import demo
+    from timesformer_jax.data.prepare.prepare import prepare
 
     demo.make(tmp_path / "videos", train=2, validation=2)
     annotations = tmp_path / "videos" / "annotations.csv"
@@ -189,7 +192,7 @@ def test_evaluating_on_other_labels_is_refused(trained, tmp_path, refusal):
 
 def test_a_workdir_is_a_checkpoint_for_conversion_too(trained, tmp_path):
     import timesformer_jax as tsf
-    from timesformer_jax.convert import convert
+    from timesformer_jax.checkpoints.convert import convert
 
     convert(trained, tmp_path / "hf", to="hf")
     video = np.random.default_rng(0).normal(size=(1, 8, 32, 32, 3)).astype(np.float32)

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from timesformer_jax.distributed.collectives import Collective, collectives
+from timesformer_jax.planning.collectives import Collective, collectives
 
 AXES = ("a", "b", "c")
 

@@ -4,8 +4,8 @@ import pytest
 from absl import flags
 from conftest import REPOSITORY
 
-from timesformer_jax import cli
-from timesformer_jax.config_file import load
+from timesformer_jax.cli import main as cli
+from timesformer_jax.cli.config_flag import load
 from timesformer_jax.errors import InputError
 
 BASE = f"--config={REPOSITORY}/configs/k400_base.py"
@@ -22,9 +22,9 @@ def parsed(*words):
 @pytest.mark.parametrize(
     ("words", "field", "value"),
     [
-        (["--config.data.jitter=(448,512)"], "data.jitter", (448, 512)),
-        (["--config.data.jitter=448,512"], "data.jitter", (448, 512)),
-        (["--config.data.jitter", "[448, 512]"], "data.jitter", (448, 512)),
+        (["--config.data.short_side_range=(448,512)"], "data.short_side_range", (448, 512)),
+        (["--config.data.short_side_range=448,512"], "data.short_side_range", (448, 512)),
+        (["--config.data.short_side_range", "[448, 512]"], "data.short_side_range", (448, 512)),
         (["--config.optimizer.decay_epochs=3,4"], "optimizer.decay_epochs", (3, 4)),
         (["--config.optimizer.learning_rate=1"], "optimizer.learning_rate", 1.0),
         (["--config.batch_size=8", "--config.batch_size=16"], "batch_size", 16),
@@ -45,8 +45,12 @@ def test_fields_are_changed(words, field, value):
 
 
 def test_arguments_come_before_changes_wherever_they_stand():
-    config = parsed("--config.clip.rate=7", f"{BASE}:frames=16,attention=joint")
-    assert (config.clip.frames, config.clip.rate, config.model.attention) == (16, 7, "joint")
+    config = parsed("--config.clip.frame_stride=7", f"{BASE}:frames=16,attention=joint")
+    assert (config.clip.frames, config.clip.frame_stride, config.model.attention) == (
+        16,
+        7,
+        "joint",
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,10 +66,16 @@ def test_arguments_come_before_changes_wherever_they_stand():
         ([BASE, "--config.mesh.zzz=1"], "no config field mesh.zzz; there are: mesh.data"),
         ([BASE, "--config.batch_size.x=1"], "no config field batch_size.x"),
         ([BASE, "--config.eval=1"], "eval: it is a group; change one of --config.eval.batch_size"),
-        ([BASE, "--config.data.jitter=256,x"], "data.jitter must be like 256,320, not 256,x"),
-        ([BASE, "--config.data.jitter=256.5,320"], "must be like 256,320, not 256.5,320"),
-        ([BASE, "--config.data.jitter=256", "--config.data.jitter=320"], "is given twice"),
-        ([BASE, "--config.data.jitter=256 320"], "Use commas instead of whitespace"),
+        (
+            [BASE, "--config.data.short_side_range=256,x"],
+            "data.short_side_range must be like 256,320, not 256,x",
+        ),
+        ([BASE, "--config.data.short_side_range=256.5,320"], "must be like 256,320, not 256.5,320"),
+        (
+            [BASE, "--config.data.short_side_range=256", "--config.data.short_side_range=320"],
+            "is given twice",
+        ),
+        ([BASE, "--config.data.short_side_range=256 320"], "Use commas instead of whitespace"),
         ([BASE, "--config.batch_size=8.5"], "--config.batch_size=8.5"),
         ([BASE, "--config.data.flip=maybe"], "--config.data.flip=maybe"),
         ([BASE, "--wrokdir=y"], "Did you mean: workdir"),

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timesformer_jax as tsf
-from timesformer_jax import checkpoints
-from timesformer_jax.convert import convert
+from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.checkpoints.convert import convert
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
-from timesformer_jax.preprocessing import ClipSpec
 
 GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
 NAMES = ("divided_space_time", "joint_space_time", "space_only")
@@ -27,9 +27,9 @@ VIT = GOLDENS / "timm_vit.pth"
 
 def ours(path, model, labels=(), **training):
     """A checkpoint of ours that holds `model`."""
-    clip = ClipSpec(frames=model.config.num_frames, rate=4, crop=model.config.image_size)
-    card = checkpoints.Card(model.config, clip, labels, training)
-    checkpoints.save_parameters(path, parameters(model), card)
+    clip = ClipSpec(frames=model.config.num_frames, frame_stride=4, crop=model.config.image_size)
+    metadata = checkpoints.CheckpointMetadata(model.config, clip, labels, training)
+    checkpoints.save_parameters(path, parameters(model), metadata)
     return path
 
 
@@ -99,11 +99,11 @@ def test_card_of_our_own_checkpoints_is_kept(tmp_path):
     convert(source, tmp_path / "b")
     before, after = (checkpoints.load_parameters(path)[0] for path in (source, tmp_path / "b"))
     assert (after.clip, after.labels, after.config["seed"]) == (before.clip, before.labels, 5)
-    # Another length and another head change what the card says of them.
+    # Another length and another head change what the metadata says of them.
     convert(source, tmp_path / "c", num_frames=16, num_classes=2)
-    card = checkpoints.load_parameters(tmp_path / "c")[0]
-    assert (card.clip.frames, card.clip.rate, card.labels) == (16, 16, ())
-    assert (card.model.num_frames, card.model.num_classes) == (16, 2)
+    metadata = checkpoints.load_parameters(tmp_path / "c")[0]
+    assert (metadata.clip.frames, metadata.clip.frame_stride, metadata.labels) == (16, 16, ())
+    assert (metadata.model.num_frames, metadata.model.num_classes) == (16, 2)
 
 
 def test_license_of_the_release_stays_with_its_weights(tmp_path, caplog):

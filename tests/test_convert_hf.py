@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import TimesformerConfig, TimesformerForVideoClassification
 
 import timesformer_jax as tsf
-from timesformer_jax.convert import convert
+from timesformer_jax.checkpoints.convert import convert
 from timesformer_jax.models.attention import Tokens
 from timesformer_jax.models.timesformer import parameters
 

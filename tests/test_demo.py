@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from timesformer_jax import recipes
-from timesformer_jax.data import demo, records
 from timesformer_jax.data.decode import VideoFile, decode
-from timesformer_jax.data.sampling import clip_indices
+from timesformer_jax.data.input.sampling import clip_indices
+from timesformer_jax.data.prepare import demo
+from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
 
 COUNTS = {"train": 24, "validation": 8}
@@ -67,7 +68,7 @@ def test_sampling_meets_each_moment_as_often_as_its_mirror_image():
     starts = (np.arange(1000) + 0.5) / 1000
     picked = np.stack(
         [
-            clip_indices(demo.FRAMES, demo.FPS, config.clip.frames, config.clip.rate, s)
+            clip_indices(demo.FRAMES, demo.FPS, config.clip.frames, config.clip.frame_stride, s)
             for s in starts
         ]
     )
@@ -144,7 +145,7 @@ def test_the_labels_are_balanced(made):
 
 def test_it_is_prepared_as_any_videos_are(made):
     for name, count in COUNTS.items():
-        split = records.open_split(made, name)
+        split = open_split(made, name)
         assert len(split) == count
         assert split.label_names == tuple(sorted(demo.DIRECTIONS))
         assert set(split.num_frames) == {demo.FRAMES}

@@ -8,14 +8,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import ONE, assert_same_training, mesh_of, optimizer, patch_bytes, tiny, trained
 
-from timesformer_jax.augmentation import Augmentation
-from timesformer_jax.checkpoints import Card, Checkpoints
+from timesformer_jax.checkpoints.store import CheckpointMetadata, Checkpoints
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed.mesh import check_batch, check_model, make_mesh
 from timesformer_jax.distributed.sharding import shardings
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
-from timesformer_jax.preprocessing import ClipSpec
 from timesformer_jax.training.step import abstract_state
+from timesformer_jax.transforms.augment import Augmentation
 
 DIVIDED, JOINT = tiny("divided"), tiny("joint", depth=1)
 # 197 tokens a frame.
@@ -147,7 +147,7 @@ def test_an_axis_that_does_not_divide_is_not_split():
 def test_a_checkpoint_of_one_mesh_goes_on_with_another(sizes, tmp_path):
     state = trained(DIVIDED, SEQUENCE).state
     saved = Checkpoints(tmp_path)
-    saved.save(5, state, {}, Card(DIVIDED, ClipSpec(), (), {}))
+    saved.save(5, state, {}, CheckpointMetadata(DIVIDED, ClipSpec(), (), {}))
     saved.wait()
     target = abstract_state(DIVIDED, optimizer()[1], mesh_of(sizes))
     restored, _ = saved.restore(5, target)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from timesformer_jax.data import records
-from timesformer_jax.data.pipeline import eval_batches
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input.pipeline import eval_batches
+from timesformer_jax.data.records.open import open_split
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.evaluation.metrics import average_pieces
 from timesformer_jax.evaluation.multi_view import evaluate, make_probabilities
 from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, parameters
-from timesformer_jax.preprocessing import ClipSpec
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 99))
@@ -32,12 +32,12 @@ def test_pieces_are_averaged_whatever_their_order(video, seed):
 
 def test_a_video_in_pieces_counts_once(demo_data):
     """21 records as 6 videos of 1 to 6 pieces, against the same done by hand without batches."""
-    split = records.open_split(demo_data, "validation")
+    split = open_split(demo_data, "validation")
     video = np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6]).astype(np.int32)
     video = np.random.default_rng(0).permutation(video)
     label = video % 8  # pieces share their video's label
     split = dataclasses.replace(split, video=video, label=label)
-    clip = ClipSpec(frames=2, rate=8, crop=32, short_side=40)
+    clip = ClipSpec(frames=2, frame_stride=8, crop=32, short_side=40)
     model = TimeSformerConfig(
         num_classes=8, image_size=32, num_frames=2, hidden_size=16, depth=1, num_heads=2
     )
@@ -54,7 +54,7 @@ def test_a_video_in_pieces_counts_once(demo_data):
     probabilities = jax.jit(make_probabilities(model, clip))
     by_video = {number: [] for number in range(6)}
     for batch in eval_batches(split, clip, batch_size=1, views=2, crops=3):
-        p = probabilities(params, batch["frames"], batch["windows"])[0]
+        p = probabilities(params, batch["frames"], batch["crop_boxes"])[0]
         by_video[video[batch["record"][0]]].append(np.asarray(p, np.float64))
     assert sorted(map(len, by_video.values())) == [1, 2, 3, 4, 5, 6]
     ranks = {

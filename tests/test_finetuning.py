@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import scalars, tiny_run
 
-from timesformer_jax import checkpoints, convert
-from timesformer_jax.data import pipeline, records
+from timesformer_jax.checkpoints import convert
+from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.data.input import pipeline
+from timesformer_jax.data.records.open import open_split
 from timesformer_jax.models.timesformer import with_parameters
-from timesformer_jax.preprocessing import preprocess
+from timesformer_jax.transforms.preprocess import preprocess
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +68,11 @@ def test_a_video_run_starts_at_the_image_models_features(
     expected = with_parameters(image.config, image.load()).features(frame)
     np.testing.assert_allclose(features, expected, atol=1e-5)
 
-    card = checkpoints.load_parameters(tmp_path / "run")[0]
-    split = records.open_split(demo_data, "train")
-    options = {"batch_size": 8, "jitter": (32, 40), "flip": False, "seed": 0}
-    batch, _ = next(pipeline.train_batches(split, card.clip, **options))
-    clips = preprocess(batch["frames"], batch["windows"], card.clip)
+    metadata = checkpoints.load_parameters(tmp_path / "run")[0]
+    split = open_split(demo_data, "train")
+    options = {"batch_size": 8, "short_side_range": (32, 40), "flip": False, "seed": 0}
+    batch, _ = next(pipeline.train_batches(split, metadata.clip, **options))
+    clips = preprocess(batch["frames"], batch["crop_boxes"], metadata.clip)
     logits = with_parameters(video.config, video.load())(clips)
     losses = -jax.nn.log_softmax(logits)[np.arange(8), batch["label"]]
     assert scalars(tmp_path / "run", "train/loss")[1][0] == pytest.approx(

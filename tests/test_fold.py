@@ -9,7 +9,7 @@ from test_costs import products
 from test_model import assert_near, config_of, random_parameters, random_video
 
 from timesformer_jax.models.attention import SCHEMES
-from timesformer_jax.models.fold import folded
+from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import parameters, with_parameters
 
 

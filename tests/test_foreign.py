@@ -16,13 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from timesformer_jax import checkpoints, recipes
-from timesformer_jax.data import foreign, foreign_index, pipeline, records
-from timesformer_jax.data.records import open_split
+from timesformer_jax import recipes
+from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import pipeline
+from timesformer_jax.data.layout import INDEX_DTYPES
+from timesformer_jax.data.records import external as foreign
+from timesformer_jax.data.records import external_index as foreign_index
+from timesformer_jax.data.records.open import open_split, resolved
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.multi_view import evaluate_checkpoint
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.preprocessing import ClipSpec
 from timesformer_jax.training import loop
 
 # TFDS reads its description with a name that protobuf is to drop.
@@ -30,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:label.. is deprecated:Deprecatio
 
 HEIGHT, WIDTH, FPS = 24, 32, 10.0
 # At 10 frames a second, four frames one after the other.
-SPEC = ClipSpec(frames=4, rate=3, crop=HEIGHT, short_side=HEIGHT)
+SPEC = ClipSpec(frames=4, frame_stride=3, crop=HEIGHT, short_side=HEIGHT)
 LABELS = ("jump", "run", "sit")
 JPEG_ERROR = 6  # decoders round differently; a square beside it, or the next frame, is far off
 
@@ -174,7 +178,7 @@ def assert_evaluation_shows(split, videos, tolerance):
 
 def assert_training_shows(split, videos, tolerance):
     """Every training clip is four frames in a row, of one square of its record."""
-    options = {"batch_size": 2, "jitter": (HEIGHT, HEIGHT), "flip": False, "seed": 1}
+    options = {"batch_size": 2, "short_side_range": (HEIGHT, HEIGHT), "flip": False, "seed": 1}
     for batch, _ in itertools.islice(pipeline.train_batches(split, SPEC, **options), 2):
         for clip, record in zip(batch["frames"], batch["record"]):
             video = videos[record].astype(int)
@@ -221,7 +225,7 @@ def test_a_tfds_data_set_shows_what_tfds_does(data_dir, form, caplog):
     assert_training_shows(split, videos, tolerance=0 if form == "png" else JPEG_ERROR)
 
     by_folder = open_split(builder.data_path, "train", fps=FPS)
-    for name in ("files", "label_names", "ids", *records.INDEX_DTYPES):
+    for name in ("files", "label_names", "ids", *INDEX_DTYPES):
         assert np.array_equal(getattr(split, name), getattr(by_folder, name)), name
 
 
@@ -270,10 +274,10 @@ def test_training_and_evaluation_are_told_the_frame_rate(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="has 1 labels, the config's model 5"):
         loop.train(config, os.fspath(tmp_path / "run"))
 
-    card = checkpoints.Card(
+    metadata = checkpoints.CheckpointMetadata(
         TimeSformerConfig(num_classes=5), SPEC, tuple("abcde"), config.to_dict()
     )
-    monkeypatch.setattr(checkpoints, "load_parameters", lambda *_: (card, {}))
+    monkeypatch.setattr(checkpoints, "load_parameters", lambda *_: (metadata, {}))
     with pytest.raises(InputError, match="has 1 labels"):
         evaluate_checkpoint("run")
     with pytest.raises(InputError, match="do not say their frame rate"):
@@ -478,7 +482,7 @@ def test_processes_make_the_same_index(dmvr, monkeypatch):
     kind = foreign_index.SequenceExamples()
     alone = foreign_index._make_index("train", files, sizes, kind)
     monkeypatch.setattr(foreign_index, "BYTES_WORTH_A_WORKER", 1)
-    monkeypatch.setattr(foreign_index, "processors", lambda: 2)
+    monkeypatch.setattr(foreign_index, "available_cores", lambda: 2)
     together = foreign_index._make_index("train", files, sizes, kind)
     assert alone.keys() == together.keys()
     for column in alone:
@@ -493,11 +497,11 @@ def test_records_on_gs_are_read_and_indexed_there(gcs, dmvr):
         (bucket / shard.name).write_bytes(shard.read_bytes())
     code = f"""
 import json
-from timesformer_jax.data import pipeline
-from timesformer_jax.data.records import open_split
-from timesformer_jax.preprocessing import ClipSpec
+from timesformer_jax.data.input import pipeline
+from timesformer_jax.data.records.open import open_split
+from timesformer_jax.clip_spec import ClipSpec
 split = open_split("gs://bucket/data", "train")
-spec = ClipSpec(frames=4, rate=3, crop={HEIGHT}, short_side={HEIGHT})
+spec = ClipSpec(frames=4, frame_stride=3, crop={HEIGHT}, short_side={HEIGHT})
 batch = next(pipeline.eval_batches(split, spec, batch_size=1))
 print(json.dumps([split.files, split.offset.tolist(), int(batch["frames"].sum())]))
 """
@@ -596,7 +600,7 @@ def test_features_without_one_video_and_one_label_are_one_line(features, said):
 
 def test_sources_are_the_same_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert records.resolved("data") == str(tmp_path / "data")
-    assert records.resolved("gs://bucket/data") == "gs://bucket/data"
-    assert records.resolved("tfds:ucf101/ucf101_1:2.0.0") == "tfds:ucf101/ucf101_1:2.0.0"
-    assert records.resolved("tfds:ucf101@sets") == f"tfds:ucf101@{tmp_path / 'sets'}"
+    assert resolved("data") == str(tmp_path / "data")
+    assert resolved("gs://bucket/data") == "gs://bucket/data"
+    assert resolved("tfds:ucf101/ucf101_1:2.0.0") == "tfds:ucf101/ucf101_1:2.0.0"
+    assert resolved("tfds:ucf101@sets") == f"tfds:ucf101@{tmp_path / 'sets'}"

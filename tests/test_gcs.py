@@ -166,12 +166,13 @@ def test_records_are_written_and_found_by_offset(elsewhere, storage, tmp_path):
 
 
 def train_batches(directory):
-    from timesformer_jax.data import pipeline, records
-    from timesformer_jax.preprocessing import ClipSpec
+    from timesformer_jax.clip_spec import ClipSpec
+    from timesformer_jax.data.input import pipeline
+    from timesformer_jax.data.records.open import open_split
 
-    split = records.open_split(directory, "train")
-    spec = ClipSpec(frames=4, rate=2, crop=32, short_side=40)
-    options = {"batch_size": 8, "jitter": (32, 40), "flip": True, "seed": 3}
+    split = open_split(directory, "train")
+    spec = ClipSpec(frames=4, frame_stride=2, crop=32, short_side=40)
+    options = {"batch_size": 8, "short_side_range": (32, 40), "flip": True, "seed": 3}
     batches = pipeline.train_batches(split, spec, **options)
     return split.label_names, [batch for batch, _ in itertools.islice(batches, 3)]
 
@@ -308,7 +309,7 @@ def use_checkpoints(folder):
     import numpy as np
     import walk
 
-    from timesformer_jax.checkpoints import Checkpoints, load_parameters
+    from timesformer_jax.checkpoints.store import Checkpoints, load_parameters
 
     state, seen = walk.start(), []
     with contextlib.closing(Checkpoints(folder, keep=1, keep_best=1)) as found:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import command, environment, scalars, tiny_run
 
-from timesformer_jax import checkpoints
+from timesformer_jax.checkpoints import store as checkpoints
 from timesformer_jax.distributed import hosts
 from timesformer_jax.errors import InputError
 

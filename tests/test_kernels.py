@@ -18,11 +18,13 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from meshes import mesh_of
 
-from timesformer_jax.distributed.collectives import collectives
-from timesformer_jax.kernels import choice, spatial, temporal
 from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.ops.kernels import cudnn as spatial
+from timesformer_jax.models.ops.kernels import hopper as temporal
+from timesformer_jax.models.ops.kernels import select as choice
 from timesformer_jax.models.timesformer import TimeSformer, abstract
+from timesformer_jax.planning.collectives import collectives
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 BASE = (64, 8, 196, 3, 12, 64)

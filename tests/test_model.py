@@ -18,8 +18,8 @@ from test_attention import brute_force
 
 import timesformer_jax as tsf
 from timesformer_jax.models.attention import SCHEMES, Tokens
-from timesformer_jax.models.gelu import gelu
-from timesformer_jax.models.norm import layer_norm
+from timesformer_jax.models.ops.gelu import gelu
+from timesformer_jax.models.ops.layer_norm import layer_norm
 from timesformer_jax.models.timesformer import (
     Attention,
     abstract,

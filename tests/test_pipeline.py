@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from timesformer_jax.data import pipeline, records, sampling
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import pipeline, sampling
+from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
-from timesformer_jax.preprocessing import ClipSpec
 
-SPEC = ClipSpec(frames=8, rate=2, crop=32, short_side=40)
-OPTIONS = {"batch_size": 16, "jitter": (32, 40), "flip": True, "seed": 3}
+SPEC = ClipSpec(frames=8, frame_stride=2, crop=32, short_side=40)
+OPTIONS = {"batch_size": 16, "short_side_range": (32, 40), "flip": True, "seed": 3}
 
 
 @pytest.fixture(scope="module")
 def train(demo_data):
-    return records.open_split(demo_data, "train")
+    return open_split(demo_data, "train")
 
 
 @pytest.fixture(scope="module")
 def validation(demo_data):
-    return records.open_split(demo_data, "validation")
+    return open_split(demo_data, "validation")
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +56,16 @@ def test_evaluation_shows_every_video_once_and_exactly(validation, videos):
                 for crop, left in enumerate([0, 4, 8]):
                     expected = example["video"][indices][:, :, left : left + 40]
                     assert np.array_equal(batch["frames"][row, 3 * view + crop], expected)
-        assert (batch["windows"] == [0, 0, 40]).all()
+        assert (batch["crop_boxes"] == [0, 0, 40]).all()
     assert sorted(seen) == sorted(videos)
 
 
 def test_training_windows_point_at_the_planned_square(train, demo_data):
     data = tfds.builder_from_directory(str(demo_data)).as_dataset(split="train")
     videos = {example["id"]: example for example in tfds.as_numpy(data)}
-    # 40 pixels hold any window of this jitter; a larger crop of a larger frame would leave some.
+    # 40 pixels hold any crop_box of this short_side_range; a larger crop of a larger frame would leave some.
     spec = dataclasses.replace(SPEC, crop=16)
-    options = OPTIONS | {"jitter": (32, 40)}
+    options = OPTIONS | {"short_side_range": (32, 40)}
     batch, _ = next(pipeline.train_batches(train, spec, **options))
     side = batch["frames"].shape[2]
     assert side == sampling.decoded_side(40, 16, 32) < 40
@@ -73,34 +74,34 @@ def test_training_windows_point_at_the_planned_square(train, demo_data):
         video = videos[train.ids[record].encode()]["video"]
         draws = pipeline._random(3, 0, record).random(5)
         indices = sampling.clip_indices(len(video), 30.0, 8, 2, draws[0])
-        window = sampling.random_window(*video.shape[1:3], 16, (32, 40), draws[1:4])
-        corner = np.rint(window[:2] - batch["windows"][row, :2]).astype(int)
+        crop_box = sampling.random_crop_box(*video.shape[1:3], 16, (32, 40), draws[1:4])
+        corner = np.rint(crop_box[:2] - batch["crop_boxes"][row, :2]).astype(int)
         top, left = corner
         expected = video[indices][:, top : top + side, left : left + side]
         # Decoding a part of a JPEG interpolates its chroma at the seam otherwise.
         difference = np.abs(batch["frames"][row].astype(int) - expected)[:, 2:-2, 2:-2]
         assert difference.max() <= 1
-        assert (batch["windows"][row, :2] >= 0).all()
-        assert (batch["windows"][row, :2] + window[2] <= side + 1e-3).all()
+        assert (batch["crop_boxes"][row, :2] >= 0).all()
+        assert (batch["crop_boxes"][row, :2] + crop_box[2] <= side + 1e-3).all()
         assert batch["flip"][row] == (draws[4] < 0.5)
 
 
 def test_segments_are_drawn_in_training_and_their_midpoints_shown_in_tests(validation, videos):
-    """Of windows and mirroring the same draws as without segments."""
+    """Of crop_boxes and mirroring the same draws as without segments."""
     by_rate = dataclasses.replace(SPEC, crop=40)
     spec = dataclasses.replace(by_rate, sampling="segments")
-    options = OPTIONS | {"jitter": (40, 40)}
+    options = OPTIONS | {"short_side_range": (40, 40)}
     batch, _ = next(pipeline.train_batches(validation, spec, **options))
     other, _ = next(pipeline.train_batches(validation, by_rate, **options))
-    for key in ("windows", "flip", "draw", "record"):
+    for key in ("crop_boxes", "flip", "draw", "record"):
         assert np.array_equal(batch[key], other[key])
     for row, record in enumerate(batch["record"]):
         video = videos[validation.ids[record].encode()]["video"]
         random = pipeline._random(3, 0, record)
-        window = sampling.random_window(40, 48, 40, (40, 40), random.random(5)[1:4])
+        crop_box = sampling.random_crop_box(40, 48, 40, (40, 40), random.random(5)[1:4])
         random.integers(2**32)
         indices = sampling.segment_indices(len(video), 8, random.random(8))
-        left = round(window[1] - batch["windows"][row, 1])
+        left = round(crop_box[1] - batch["crop_boxes"][row, 1])
         expected = video[indices][:, :, left : left + 40]
         difference = np.abs(batch["frames"][row].astype(int) - expected)[:, :, 2:-2]  # as above
         assert difference.max() <= 1
@@ -162,5 +163,5 @@ def test_hosts_share_every_global_batch(train, validation):
 def test_too_large_a_batch_and_too_small_a_jitter_are_one_line(train):
     with pytest.raises(InputError, match="64 clips, fewer than a batch of 65"):
         next(pipeline.train_batches(train, SPEC, **OPTIONS | {"batch_size": 65}))
-    with pytest.raises(InputError, match="jitter"):
-        next(pipeline.train_batches(train, SPEC, **OPTIONS | {"jitter": (20, 40)}))
+    with pytest.raises(InputError, match="short_side_range"):
+        next(pipeline.train_batches(train, SPEC, **OPTIONS | {"short_side_range": (20, 40)}))

@@ -18,26 +18,22 @@ from hypothesis import strategies as st
 
 import timesformer_jax as tsf
 from timesformer_jax import recipes
-from timesformer_jax.distributed.collectives import Collective
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.records.open import open_split
 from timesformer_jax.distributed.hardware import CHIPS, GIB, link_rate
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
-from timesformer_jax.preprocessing import ClipSpec
-from timesformer_jax.training.plan import make_plan, plan
-from timesformer_jax.training.plan.largest_batch import largest_batch
-from timesformer_jax.training.plan.memory import (
-    _residuals,
-    counted_memory,
-    exceeded,
-    kept_for_backward,
-)
-from timesformer_jax.training.plan.plan import counted_collectives
-from timesformer_jax.training.plan.program import build
-from timesformer_jax.training.plan.report import as_json, as_text
-from timesformer_jax.training.plan.roofline import roofline, sent
-from timesformer_jax.training.plan.topology import open_topology
+from timesformer_jax.planning import make_plan, plan
+from timesformer_jax.planning.collectives import Collective
+from timesformer_jax.planning.largest_batch import largest_batch
+from timesformer_jax.planning.memory import _residuals, counted_memory, exceeded, kept_for_backward
+from timesformer_jax.planning.plan import counted_collectives
+from timesformer_jax.planning.program import build
+from timesformer_jax.planning.report import as_json, as_text
+from timesformer_jax.planning.roofline import roofline, sent
+from timesformer_jax.planning.topology import open_topology
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 
@@ -133,14 +129,19 @@ def test_bytes_sent_along_an_axis_of_four(kind, expected):
 
 
 def test_the_batch_is_what_training_feeds_the_step(demo_data):
-    from timesformer_jax.data import pipeline, records
+    from timesformer_jax.data.input import pipeline
     from timesformer_jax.training.loop import _for_step
 
     config = recipes.demo()
-    split = records.open_split(demo_data, "train")
+    split = open_split(demo_data, "train")
     clip = ClipSpec(**config.clip, short_side=int(split.height[0]))
     batches = pipeline.train_batches(
-        split, clip, batch_size=8, jitter=tuple(config.data.jitter), flip=False, seed=0
+        split,
+        clip,
+        batch_size=8,
+        short_side_range=tuple(config.data.short_side_range),
+        flip=False,
+        seed=0,
     )
     fed = _for_step(next(batches)[0])
     planned = build(config, jax.devices(), 8).batch

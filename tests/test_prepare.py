@@ -22,10 +22,14 @@ from conftest import command as cli_command
 from conftest import environment, interruptible
 from videos import numbers, write_audio, write_video
 
-from timesformer_jax.data import records, shards
 from timesformer_jax.data.annotations import Clip
 from timesformer_jax.data.decode import decode
-from timesformer_jax.data.prepare import prepare
+from timesformer_jax.data.layout import INDEX_DTYPES
+from timesformer_jax.data.prepare import shards
+from timesformer_jax.data.prepare.prepare import prepare
+from timesformer_jax.data.records import prepared as records
+from timesformer_jax.data.records.open import open_split
+from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
 from timesformer_jax.errors import InputError
 
 SPLITS = {"train": 14, "validation": 6}
@@ -81,7 +85,7 @@ def command(**kwargs):
     kwargs = {key: os.fspath(v) if isinstance(v, Path) else v for key, v in kwargs.items()}
     code = (
         "import sys\n"
-        "from timesformer_jax.data.prepare import prepare\n"
+        "from timesformer_jax.data.prepare.prepare import prepare\n"
         "from timesformer_jax.errors import InputError\n"
         f"try: prepare(**{kwargs!r})\n"
         "except InputError as error: sys.exit(print(error, file=sys.stderr) or 2)\n"
@@ -132,16 +136,16 @@ def test_tfds_opens_and_decodes_it(prepared):
 
 def test_the_index_finds_every_record(prepared):
     for name, count in SPLITS.items():
-        split = records.open_split(prepared, name)
+        split = open_split(prepared, name)
         assert len(split) == count == len(set(split.ids))
         assert split.label_names == ("a", "b")
         assert all(os.path.isabs(file) for file in split.files)
-        for column, dtype in records.INDEX_DTYPES.items():
+        for column, dtype in INDEX_DTYPES.items():
             assert getattr(split, column).dtype == dtype
         for i in range(count):
             with open(split.files[split.shard[i]], "rb") as file:
                 file.seek(split.offset[i])
-                header = file.read(records.RECORD_HEADER_BYTES)
+                header = file.read(RECORD_HEADER_BYTES)
                 assert int.from_bytes(header[:8], "little") == split.size[i]
                 record = records.parse(file.read(split.size[i]))
             assert record["id"].numpy().decode() == split.ids[i]
@@ -155,13 +159,13 @@ def test_the_index_finds_every_record(prepared):
 
 
 def test_records_are_parsed_within_tf_data(prepared):
-    split = records.open_split(prepared, "train")
+    split = open_split(prepared, "train")
     dataset = tf.data.TFRecordDataset(split.files).map(records.parse)
     assert [record["id"].decode() for record in dataset.as_numpy_iterator()] == list(split.ids)
 
 
 def test_shards_mix_the_classes(prepared):
-    split = records.open_split(prepared, "train")
+    split = open_split(prepared, "train")
     assert len({tuple(split.label[split.shard == i]) for i in range(len(split.files))}) > 2
 
 
@@ -223,7 +227,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(source, prepared, tmp_
     assert not list(tmp_path.glob("killed/**/*.part"))
     assert digests(tmp_path / "killed") == digests(prepared)
     for split in SPLITS:
-        mine, theirs = (records.open_split(p, split) for p in (tmp_path / "killed", prepared))
+        mine, theirs = (open_split(p, split) for p in (tmp_path / "killed", prepared))
         np.testing.assert_array_equal(mine.ids, theirs.ids)
         np.testing.assert_array_equal(mine.offset, theirs.offset)
 
@@ -323,14 +327,14 @@ def test_among_hundreds_of_damaged_videos_every_good_clip_is_prepared(tmp_path):
         failures = {row["id"]: row["reason"] for row in csv.DictReader(file)}
     assert summary.failures == len(failures) > 100
     assert all(len(reason.splitlines()) == 1 for reason in failures.values())
-    split = records.open_split(tmp_path / "out", "train")
+    split = open_split(tmp_path / "out", "train")
     assert len(split) + len(failures) == 404
     assert not set(split.ids) & set(failures)
     for ending, _ in made:
         (place,) = np.flatnonzero(split.ids == f"train/good/whole.{ending}")
         frames = decode(videos / split.ids[place], short_side=24).frames
         with open(split.files[split.shard[place]], "rb") as file:
-            file.seek(split.offset[place] + records.RECORD_HEADER_BYTES)
+            file.seek(split.offset[place] + RECORD_HEADER_BYTES)
             jpegs = records.parse(file.read(split.size[place]))["video"]
         stored = np.stack([tf.io.decode_jpeg(jpeg) for jpeg in jpegs])
         assert stored.shape == frames.shape
@@ -402,7 +406,7 @@ def test_long_videos_are_cut_into_equal_pieces(tmp_path):
     )  # fmt: skip
     assert (summary.clips, summary.records) == ({"train": 2}, {"train": 4})
     assert "train: 2 clips in 4 records" in str(summary)
-    split = records.open_split(tmp_path / "out", "train")
+    split = open_split(tmp_path / "out", "train")
     assert sorted(split.ids) == [
         "train/a/long.mp4#0.00-0.80",
         "train/a/long.mp4#0.80-1.60",
@@ -424,7 +428,7 @@ def test_frames_are_stored_at_the_rate_asked_for(tmp_path):
     (tmp_path / "v" / "train" / "a").mkdir(parents=True)
     write_video(tmp_path / "v/train/a/x.mp4", frames=60, fps=30)
     prepare(tmp_path / "v", tmp_path / "out", short_side=24, fps=10, workers=1)
-    split = records.open_split(tmp_path / "out", "train")
+    split = open_split(tmp_path / "out", "train")
     assert (split.num_frames.tolist(), split.fps.tolist()) == ([20], [10])
     (row,) = tfds.builder_from_directory(tmp_path / "out").as_dataset("train")
     np.testing.assert_allclose(numbers(row["video"].numpy()), np.arange(0, 60, 3), atol=1)
@@ -535,22 +539,22 @@ def test_a_label_file_fixes_the_classes(source, tmp_path):
     (tmp_path / "clips.csv").write_text("path,label,split\ntrain1.mp4,b,test\ntrain2.mp4,a,test\n")
     options = {"annotations": tmp_path / "clips.csv", "labels": tmp_path / "labels.txt"}
     prepare(**arguments(source, tmp_path / "out", **options))
-    split = records.open_split(tmp_path / "out", "test")
+    split = open_split(tmp_path / "out", "test")
     assert split.label_names == ("b", "unused", "a")
     assert dict(zip(split.ids, split.label)) == {"train1.mp4": 0, "train2.mp4": 2}
 
 
 def test_directories_that_cannot_be_opened(prepared, tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
-        records.open_split(tmp_path / "nowhere", "train")
+        open_split(tmp_path / "nowhere", "train")
     with pytest.raises(InputError, match="not a prepared data set"):
-        records.open_split(tmp_path, "train")
+        open_split(tmp_path, "train")
     with pytest.raises(InputError, match="no split 'trian'; there: train, validation"):
-        records.open_split(prepared, "trian")
+        open_split(prepared, "trian")
     shutil.copytree(prepared, tmp_path / "copy")
     records.write_index(os.fspath(tmp_path / "copy"), "empty", [], [])
     with pytest.raises(InputError, match=r"the split 'empty' .* holds no clip"):
-        records.open_split(tmp_path / "copy", "empty")
+        open_split(tmp_path / "copy", "empty")
 
 
 def test_options_file_is_readable(prepared):

@@ -5,8 +5,9 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
-from timesformer_jax.preprocessing import ClipSpec, preprocess
+from timesformer_jax.transforms.preprocess import preprocess
 
 PLAIN = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}  # values come out as they went in
 
@@ -44,8 +45,8 @@ def test_a_photograph_is_resized_as_pillow_does_to_the_border(shrink, crop):
     side = np.float32(crop * shrink)
     spec = ClipSpec(frames=1, crop=crop, **PLAIN)
     for top, left in ((0.0, 0.0), (11.0, 7.5)):
-        window = np.array([[top, left, side]], np.float32)
-        ours = np.asarray(preprocess(photograph[None, None], window, spec))[0, 0]
+        crop_box = np.array([[top, left, side]], np.float32)
+        ours = np.asarray(preprocess(photograph[None, None], crop_box, spec))[0, 0]
         box = (left, top, float(left + side), float(top + side))
         theirs = Image.fromarray(photograph).resize((crop, crop), Image.Resampling.BILINEAR, box)
         assert np.abs(ours - np.asarray(theirs, np.float32)).max() < 1.5  # Pillow rounds twice
@@ -58,17 +59,17 @@ def test_a_window_of_the_crops_size_is_cut_exactly(frames):
 
 
 def test_flip_normalisation_and_channel_order(frames):
-    window = np.array([[0, 0, 60]] * 2, np.float32)
-    plain = np.asarray(preprocess(frames, window, ClipSpec(frames=3, crop=60, **PLAIN)))
+    crop_box = np.array([[0, 0, 60]] * 2, np.float32)
+    plain = np.asarray(preprocess(frames, crop_box, ClipSpec(frames=3, crop=60, **PLAIN)))
     flip = np.array([True, False])
-    flipped = np.asarray(preprocess(frames, window, ClipSpec(frames=3, crop=60, **PLAIN), flip))
+    flipped = np.asarray(preprocess(frames, crop_box, ClipSpec(frames=3, crop=60, **PLAIN), flip))
     assert np.array_equal(flipped[0], plain[0][:, :, ::-1])
     assert np.array_equal(flipped[1], plain[1])
     spec = ClipSpec(frames=3, crop=60, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     expected = (plain / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.6, 0.7])
-    assert np.allclose(preprocess(frames, window, spec), expected, atol=1e-5)
+    assert np.allclose(preprocess(frames, crop_box, spec), expected, atol=1e-5)
     bgr = ClipSpec(frames=3, crop=60, channel_order="bgr", **PLAIN)
-    assert np.array_equal(preprocess(frames, window, bgr), plain[..., ::-1])
+    assert np.array_equal(preprocess(frames, crop_box, bgr), plain[..., ::-1])
 
 
 @pytest.mark.parametrize(

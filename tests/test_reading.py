@@ -11,12 +11,15 @@ from conftest import environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timesformer_jax.data import pipeline, reading, records, wire
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import pipeline, reading
+from timesformer_jax.data.records import wire
+from timesformer_jax.data.records.open import open_split
+from timesformer_jax.data.records.wire import RECORD_FRAME_BYTES
 from timesformer_jax.errors import InputError
-from timesformer_jax.preprocessing import ClipSpec
 
-SPEC = ClipSpec(frames=4, rate=2, crop=32, short_side=40)
-OPTIONS = {"batch_size": 4, "jitter": (32, 40), "flip": False, "seed": 0}
+SPEC = ClipSpec(frames=4, frame_stride=2, crop=32, short_side=40)
+OPTIONS = {"batch_size": 4, "short_side_range": (32, 40), "flip": False, "seed": 0}
 
 
 # ---- finding byte strings -----------------------------------------------------------------------
@@ -56,7 +59,7 @@ def test_byte_strings_are_found_where_the_parser_finds_them(frames, features):
 
 @pytest.fixture(scope="module")
 def split(demo_data):
-    return records.open_split(demo_data, "train")
+    return open_split(demo_data, "train")
 
 
 def test_records_are_those_that_tensorflow_reads(split):
@@ -74,7 +77,7 @@ def test_a_flipped_bit_or_a_cut_is_one_line_wherever_it_is(tmp_path_factory, dat
     with tf.io.TFRecordWriter(str(path)) as writer:
         writer.write(b"before")
         writer.write(b"record")
-    offset, size = 6 + records.RECORD_FRAME_BYTES, 6
+    offset, size = 6 + RECORD_FRAME_BYTES, 6
     assert reading.read_record(str(path), offset, size) == b"record"
     whole = bytearray(path.read_bytes())
     at = data.draw(st.integers(offset, len(whole) - 1))
@@ -172,10 +175,11 @@ def test_a_square_is_the_same_from_whatever_column_it_is_decoded():
 def test_the_interpreter_ends_while_batches_are_made_ahead(demo_data):
     """TensorFlow's threads asking an ended interpreter for more would wait for ever."""
     code = f"""
-from timesformer_jax.data import pipeline, records
-from timesformer_jax.preprocessing import ClipSpec
-split = records.open_split({str(demo_data)!r}, "train")
-spec = ClipSpec(frames=4, rate=2, crop=32, short_side=40)
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import pipeline
+from timesformer_jax.data.records.open import open_split
+split = open_split({str(demo_data)!r}, "train")
+spec = ClipSpec(frames=4, frame_stride=2, crop=32, short_side=40)
 batches = pipeline.train_batches(split, spec, **{OPTIONS})
 print(next(batches)[0]["frames"].shape)
 """

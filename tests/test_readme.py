@@ -4,7 +4,7 @@ import re
 
 from conftest import REPOSITORY
 
-import timesformer_jax.cli as cli
+from timesformer_jax.cli import main as cli
 
 README = (REPOSITORY / "README.md").read_text()
 

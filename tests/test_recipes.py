@@ -13,22 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from timesformer_jax import cli, recipes
-from timesformer_jax.augmentation import Augmentation
-from timesformer_jax.config_file import load
+from timesformer_jax import recipes
+from timesformer_jax.cli import main as cli
+from timesformer_jax.cli.config_flag import load
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.annotations import DATASETS
-from timesformer_jax.data.pipeline import train_side
-from timesformer_jax.data.records import INDEX_DTYPES, Split, part_of
+from timesformer_jax.data.input.pipeline import train_side
+from timesformer_jax.data.layout import INDEX_DTYPES
+from timesformer_jax.data.records.split import Split, part_of
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.costs import macs, parameter_count
 from timesformer_jax.models.presets import preset
 from timesformer_jax.models.timesformer import TimeSformerConfig
-from timesformer_jax.preprocessing import ClipSpec
+from timesformer_jax.recipes import varied
 from timesformer_jax.training import loop
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import abstract_state, make_train_step
-from timesformer_jax.variations import varied
+from timesformer_jax.transforms.augment import Augmentation
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -86,11 +88,15 @@ def check_step(config):
     step = make_train_step(
         model, clip, optimizer, schedule, target, mesh, config.seed, Augmentation(**config.augment)
     )
-    # Records of the least short side that the jitter does not enlarge.
-    side = train_side(split_of([0], short_side=config.data.jitter[0]), clip, config.data.jitter)
+    # Records of the least short side that the short_side_range does not enlarge.
+    side = train_side(
+        split_of([0], short_side=config.data.short_side_range[0]),
+        clip,
+        config.data.short_side_range,
+    )
     shapes = {
         "frames": ((clip.frames, side, side, 3), np.uint8),
-        "windows": ((3,), np.float32),
+        "crop_boxes": ((3,), np.float32),
         "flip": ((), bool),
         "label": ((), np.int32),
     }
@@ -112,7 +118,7 @@ def check_step(config):
 def test_every_config_trains_its_model_on_its_clips(name):
     config = config_of(*name.split(":"))
     assert config.name == name
-    assert config.clip.crop <= config.data.jitter[0]
+    assert config.clip.crop <= config.data.short_side_range[0]
     check_step(config)
 
 
@@ -126,9 +132,9 @@ def test_the_published_recipes(name):
     frames, rate, crop, classes, count = PUBLISHED[name]
     data = name.partition("_")[0]
     assert (config.clip.frames, config.clip.crop) == (frames, crop)
-    assert config.clip.sampling == ("segments" if rate is None else "rate")
-    assert rate in (None, config.clip.rate)
-    assert config.data.jitter == ((448, 512) if crop == 448 else (256, 320))
+    assert config.clip.sampling == ("segments" if rate is None else "stride")
+    assert rate in (None, config.clip.frame_stride)
+    assert config.data.short_side_range == ((448, 512) if crop == 448 else (256, 320))
     assert config.data.flip == (data != "ssv2")
     assert config.data.fraction == 1
     assert config.model.num_classes == classes
@@ -183,7 +189,7 @@ def test_pieces_of_howto100m_are_as_long_as_a_clip():
         (_, *words), _ = commands(f"howto100m_{frames}")
         seconds = float(dict(w.split("=") for w in words)["--segment_seconds"])
         clip = config_of(f"howto100m_{frames}").clip
-        assert seconds == pytest.approx(clip.frames * clip.rate / 30, abs=0.01)
+        assert seconds == pytest.approx(clip.frames * clip.frame_stride / 30, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -191,10 +197,10 @@ def test_pieces_of_howto100m_are_as_long_as_a_clip():
     [
         ("attention=axial", {"model.attention": "axial"}),
         ("position_embedding=none", {"model.position_embedding": "none"}),
-        ("frames=16", {"clip.frames": 16, "clip.rate": 16, "model.num_frames": 16}),
-        ("frames=96,rate=4", {"clip.frames": 96, "clip.rate": 4, "model.num_frames": 96}),
-        ("crop=448", {"clip.crop": 448, "model.image_size": 448, "data.jitter": (448, 512)}),
-        ("crop=112", {"clip.crop": 112, "model.image_size": 112, "data.jitter": (128, 160)}),
+        ("frames=16", {"clip.frames": 16, "clip.frame_stride": 16, "model.num_frames": 16}),
+        ("frames=96,frame_stride=4", {"clip.frames": 96, "clip.frame_stride": 4, "model.num_frames": 96}),
+        ("crop=448", {"clip.crop": 448, "model.image_size": 448, "data.short_side_range": (448, 512)}),
+        ("crop=112", {"clip.crop": 112, "model.image_size": 112, "data.short_side_range": (128, 160)}),
         ("patch_size=32", {"model.patch_size": 32,
                            "pretrained": "vit_base_patch32_224_in21k.pth"}),
         ("backbone=vit_l,patch_size=32",

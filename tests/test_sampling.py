@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timesformer_jax.data import sampling
-from timesformer_jax.preprocessing import ClipSpec
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import sampling
 
 fractions = st.floats(0, 1, exclude_max=True)
 sizes = st.integers(1, 700)
 
 
 def test_the_released_example_8_x_32_at_30_fps():
-    found = sampling.clip_indices(300, 30.0, clip_frames=8, rate=32, position=0.0)
+    found = sampling.clip_indices(300, 30.0, clip_frames=8, frame_stride=32, position=0.0)
     assert found.tolist() == [0, 36, 72, 109, 145, 182, 218, 255]
 
 
@@ -28,8 +28,8 @@ def test_short_videos_repeat_their_last_frame():
 
 
 @given(st.integers(1, 5000), st.floats(1, 120), st.integers(1, 96), st.integers(1, 32), fractions)
-def test_indices_are_ascending_frames_of_the_video(n, fps, frames, rate, position):
-    found = sampling.clip_indices(n, fps, frames, rate, position)
+def test_indices_are_ascending_frames_of_the_video(n, fps, frames, frame_stride, position):
+    found = sampling.clip_indices(n, fps, frames, frame_stride, position)
     assert found.shape == (frames,)
     assert found.min() >= 0
     assert found.max() < n
@@ -101,12 +101,12 @@ def test_segment_views_are_the_midpoint_and_symmetric_about_it(n, frames, views)
 @given(st.integers(1, 500), st.floats(1, 120), fractions, st.integers(0, 99))
 def test_a_spec_says_the_rule(n, fps, position, seed):
     draws = np.random.default_rng(seed).random(8)
-    by_rate, by_segment = ClipSpec(rate=4), ClipSpec(rate=4, sampling="segments")
+    by_rate, by_segment = ClipSpec(frame_stride=4), ClipSpec(frame_stride=4, sampling="segments")
     found = sampling.train_indices(n, fps, by_rate, position, draws)
     assert (found == sampling.clip_indices(n, fps, 8, 4, position)).all()
     found = sampling.train_indices(n, fps, by_segment, position, draws)
     assert (found == sampling.segment_indices(n, 8, draws)).all()
-    for spec, first in [(by_rate, False), (ClipSpec(rate=4, start="first"), True)]:
+    for spec, first in [(by_rate, False), (ClipSpec(frame_stride=4, start="first"), True)]:
         places = sampling.view_positions(3, first)
         expected = [sampling.clip_indices(n, fps, 8, 4, place) for place in places]
         assert (sampling.test_indices(n, fps, spec, 3) == expected).all()
@@ -131,20 +131,22 @@ def test_stored_frame_is_the_nearest_there_is(n, stride, data):
 
 @given(sizes, sizes, st.integers(1, 224), st.integers(0, 200), st.tuples(*[fractions] * 3))
 def test_random_window_is_the_jittered_crop_inside_the_frame(height, width, crop, more, draws):
-    jitter = crop + more // 2, crop + more
-    top, left, side = sampling.random_window(height, width, crop, jitter, np.array(draws))
+    short_side_range = crop + more // 2, crop + more
+    top, left, side = sampling.random_crop_box(
+        height, width, crop, short_side_range, np.array(draws)
+    )
     scaled = crop * min(height, width) / side
     assert round(scaled, 6) == round(scaled)
-    assert jitter[0] - 1e-6 <= scaled <= jitter[1] + 1e-6
+    assert short_side_range[0] - 1e-6 <= scaled <= short_side_range[1] + 1e-6
     assert 0 <= top <= top + side <= height + 1e-6
     assert 0 <= left <= left + side <= width + 1e-6
     # The square that is decoded holds it.
-    assert side <= sampling.decoded_side(min(height, width), crop, jitter[0]) + 1e-6
+    assert side <= sampling.decoded_side(min(height, width), crop, short_side_range[0]) + 1e-6
 
 
 def test_every_scale_of_the_jitter_is_as_likely():
     draws = np.random.default_rng(0).random((20000, 3))
-    sides = [sampling.random_window(256, 340, 224, (256, 259), d)[2] for d in draws]
+    sides = [sampling.random_crop_box(256, 340, 224, (256, 259), d)[2] for d in draws]
     scaled, counts = np.unique(np.rint(224 * 256 / np.array(sides)), return_counts=True)
     assert scaled.tolist() == [256, 257, 258, 259]
     assert counts.min() > 4700
@@ -159,15 +161,15 @@ def test_every_scale_of_the_jitter_is_as_likely():
     ],
 )
 def test_three_crops_lie_along_the_long_side(height, width, corners):
-    found = sampling.test_windows(height, width, 3)
+    found = sampling.test_crop_boxes(height, width, 3)
     assert found[:, :2].tolist() == [list(c) for c in corners]
     assert (found[:, 2] == 240).all()
-    assert sampling.test_windows(height, width, 1).tolist() == [[*corners[1], 240]]
+    assert sampling.test_crop_boxes(height, width, 1).tolist() == [[*corners[1], 240]]
 
 
 @given(sizes, sizes)
 def test_three_crops_reach_both_ends_and_the_middle(height, width):
-    (first, middle, last) = sampling.test_windows(height, width, 3)
+    (first, middle, last) = sampling.test_crop_boxes(height, width, 3)
     side = min(height, width)
     assert first.tolist() == [0, 0, side]
     assert last.tolist() == [height - side, width - side, side]

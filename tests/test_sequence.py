@@ -20,14 +20,14 @@ from meshes import (
 )
 from test_attention import STEPS
 
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed import sequence
-from timesformer_jax.distributed.collectives import collectives
 from timesformer_jax.distributed.mesh import put_batch
 from timesformer_jax.distributed.sharding import spec
 from timesformer_jax.evaluation.multi_view import make_probabilities
 from timesformer_jax.models.attention import SCHEMES, Tokens
 from timesformer_jax.models.timesformer import abstract, with_parameters
-from timesformer_jax.preprocessing import ClipSpec
+from timesformer_jax.planning.collectives import collectives
 
 SEQUENCE, ALL = (2, 1, 1, 4), (2, 1, 2, 2)
 SHARED = [
@@ -165,7 +165,7 @@ def test_evaluation_shares_every_view_and_exchanges_twice_in_a_layer():
     rng = np.random.default_rng(0)
     batch = {
         "frames": rng.integers(0, 256, (4, 2, config.num_frames, 20, 20, 3), np.uint8),
-        "windows": np.tile(np.float32([1, 2, 17]), (4, 2, 1)),
+        "crop_boxes": np.tile(np.float32([1, 2, 17]), (4, 2, 1)),
     }
 
     def probabilities(sizes):
@@ -174,7 +174,7 @@ def test_evaluation_shares_every_view_and_exchanges_twice_in_a_layer():
         shares = sizes[0], 1, sizes[3]
         part = arrays["frames"].addressable_shards[0].data.shape
         assert part[:3] == tuple(n // s for n, s in zip((4, 2, config.num_frames), shares))
-        arguments = random_parameters(config), arrays["frames"], arrays["windows"]
+        arguments = random_parameters(config), arrays["frames"], arrays["crop_boxes"]
         with jax.set_mesh(mesh):
             program = jax.jit(make_probabilities(config, clip)).lower(*arguments).compile()
         return program(*arguments), collectives(program, mesh)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.training import speed
-from timesformer_jax.training.speed import Profile, Speed
+from timesformer_jax.training import throughput as speed
+from timesformer_jax.training.throughput import Profile, Speed
 
 MODEL = TimeSformerConfig(dtype="bfloat16")  # 195.83 GMACs a clip
 

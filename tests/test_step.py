@@ -11,19 +11,21 @@ import pytest
 from flax import nnx
 from test_costs import equations, products
 
-from timesformer_jax import checkpoints, recipes
-from timesformer_jax.augmentation import OFF, Augmentation
-from timesformer_jax.distributed.collectives import collectives
+from timesformer_jax import recipes
+from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed.mesh import check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results
 from timesformer_jax.models import costs
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import TimeSformer, parameters, with_parameters
-from timesformer_jax.preprocessing import ClipSpec, crop
+from timesformer_jax.planning.collectives import collectives
 from timesformer_jax.training import loop
 from timesformer_jax.training.optimizer import make_optimizer
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
+from timesformer_jax.transforms.augment import OFF, Augmentation
+from timesformer_jax.transforms.preprocess import crop
 
 CLIP = ClipSpec(frames=2, crop=8, short_side=10)
 MODEL = TimeSformerConfig(
@@ -41,7 +43,7 @@ def batch(size=16):
     rng = np.random.default_rng(0)
     return {
         "frames": rng.integers(0, 256, (size, 2, 10, 10, 3), dtype=np.uint8),
-        "windows": np.tile(np.float32([1, 1, 8]), (size, 1)),
+        "crop_boxes": np.tile(np.float32([1, 1, 8]), (size, 1)),
         "flip": rng.random(size) < 0.5,
         "draw": rng.integers(0, 2**32, size, dtype=np.uint32),
         "label": rng.integers(0, 3, size, dtype=np.int32),
@@ -230,8 +232,8 @@ def test_training_the_head_alone_leaves_the_rest_and_computes_no_gradient_of_it(
             jax.tree.map(np.testing.assert_array_equal, part, first.params[name])
     # A backward pass costs about twice the forward pass, less where the last MLP's patches are of
     # no use; the head's next to nothing.
-    frames, windows = batch()["frames"], batch()["windows"]
-    forward = products(jax.make_jaxpr(lambda f, w: crop(f, w, 8))(frames, windows))
+    frames, crop_boxes = batch()["frames"], batch()["crop_boxes"]
+    forward = products(jax.make_jaxpr(lambda f, w: crop(f, w, 8))(frames, crop_boxes))
     model = len(frames) * costs.macs(MODEL)
     backward = [products(each.traced.jaxpr) - forward - model for each in (head, plain())]
     assert 0 < backward[0] < 0.01 * model < 0.8 * model < backward[1]

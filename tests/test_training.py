@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import command, environment, interruptible, scalars, tiny_run
 
-from timesformer_jax import checkpoints
+from timesformer_jax.checkpoints import store as checkpoints
 
 # 120 steps, evaluated after 40, 80 and 120.
 LONG = {"epochs": 15, "checkpoint.every_steps": 5, "eval.every_epochs": 5, "eval.crops": 1}
@@ -110,15 +110,20 @@ def test_what_a_run_leaves(whole, demo_data):
     assert results["devices"] == {"kind": "cpu", "count": 1}
     assert 0 <= results["top1"] <= results["top5"] <= 1
     assert len(results["classes"]) == 8
-    card, _ = checkpoints.load_parameters(whole)
-    assert card.labels[0] == "down"
-    assert (card.clip.frames, card.clip.rate, card.clip.crop, card.clip.short_side) == (
+    metadata, _ = checkpoints.load_parameters(whole)
+    assert metadata.labels[0] == "down"
+    assert (
+        metadata.clip.frames,
+        metadata.clip.frame_stride,
+        metadata.clip.crop,
+        metadata.clip.short_side,
+    ) == (
         8,
         2,
         32,
         40,
     )
-    assert card.config["data"]["directory"] == str(demo_data)
+    assert metadata.config["data"]["directory"] == str(demo_data)
     assert list((whole / "profile").rglob("*.xplane.pb"))
 
     validation = {step: top1 for step, [top1] in scalars(whole, "validation/top1").items()}
@@ -157,7 +162,7 @@ def test_what_is_logged_of_speed(whole):
         ({"eval.views": 0}, "--config.eval.views must be at least 1"),
         ({"eval.crops": 2}, "crops must be 1 or 3"),
         ({"optimizer.learning_rate": "nan"}, "learning_rate must be above 0"),
-        ({"data.jitter": "(40,)"}, "two sizes, ascending"),
+        ({"data.short_side_range": "(40,)"}, "two sizes, ascending"),
         ({"model.num_classes": 5}, "the data in .* has 8 labels, the config's model 5"),
         ({"data.train_split": "trian"}, "trian"),
         ({"mesh.data": 3}, "does not fit 8 devices"),

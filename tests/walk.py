@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from timesformer_jax.checkpoints import Card, Checkpoints
+from timesformer_jax.checkpoints.store import CheckpointMetadata, Checkpoints
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.timesformer import TimeSformerConfig
-from timesformer_jax.preprocessing import ClipSpec
 
 STEPS = 24
-CARD = Card(TimeSformerConfig(), ClipSpec(), (), {})
+METADATA = CheckpointMetadata(TimeSformerConfig(), ClipSpec(), (), {})
 
 
 class State(NamedTuple):
@@ -43,7 +43,7 @@ def main(directory):
         print("from", step, flush=True)
         while step < STEPS:
             step, state = step + 1, go_on(state)
-            found.save(step, state, {}, CARD)
+            found.save(step, state, {}, METADATA)
     print("end")
 
 

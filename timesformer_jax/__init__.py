@@ -15,7 +15,7 @@ _HOMES = {
     "TimeSformer": "models.timesformer",
     "TimeSformerConfig": "models.config",
     "create": "models.presets",
-    "from_pretrained": "convert",
+    "from_pretrained": "checkpoints.convert",
     "preset": "models.presets",
 }
 

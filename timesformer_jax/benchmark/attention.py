@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from timesformer_jax.benchmark import report
-from timesformer_jax.benchmark.choose import as_line as kernel_line
-from timesformer_jax.benchmark.choose import choose_kernels
+from timesformer_jax.benchmark.autotune import as_line as kernel_line
+from timesformer_jax.benchmark.autotune import choose_kernels
 from timesformer_jax.benchmark.machine import Yardstick, about, default_dtype, yardstick
 from timesformer_jax.benchmark.programs import (
     SETS,
@@ -35,10 +35,10 @@ from timesformer_jax.benchmark.programs import (
     random_parameters,
 )
 from timesformer_jax.distributed.hardware import GIB
-from timesformer_jax.kernels.choice import TABLE
 from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
+from timesformer_jax.models.ops.kernels.select import TABLE
 from timesformer_jax.models.presets import preset as preset_of
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
 

@@ -22,10 +22,12 @@ from ml_collections import ConfigDict
 from timesformer_jax.benchmark import input_videos, report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.timing import spread
-from timesformer_jax.data import pipeline, reading, sampling
-from timesformer_jax.data.records import RECORD_HEADER_BYTES, Split, open_split
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import pipeline, reading, sampling
+from timesformer_jax.data.records.open import open_split
+from timesformer_jax.data.records.split import Split
+from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
 from timesformer_jax.errors import InputError
-from timesformer_jax.preprocessing import ClipSpec
 
 ROUNDS = 10
 STAGE_BATCHES = 20  # a round, at most
@@ -47,9 +49,9 @@ def benchmark_input(
     split: str = "train",
     config: ConfigDict | None = None,
     frames: int | None = None,
-    rate: int | None = None,
+    frame_stride: int | None = None,
     crop: int | None = None,
-    jitter: Sequence[str] | None = None,
+    short_side_range: Sequence[str] | None = None,
     batch_size: int | None = None,
     batches: int = 200,
     reference: bool = False,
@@ -62,7 +64,7 @@ def benchmark_input(
       synthetic: a folder to measure on instead, which gets synthetic videos, prepared.
       split: of the data.
       config: a recipe, which says what follows.
-      frames, rate, crop, jitter, batch_size: as in a recipe; by default 8, 32, 224, 256 to 320, 16.
+      frames, frame_stride, crop, short_side_range, batch_size: as in a recipe; by default 8, 32, 224, 256 to 320, 16.
       batches: how many to measure, dealt out to rounds; memory is read after 10, 50 and 100%.
       reference: whether to measure a loop over simplejpeg and OpenCV too, in turns.
       json: a file to write the figures to.
@@ -75,25 +77,25 @@ def benchmark_input(
         _input_reference()  # before videos are made
     if data and synthetic:
         raise InputError("give --data or --synthetic, not both")
-    clip = {"frames": frames, "rate": rate, "crop": crop}
-    told = clip | {"jitter": jitter, "batch_size": batch_size}
+    clip = {"frames": frames, "frame_stride": frame_stride, "crop": crop}
+    told = clip | {"short_side_range": short_side_range, "batch_size": batch_size}
     told = {name: value for name, value in told.items() if value is not None}
     if config is None:
         spec = ClipSpec(**{name: told[name] for name in clip if name in told})
-        sizes, batch_size = _sizes(jitter or ("256", "320")), batch_size or 16
+        sizes, batch_size = _sizes(short_side_range or ("256", "320")), batch_size or 16
     elif told:
         raise InputError(f"--config says what a batch is; leave out --{next(iter(told))}")
     else:
-        spec, sizes = ClipSpec(**config.clip), tuple(config.data.jitter)
+        spec, sizes = ClipSpec(**config.clip), tuple(config.data.short_side_range)
         batch_size, data = config.batch_size, data or config.data.directory
-    sampling.check_jitter(sizes, spec.crop)
+    sampling.check_short_side_range(sizes, spec.crop)
     if synthetic is not None:
         input_videos.make(synthetic)
         data = synthetic
     if not data:
         raise InputError("say what to read with --data, or make something with --synthetic=DIR")
     found = open_split(data, split)
-    options = {"batch_size": batch_size, "jitter": sizes, "flip": True, "seed": 0}
+    options = {"batch_size": batch_size, "short_side_range": sizes, "flip": True, "seed": 0}
     figures = measure(found, spec, options, batches, reference)
     print(table(figures))
     if json is not None:
@@ -101,11 +103,13 @@ def benchmark_input(
         print(f"written to {json}")
 
 
-def _sizes(jitter: Sequence[str]) -> tuple[int, ...]:
+def _sizes(short_side_range: Sequence[str]) -> tuple[int, ...]:
     try:
-        return tuple(int(size) for size in jitter)
+        return tuple(int(size) for size in short_side_range)
     except ValueError as error:
-        raise InputError(f"--jitter={','.join(jitter)} must be two sizes, as 256,320") from error
+        raise InputError(
+            f"--short_side_range={','.join(short_side_range)} must be two sizes, as 256,320"
+        ) from error
 
 
 def measure(
@@ -179,7 +183,7 @@ def _stages(
     The pipeline is run cut off after each stage, all cuts in turn. A stage that costs less than
     the rounds differ by may come out below zero: its least and largest say so.
     """
-    side = pipeline.train_side(split, spec, options["jitter"])
+    side = pipeline.train_side(split, spec, options["short_side_range"])
 
     def plans() -> Iterator[reading.Plan]:
         return pipeline.train_plans(split, spec, **options)
@@ -288,11 +292,11 @@ def reference_plan(split: Split, plan: reading.Plan) -> list[tuple]:
             int(split.offset[row]) + RECORD_HEADER_BYTES,
             int(split.size[row]),
             indices[0].tolist(),
-            (*(window[0, :2] + corner[0]).tolist(), float(window[0, 2])),
+            (*(crop_box[0, :2] + corner[0]).tolist(), float(crop_box[0, 2])),
             bool(flip),
         )
-        for row, indices, window, corner, flip in zip(
-            *(plan[key] for key in ("record", "indices", "windows", "corners", "flip"))
+        for row, indices, crop_box, corner, flip in zip(
+            *(plan[key] for key in ("record", "indices", "crop_boxes", "corners", "flip"))
         )
     ]
 

@@ -1,6 +1,6 @@
 """What the pipeline is compared with: a plain loop over simplejpeg and OpenCV, a process a core.
 
-Each process reads a record at its offset, decodes the sampled frames, cuts their windows out at
+Each process reads a record at its offset, decodes the sampled frames, cuts their crop_boxes out at
 whole pixels and resizes them into a batch, which it keeps: handing batches over costs nothing here.
 TensorFlow, slow to import and fond of threads, is not there.
 """
@@ -16,19 +16,19 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from timesformer_jax.data import wire
-from timesformer_jax.data.workers import CONTEXT, processors
+from timesformer_jax.data.records import wire
+from timesformer_jax.workers import CONTEXT, available_cores
 
 
 class Clip(NamedTuple):
     """A clip to decode: where the serialized record is, in bytes; which of its frames, and their
-    window (top, left and side in pixels), mirrored or not."""
+    crop_box (top, left and side in pixels), mirrored or not."""
 
     file: str
     offset: int
     size: int
     indices: Sequence[int]
-    window: tuple[float, float, float]
+    crop_box: tuple[float, float, float]
     flip: bool
 
 
@@ -40,10 +40,10 @@ def batches(plans: Iterator[Sequence[Clip]], crop: int) -> Iterator[None]:
       crop: side of the clips in pixels.
     """
     waiting = collections.deque()
-    with ProcessPoolExecutor(processors(), mp_context=CONTEXT) as pool:
+    with ProcessPoolExecutor(available_cores(), mp_context=CONTEXT) as pool:
         for plan in plans:
             waiting.append(pool.submit(_discard, plan, crop))
-            if len(waiting) > 2 * processors():
+            if len(waiting) > 2 * available_cores():
                 yield waiting.popleft().result()
 
 
@@ -60,7 +60,7 @@ def decode(plan: Sequence[Clip], crop: int) -> np.ndarray:
             file.seek(clip.offset)
             record = file.read(clip.size)
         places = wire.bytes_list(record, "video")
-        top, left, side = map(round, clip.window)
+        top, left, side = map(round, clip.crop_box)
         for index, out in zip(clip.indices, frames):
             # The fast transform, which is TensorFlow's default.
             frame = simplejpeg.decode_jpeg(record[places[index]], fastdct=True)

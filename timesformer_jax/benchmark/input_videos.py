@@ -18,10 +18,10 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from timesformer_jax.data import demo
-from timesformer_jax.data.prepare import prepare
-from timesformer_jax.data.storage import disk_errors, write_whole
-from timesformer_jax.data.workers import processors, worker_pool
+from timesformer_jax.data.prepare import demo
+from timesformer_jax.data.prepare.prepare import prepare
+from timesformer_jax.storage import disk_errors, write_atomically
+from timesformer_jax.workers import available_cores, worker_pool
 
 WIDTH, HEIGHT = 340, 256
 FPS, SECONDS = 30, 10
@@ -43,7 +43,7 @@ def make(directory: str | os.PathLike, videos: int = 64) -> None:
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         if missing:
             demo.regions("train")  # so that a missing photograph is an error of this process
-            with worker_pool(min(processors(), len(missing))) as pool:
+            with worker_pool(min(available_cores(), len(missing))) as pool:
                 made = pool.map(partial(_write, paths), missing)
                 for _ in tqdm(made, total=len(missing), unit="video", desc="making videos"):
                     pass
@@ -60,7 +60,7 @@ def _write(paths: list[Path], number: int) -> None:
         for image in frames(number):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
-    write_whole(epath.Path(paths[number]), buffer.getvalue())
+    write_atomically(epath.Path(paths[number]), buffer.getvalue())
 
 
 def frames(number: int) -> Iterator[np.ndarray]:

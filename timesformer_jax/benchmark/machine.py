@@ -12,8 +12,8 @@ import jaxlib
 from jax.typing import DTypeLike
 
 from timesformer_jax.benchmark.timing import Timing, timed
-from timesformer_jax.data.workers import processors
-from timesformer_jax.training.speed import chip_of
+from timesformer_jax.training.throughput import chip_of
+from timesformer_jax.workers import available_cores
 
 
 def machine() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
             models = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
         name = models[0] if models else name
     # Others at work make figures a second of wall time worthless.
-    return {"processor": name, "cores": processors(), "load_average": os.getloadavg()[0]}
+    return {"processor": name, "cores": available_cores(), "load_average": os.getloadavg()[0]}
 
 
 class Yardstick(NamedTuple):

@@ -29,18 +29,19 @@ from flax import nnx
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import about, default_dtype, yardstick
 from timesformer_jax.benchmark.programs import SETS, Program, measured, random_parameters
-from timesformer_jax.data.sampling import decoded_side
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input.sampling import decoded_side
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs, parameter_count
-from timesformer_jax.models.fold import folded
+from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.presets import preset
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
-from timesformer_jax.preprocessing import ClipSpec, preprocess
 from timesformer_jax.training.optimizer import make_optimizer
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
+from timesformer_jax.transforms.preprocess import preprocess
 
 WORKS = ("inference", "training")
 GROWS = 1.02  # a doubled batch whose rate is not that much higher ends the search
@@ -167,7 +168,7 @@ def inference(
     )
 
     def logits(state: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
-        return nnx.merge(graph, state)(preprocess(batch["frames"], batch["windows"], clip))
+        return nnx.merge(graph, state)(preprocess(batch["frames"], batch["crop_boxes"], clip))
 
     def start(compiled: jax.stages.Compiled) -> Callable[[int], Any]:
         model = folded(with_parameters(config, random_parameters(config)))
@@ -221,7 +222,7 @@ def batch_shapes(config: TimeSformerConfig, size: int) -> dict[str, jax.ShapeDty
     side = decoded_side(crop * 8 // 7, crop, crop * 8 // 7)
     return {
         "frames": jax.ShapeDtypeStruct((size, config.num_frames, side, side, 3), jnp.uint8),
-        "windows": jax.ShapeDtypeStruct((size, 3), jnp.float32),
+        "crop_boxes": jax.ShapeDtypeStruct((size, 3), jnp.float32),
         "flip": jax.ShapeDtypeStruct((size,), jnp.bool_),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
@@ -230,13 +231,13 @@ def batch_shapes(config: TimeSformerConfig, size: int) -> dict[str, jax.ShapeDty
 def random_batches(config: TimeSformerConfig, size: int) -> list[dict[str, jax.Array]]:
     """Sets of batches of those shapes on the device, every pixel drawn."""
     rng = np.random.default_rng(0)
-    window = np.float32([1, 1, config.image_size])
+    crop_box = np.float32([1, 1, config.image_size])
 
     def batch() -> dict[str, np.ndarray]:
         frames = batch_shapes(config, size)["frames"].shape
         return {
             "frames": rng.integers(0, 256, frames, np.uint8),
-            "windows": np.tile(window, (size, 1)),
+            "crop_boxes": np.tile(crop_box, (size, 1)),
             "flip": rng.random(size) < 0.5,
             "label": rng.integers(0, config.num_classes, size, np.int32),
         }

@@ -17,7 +17,7 @@ from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import abstract
 from timesformer_jax.models.timesformer import parameters as parameters_of
-from timesformer_jax.training.plan.memory import exceeded
+from timesformer_jax.planning.memory import exceeded
 
 RUNS = 4  # at least: to warm up, and three samples
 SECONDS = 1.0  # to measure where a run takes less

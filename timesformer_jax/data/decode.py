@@ -23,7 +23,7 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from etils import epath
 
-from timesformer_jax.data.storage import RemoteFile, is_remote
+from timesformer_jax.storage import RemoteFile, is_remote
 
 # Bicubic is what `ffmpeg -vf scale` does, so frames equal those of copies that people have scaled
 # with ffmpeg; swscale widens its support when it shrinks, so it does not alias. The flags choose

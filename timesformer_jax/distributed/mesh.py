@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from timesformer_jax.distributed.sharding import BATCH, CLIPS, batch_sharding
+from timesformer_jax.distributed.sharding import BATCH_AXES, BATCH_SPEC, batch_sharding
 from timesformer_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from timesformer_jax.clip_spec import ClipSpec
     from timesformer_jax.models.config import TimeSformerConfig
-    from timesformer_jax.preprocessing import ClipSpec
 
-AXES = (*CLIPS, "tensor", "sequence")
+AXES = (*BATCH_AXES, "tensor", "sequence")
 
 
 def make_mesh(
@@ -96,7 +96,7 @@ def check_batch(mesh: Mesh, batch_size: int, flag: str, accumulate_steps: int = 
 
     Each device's share must divide evenly again into `accumulate_steps`.
     """
-    devices = math.prod(mesh.shape[axis] for axis in CLIPS)
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     parts = devices * accumulate_steps
     if batch_size % parts:
         near = max(parts, batch_size // parts * parts)
@@ -113,13 +113,13 @@ def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     They follow from how the batch lies on the mesh: processes whose devices hold the same clips
     have the same rows, and each loads them.
     """
-    parts = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    parts = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts.values()]))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The `batch_rows` of a batch as global arrays, placed by the rules of `sharding`."""
-    parts = math.prod(mesh.shape[axis] for axis in CLIPS)
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     size = len(next(iter(batch.values()))) // len(batch_rows(mesh, parts)) * parts
     rows = batch_rows(mesh, size)
 

@@ -11,8 +11,8 @@ from jax.extend.backend import get_default_device
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-CLIPS = ("data", "fsdp")  # the axes that share the clips of a batch
-BATCH = P(CLIPS)
+BATCH_AXES = ("data", "fsdp")  # the axes that share the clips of a batch
+BATCH_SPEC = P(BATCH_AXES)
 
 # (the end of an array's path, the mesh axes that split its axes). The first counts that matches and
 # has no more axes than the array; what none matches lies whole on every device.
@@ -29,15 +29,15 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(proj|fc2)/kernel$", P("tensor", "fsdp")),
     (r"(fc|patch|head)/kernel$", P("fsdp", None)),
     # A batch: frames (B, T, H, W, 3), in evaluation (B, V, T, H, W, 3), and what else a clip has.
-    (r"batch/frames$", P(CLIPS, None, "sequence", None, None, None)),
-    (r"batch/frames$", P(CLIPS, "sequence", None, None, None)),
-    (r"batch/\w+$", BATCH),
+    (r"batch/frames$", P(BATCH_AXES, None, "sequence", None, None, None)),
+    (r"batch/frames$", P(BATCH_AXES, "sequence", None, None, None)),
+    (r"batch/\w+$", BATCH_SPEC),
     # Between layers, patches (B, T, N, D) lie on the device of their frame, but while they attend
     # through time on that of their position. A token (B, S, D) lies with its sequence.
-    (r"activations/frames$", P(CLIPS, "sequence", None, None)),
-    (r"activations/positions$", P(CLIPS, None, "sequence", None)),
-    (r"activations/token$", P(CLIPS, "sequence", None)),
-    (r"activations/token$", P(CLIPS, None)),
+    (r"activations/frames$", P(BATCH_AXES, "sequence", None, None)),
+    (r"activations/positions$", P(BATCH_AXES, None, "sequence", None)),
+    (r"activations/token$", P(BATCH_AXES, "sequence", None)),
+    (r"activations/token$", P(BATCH_AXES, None)),
 )
 
 
@@ -59,18 +59,18 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
         axes = spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ndim)
-        return NamedSharding(mesh, even(axes, leaf.shape, mesh))
+        return NamedSharding(mesh, without_uneven_axes(axes, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def even(axes: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+def without_uneven_axes(axes: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """`axes` for an array of `shape`, without those that the mesh does not divide evenly."""
-    fit = (size % devices(axis, mesh) == 0 for axis, size in zip(axes, shape))
+    fit = (size % axis_size(axis, mesh) == 0 for axis, size in zip(axes, shape))
     return P(*(axis if ok else None for axis, ok in zip(axes, fit)))
 
 
-def devices(axis: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
+def axis_size(axis: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
     """How many devices an entry of a PartitionSpec splits an array among."""
     names = axis if isinstance(axis, tuple) else (axis,) * (axis is not None)
     return math.prod(mesh.shape.get(name, 1) for name in names)
@@ -101,7 +101,7 @@ def gathered(kernel: jax.Array, path: str) -> jax.Array:
 
 def mesh_size(axis: str) -> int:
     """Devices along an axis of the mesh that is set; 1 where there is none."""
-    return devices(axis, jax.sharding.get_abstract_mesh())
+    return axis_size(axis, jax.sharding.get_abstract_mesh())
 
 
 def is_on_mesh() -> bool:

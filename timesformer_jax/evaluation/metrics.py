@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from timesformer_jax.data import storage
+from timesformer_jax import storage
 
 
 def average_pieces(probabilities: np.ndarray, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,4 +110,4 @@ class Results:
     def save(self, path: str | os.PathLike, **more: Any) -> None:
         """Writes `to_json`, and what else is given, whole or not at all."""
         content = json.dumps(more | self.to_json(), indent=2) + "\n"
-        storage.write_whole(storage.absolute(path), content.encode())
+        storage.write_atomically(storage.absolute(path), content.encode())

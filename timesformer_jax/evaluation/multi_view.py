@@ -18,17 +18,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from timesformer_jax import checkpoints
-from timesformer_jax.data import storage
-from timesformer_jax.data.pipeline import eval_batches
-from timesformer_jax.data.records import Split, open_split
+from timesformer_jax import storage
+from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input.pipeline import eval_batches
+from timesformer_jax.data.records.open import open_split
+from timesformer_jax.data.records.split import Split
 from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results, average_pieces
-from timesformer_jax.models.fold import folded
+from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
-from timesformer_jax.preprocessing import ClipSpec, preprocess
+from timesformer_jax.transforms.preprocess import preprocess
 
 Probabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
@@ -36,15 +38,15 @@ Probabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
 def make_probabilities(model: TimeSformerConfig, clip: ClipSpec) -> Probabilities:
     """A function of parameters and a batch of views to averaged class probabilities.
 
-    It takes parameters, frames (B, V, T, H, W, 3) uint8 and windows (B, V, 3), and gives
+    It takes parameters, frames (B, V, T, H, W, 3) uint8 and crop_boxes (B, V, 3), and gives
     (B, classes) float32: the mean over the V views of the softmax, as in the paper (the authors'
     release sums logits).
     """
 
-    def probabilities(params: Any, frames: jax.Array, windows: jax.Array) -> jax.Array:
+    def probabilities(params: Any, frames: jax.Array, crop_boxes: jax.Array) -> jax.Array:
         views = frames.shape[:2]
         frames = frames.reshape(-1, *frames.shape[2:])  # b v ... -> (b v) ...
-        video = preprocess(frames, windows.reshape(-1, 3), clip)
+        video = preprocess(frames, crop_boxes.reshape(-1, 3), clip)
         logits = folded(with_parameters(model, params))(video)
         return jax.nn.softmax(logits).reshape(*views, -1).mean(axis=1)
 
@@ -89,7 +91,7 @@ def evaluate(
     )
     probabilities, records = [], []
     for batch in progress:
-        arrays = put_batch(mesh, {k: batch[k] for k in ("frames", "windows", "record", "valid")})
+        arrays = put_batch(mesh, {k: batch[k] for k in ("frames", "crop_boxes", "record", "valid")})
         p, record, valid = jax.device_get(step(params, arrays))
         probabilities.append(p[valid])
         records.append(record[valid])
@@ -111,7 +113,7 @@ def _make_step(model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh) -> Callable
 
     def step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            p = make_probabilities(model, clip)(params, batch["frames"], batch["windows"])
+            p = make_probabilities(model, clip)(params, batch["frames"], batch["crop_boxes"])
         return p, batch["record"], batch["valid"]
 
     # Every host gets every answer, so that each counts the whole split.
@@ -152,8 +154,8 @@ def evaluate_checkpoint(
         raise InputError(f"the folder of --output={output} does not exist")
     with hosts.processes(**processes):
         mesh = make_mesh()
-        card, params = checkpoints.load_parameters(checkpoint, NamedSharding(mesh, P()))
-        trained = card.config or {  # weights of another project know no data
+        metadata, params = checkpoints.load_parameters(checkpoint, NamedSharding(mesh, P()))
+        trained = metadata.config or {  # weights of another project know no data
             "data": {"directory": "", "eval_split": "validation"},
             "eval": {"batch_size": 8},
         }
@@ -166,20 +168,20 @@ def evaluate_checkpoint(
         found = open_split(
             data or trained["data"]["directory"], split or trained["data"]["eval_split"], fps
         )
-        if not card.labels and len(found.label_names) == card.model.num_classes:
+        if not metadata.labels and len(found.label_names) == metadata.model.num_classes:
             logging.warning("the checkpoint names no classes: the data's are taken in their order")
-        elif found.label_names != card.labels:
+        elif found.label_names != metadata.labels:
             raise InputError(
                 f"the data has {len(found.label_names)} labels ({_some(found.label_names)}), the "
-                f"checkpoint {card.model.num_classes} ({_some(card.labels)}): they must be the "
+                f"checkpoint {metadata.model.num_classes} ({_some(metadata.labels)}): they must be the "
                 "same; prepare the data with the checkpoint's labels"
             )
         batch_size = batch_size or trained["eval"]["batch_size"]
         check_batch(mesh, batch_size, "--batch_size")
         results = evaluate(
             params,
-            card.model,
-            card.clip,
+            metadata.model,
+            metadata.clip,
             found,
             mesh,
             batch_size=batch_size,

@@ -7,12 +7,13 @@ import os
 import jax
 import numpy as np
 
-from timesformer_jax import checkpoints
-from timesformer_jax.data import decode, sampling
+from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.data import decode
+from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
-from timesformer_jax.models.fold import folded
+from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import with_parameters
-from timesformer_jax.preprocessing import preprocess
+from timesformer_jax.transforms.preprocess import preprocess
 
 
 class Predictor:
@@ -31,14 +32,14 @@ class Predictor:
     def __init__(self, checkpoint: str | os.PathLike, views: int = 1, crops: int = 3):
         if views < 1 or crops not in (1, 3):
             raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
-        self.card, params = checkpoints.load_parameters(checkpoint)
-        model = self.card.model
-        self.labels = self.card.labels or tuple(f"class {i}" for i in range(model.num_classes))
+        self.metadata, params = checkpoints.load_parameters(checkpoint)
+        model = self.metadata.model
+        self.labels = self.metadata.labels or tuple(f"class {i}" for i in range(model.num_classes))
         self.views, self.crops = views, crops
         forward = folded(with_parameters(model, params))
 
-        def probabilities(frames: jax.Array, windows: jax.Array) -> jax.Array:
-            video = preprocess(frames, windows, self.card.clip)
+        def probabilities(frames: jax.Array, crop_boxes: jax.Array) -> jax.Array:
+            video = preprocess(frames, crop_boxes, self.metadata.clip)
             return jax.nn.softmax(forward(video)).mean(axis=0)
 
         self._probabilities = jax.jit(probabilities)
@@ -51,16 +52,16 @@ class Predictor:
         Raises:
           decode.VideoError: if it cannot be decoded.
         """
-        clip = self.card.clip
+        clip = self.metadata.clip
 
         def pick(num_frames: int, fps: float) -> np.ndarray:
             return sampling.test_indices(num_frames, fps, clip, self.views).reshape(-1)
 
         frames = decode.decode(video, start, end, pick=pick, short_side=clip.short_side).frames
-        windows = sampling.test_windows(*frames.shape[1:3], self.crops)
+        crop_boxes = sampling.test_crop_boxes(*frames.shape[1:3], self.crops)
         clips = frames.reshape(self.views, clip.frames, *frames.shape[1:])
         clips = np.repeat(clips, self.crops, axis=0)  # crops vary fastest
-        return np.asarray(self._probabilities(clips, np.tile(windows, (self.views, 1))))
+        return np.asarray(self._probabilities(clips, np.tile(crop_boxes, (self.views, 1))))
 
 
 def predict(

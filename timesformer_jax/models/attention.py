@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from timesformer_jax.kernels import choice
-from timesformer_jax.models import dot_product
+from timesformer_jax.models.ops import dot_product_attention as dot_product
+from timesformer_jax.models.ops.kernels import select as choice
 
 Grid = tuple[int, int]
 

@@ -21,9 +21,9 @@ from timesformer_jax.distributed.sharding import constrain, target_device
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import Grid, Step, Tokens, by_clip, by_frame
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.models.gelu import gelu
-from timesformer_jax.models.linear import Linear
-from timesformer_jax.models.norm import LayerNorm
+from timesformer_jax.models.ops.gelu import gelu
+from timesformer_jax.models.ops.layer_norm import LayerNorm
+from timesformer_jax.models.ops.linear import Linear
 from timesformer_jax.models.remat import BLOCK_INPUT, OUTPUT, checkpointed
 
 

@@ -22,10 +22,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import timesformer_jax
-from timesformer_jax import checkpoints as ckpt
-from timesformer_jax import convert
-from timesformer_jax.augmentation import Augmentation
-from timesformer_jax.data import demo, pipeline, records, sampling, storage
+from timesformer_jax import storage
+from timesformer_jax.checkpoints import convert
+from timesformer_jax.checkpoints import store as ckpt
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import pipeline, sampling
+from timesformer_jax.data.prepare import demo
+from timesformer_jax.data.records.open import open_split, resolved
+from timesformer_jax.data.records.split import part_of
 from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import (
     batch_rows,
@@ -38,10 +42,10 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results
 from timesformer_jax.evaluation.multi_view import evaluate
 from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, parameters
-from timesformer_jax.preprocessing import ClipSpec
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
-from timesformer_jax.training.speed import Profile, Speed
 from timesformer_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+from timesformer_jax.training.throughput import Profile, Speed
+from timesformer_jax.transforms.augment import Augmentation
 
 # In a workdir.
 TENSORBOARD, PROFILE, RESULTS, RECIPE = "tensorboard", "profile", "results.json", "recipe.json"
@@ -78,14 +82,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         hosts.once("demo", lambda: demo.prepare_demo(config.data.directory))
     data = config.data
     train_split, eval_split = (
-        records.open_split(data.directory, split, data.fps)
-        for split in (data.train_split, data.eval_split)
+        open_split(data.directory, split, data.fps) for split in (data.train_split, data.eval_split)
     )
-    train_split = records.part_of(train_split, data.fraction)
+    train_split = part_of(train_split, data.fraction)
     short_side = int(min(train_split.height[0], train_split.width[0]))
     clip = ClipSpec(**config.clip, short_side=short_side)
     model = model_config(config, train_split.label_names)
-    card = ckpt.Card(model, clip, train_split.label_names, _plain(config))
+    metadata = ckpt.CheckpointMetadata(model, clip, train_split.label_names, _plain(config))
 
     # The mesh, the step, and the shapes of the state.
     mesh = make_mesh(**config.mesh)
@@ -110,12 +113,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         hosts.termination() as asked_to_end,
     ):
         # Go on from the newest checkpoint, or begin.
-        state, position, card = _restore(checkpoints, target, card)
+        state, position, metadata = _restore(checkpoints, target, metadata)
         if state is None:
-            initial, card = _initial(config, card)
+            initial, metadata = _initial(config, metadata)
             state = init_state(initial, optimizer, target)
             position = pipeline.Position()
-        _keep_recipe(workdir, card)
+        _keep_recipe(workdir, metadata)
         done = int(state.step)
         if done >= total and (results := _finished(workdir, done)):
             logging.info("nothing to do: %d of %d steps are done and evaluated", done, total)
@@ -145,7 +148,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
             train_split,
             clip,
             batch_size=config.batch_size,
-            jitter=tuple(config.data.jitter),
+            short_side_range=tuple(config.data.short_side_range),
             flip=config.data.flip,
             seed=config.seed,
             position=position,
@@ -182,7 +185,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
                     bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
                     window = []
                 if saving:
-                    checkpoints.save(done, state, _progress(position), card)
+                    checkpoints.save(done, state, _progress(position), metadata)
                 if ending:
                     raise ended(ending)
                 if validating:
@@ -253,7 +256,7 @@ def model_config(config: ConfigDict, labels: tuple[str, ...]) -> TimeSformerConf
 def _plain(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON values, its data found from any folder."""
     fields = json.loads(config.to_json())
-    fields["data"]["directory"] = records.resolved(config.data.directory)
+    fields["data"]["directory"] = resolved(config.data.directory)
     return fields
 
 
@@ -277,7 +280,7 @@ def _check(config: ConfigDict) -> None:
         raise InputError(f"--config.optimizer.learning_rate must be above 0, not {rate}")
     if values["eval.crops"] not in (1, 3):
         raise InputError(f"--config.eval.crops must be 1 or 3, not {values['eval.crops']}")
-    sampling.check_jitter(tuple(values["data.jitter"]), values["clip.crop"])
+    sampling.check_short_side_range(tuple(values["data.short_side_range"]), values["clip.crop"])
     if not values["data.directory"]:
         raise InputError("say with --config.data.directory where the prepared data is")
 
@@ -287,10 +290,10 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _keep_recipe(workdir: epath.Path, card: ckpt.Card) -> None:
+def _keep_recipe(workdir: epath.Path, metadata: ckpt.CheckpointMetadata) -> None:
     if jax.process_index() == 0:
-        content = json.dumps(card.config, indent=2) + "\n"
-        storage.write_whole(workdir / RECIPE, content.encode())
+        content = json.dumps(metadata.config, indent=2) + "\n"
+        storage.write_atomically(workdir / RECIPE, content.encode())
 
 
 def _checkpoints(config: ConfigDict, workdir: epath.Path) -> ckpt.Checkpoints:
@@ -318,38 +321,40 @@ def _writer(workdir: epath.Path) -> metric_writers.MetricWriter:
 
 
 def _restore(
-    checkpoints: ckpt.Checkpoints, target: TrainState, card: ckpt.Card
-) -> tuple[TrainState | None, pipeline.Position | None, ckpt.Card]:
-    """State, position and card to go on with; the first two None if there is no checkpoint."""
+    checkpoints: ckpt.Checkpoints, target: TrainState, metadata: ckpt.CheckpointMetadata
+) -> tuple[TrainState | None, pipeline.Position | None, ckpt.CheckpointMetadata]:
+    """State, position and metadata to go on with; the first two None if there is no checkpoint."""
 
-    def read(step: int) -> tuple[ckpt.Card, TrainState, dict[str, Any]]:
-        saved = checkpoints.card(step)
-        _check_same_run(checkpoints, card, saved)
+    def read(step: int) -> tuple[ckpt.CheckpointMetadata, TrainState, dict[str, Any]]:
+        saved = checkpoints.metadata(step)
+        _check_same_run(checkpoints, metadata, saved)
         return saved, *checkpoints.restore(step, target)
 
     found = checkpoints.newest(read)
     if found is None:
-        return None, None, card
+        return None, None, metadata
     step, (saved, state, progress) = found
     checkpoints.set_aside_after(step)
     logging.info("going on from step %d of %s", step, checkpoints.directory)
-    for name, (now, before) in _changes(card, saved).items():
+    for name, (now, before) in _changes(metadata, saved).items():
         logging.warning("this run goes on with another %s: %s, it was %s", name, now, before)
     state = state._replace(step=jax.device_put(np.int32(step), target.step.sharding))
-    card = dataclasses.replace(card, license=saved.license)
-    return state, pipeline.Position(**progress["position"]), card
+    metadata = dataclasses.replace(metadata, license=saved.license)
+    return state, pipeline.Position(**progress["position"]), metadata
 
 
-def _check_same_run(checkpoints: ckpt.Checkpoints, card: ckpt.Card, saved: ckpt.Card) -> None:
+def _check_same_run(
+    checkpoints: ckpt.Checkpoints, metadata: ckpt.CheckpointMetadata, saved: ckpt.CheckpointMetadata
+) -> None:
     # How the model is run may change, what it computes may not.
     ours, theirs = (
         dataclasses.asdict(dataclasses.replace(c.model, remat="none", scan_layers=False))
-        for c in (card, saved)
+        for c in (metadata, saved)
     )
     changed = [f"{k} is {ours[k]}, saved was {theirs[k]}" for k in ours if ours[k] != theirs[k]]
-    changed += [] if saved.labels == card.labels else ["the labels are others"]
+    changed += [] if saved.labels == metadata.labels else ["the labels are others"]
     fixed = ("batch_size", "seed", "ema", "optimizer.name", "optimizer.train", "data.fraction")
-    others = _changes(card, saved)
+    others = _changes(metadata, saved)
     changed += [f"{k} is {v[0]}, saved was {v[1]}" for k, v in others.items() if k in fixed]
     if changed:
         raise InputError(
@@ -358,9 +363,11 @@ def _check_same_run(checkpoints: ckpt.Checkpoints, card: ckpt.Card, saved: ckpt.
         )
 
 
-def _changes(card: ckpt.Card, saved: ckpt.Card) -> dict[str, tuple[Any, Any]]:
+def _changes(
+    metadata: ckpt.CheckpointMetadata, saved: ckpt.CheckpointMetadata
+) -> dict[str, tuple[Any, Any]]:
     """The fields of the config that differ, by name: now, and when it was saved."""
-    ours, theirs = ckpt.flat(card.config), ckpt.flat(saved.config)
+    ours, theirs = ckpt.flat(metadata.config), ckpt.flat(saved.config)
     return {k: (ours[k], theirs.get(k)) for k in ours if ours[k] != theirs.get(k)}
 
 
@@ -368,29 +375,31 @@ def _progress(position: pipeline.Position) -> dict[str, Any]:
     return {"position": dataclasses.asdict(position)}
 
 
-def _initial(config: ConfigDict, card: ckpt.Card) -> tuple[Any, ckpt.Card]:
-    """The first parameters, or a function that draws them; and the card with their license."""
+def _initial(
+    config: ConfigDict, metadata: ckpt.CheckpointMetadata
+) -> tuple[Any, ckpt.CheckpointMetadata]:
+    """The first parameters, or a function that draws them; and the metadata with their license."""
     if not config.pretrained:
-        model = card.model
-        return lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(config.seed))), card
+        model = metadata.model
+        return lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(config.seed))), metadata
     if not storage.absolute(config.pretrained).exists():
         raise InputError(
             f"there is no checkpoint {config.pretrained} to start from: say with "
             "--config.pretrained=FILE where it is, or with --config.pretrained= to start from none"
         )
     # Whatever the checkpoint was made for gives way to what the recipe asks for.
-    fields = dataclasses.asdict(card.model)
+    fields = dataclasses.asdict(metadata.model)
     try:
         source = convert.read(config.pretrained, **fields)
     except convert.SizeMismatch as e:
         flags = " ".join(f"--config.model.{name}={value}" for name, value in e.found.items())
         raise InputError(f"{e}: pass {flags}") from None
     logging.info("starting from %s", config.pretrained)
-    return source.load(), dataclasses.replace(card, license=source.license)
+    return source.load(), dataclasses.replace(metadata, license=source.license)
 
 
 def _for_step(batch: pipeline.Batch) -> pipeline.Batch:
-    return {name: batch[name] for name in ("frames", "windows", "flip", "draw", "label")}
+    return {name: batch[name] for name in ("frames", "crop_boxes", "flip", "draw", "label")}
 
 
 def _check_finite(

@@ -11,13 +11,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from timesformer_jax.augmentation import OFF, Augmentation, augment
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed.sharding import shardings
-from timesformer_jax.models.fold import folded
+from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, with_parameters
 from timesformer_jax.models.timesformer import parameters as parameters_of
-from timesformer_jax.preprocessing import ClipSpec, crop, normalise
 from timesformer_jax.training.optimizer import trained
+from timesformer_jax.transforms.augment import OFF, Augmentation, augment
+from timesformer_jax.transforms.preprocess import crop, normalise
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -125,7 +126,7 @@ def make_train_step(
       ema: how much the moving average keeps of itself in a step, where the state has one.
 
     Returns:
-      A function of the state and a batch (frames (B, T, S, S, 3) uint8, windows (B, 3), flip (B,)
+      A function of the state and a batch (frames (B, T, S, S, 3) uint8, crop_boxes (B, 3), flip (B,)
       and label (B,), and draw (B,) uint32 where there is augmentation) to the new state and the
       batch's metrics: loss, accuracy (of the clips' own labels), gradient_norm (of the raw
       gradient) and learning_rate, each () float32.
@@ -133,7 +134,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        video = crop(batch["frames"], batch["windows"], clip.crop, batch["flip"])
+        video = crop(batch["frames"], batch["crop_boxes"], clip.crop, batch["flip"])
         targets = batch["label"]
         if augmentation.on:
             video, targets = augment(

@@ -11,12 +11,7 @@ from timesformer_jax.data.annotations.clips import (
     hash_of,
     label_names,
 )
-from timesformer_jax.data.annotations.datasets import (
-    DATASETS,
-    Dataset,
-    published_dataset,
-    read,
-)
+from timesformer_jax.data.annotations.datasets import DATASETS, Dataset, published_dataset, read
 from timesformer_jax.data.annotations.files import read_labels
 from timesformer_jax.data.annotations.listing import Listing
 from timesformer_jax.data.annotations.videos import VIDEO_EXTENSIONS

@@ -20,12 +20,7 @@ from timesformer_jax.data.annotations.files import (
     named_split,
     table,
 )
-from timesformer_jax.data.annotations.videos import (
-    VIDEO_EXTENSIONS,
-    VideoFolder,
-    is_video,
-    stem,
-)
+from timesformer_jax.data.annotations.videos import VIDEO_EXTENSIONS, VideoFolder, is_video, stem
 from timesformer_jax.errors import InputError
 
 _COLUMNS = ("youtube_id", "time_start", "time_end")

@@ -1,0 +1,1 @@
+"""Checkpoints: our own store, and conversion from and to other formats."""

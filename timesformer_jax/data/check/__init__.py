@@ -1,0 +1,1 @@
+"""Checks of raw videos and of prepared data sets."""

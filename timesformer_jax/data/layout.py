@@ -1,0 +1,34 @@
+"""What the files of a prepared directory are called, and the columns of its indices."""
+
+import os
+
+import numpy as np
+
+LABELS_FILE = "labels.txt"
+INFO_FILE = "dataset_info.json"
+
+OPTIONS_FILE = "prepare.json"
+FAILURES_FILE = "failures.csv"
+UNLISTED_FILE = "unlisted.txt"
+MANIFESTS = "manifests"
+
+# The reason in failures.csv of a video file that is not there.
+MISSING = "missing file"
+
+# The columns of an index, beside `id`.
+INDEX_DTYPES = {
+    "shard": np.int32,
+    "offset": np.int64,
+    "size": np.int64,
+    "num_frames": np.int32,
+    "fps": np.float32,
+    "stride": np.int32,
+    "height": np.int32,
+    "width": np.int32,
+    "label": np.int32,
+    "video": np.int32,
+}
+
+
+def index_path(directory: str, split: str) -> str:
+    return os.path.join(directory, f"{split}.index.npz")

@@ -1,0 +1,193 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from timesformer_jax.distributed.hardware import GIB, Torus
+from timesformer_jax.planning.plan import Estimate, Plan
+from timesformer_jax.planning.roofline import sent
+
+_KINDS = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "inputs": "inputs",
+    "activations": "activations, gradients, temporaries",
+    "program": "program",
+    "padding": "padding of arguments, results",
+}
+
+
+def as_text(plan: Plan) -> str:
+    """The plan in lines of less than 100 characters."""
+    lines = [_head(plan), "", _verdict(plan), ""]
+    columns = [("compiled", plan.compiled), ("counted", plan.counted)]
+    columns = [(name, estimate) for name, estimate in columns if estimate]
+    lines += [_row("memory a chip, GiB", [name for name, _ in columns])]
+    for kind, name in _KINDS.items():
+        values = [getattr(estimate.memory, kind) / GIB for _, estimate in columns]
+        lines.append(_row(f"  {name}", [f"{value:.3f}" for value in values]))
+    totals = [estimate.memory.total / GIB for _, estimate in columns]
+    lines += [_row("  total", [f"{total:.3f}" for total in totals]), ""]
+    lines += [_row("one step, a chip", [name for name, _ in columns])]
+    lines.append(_row("  TFLOPs", [_scaled(e.flops, 1e12) for _, e in columns]))
+    lines += [_row("  GB to and from memory", [_scaled(e.moved, 1e9) for _, e in columns]), ""]
+    for name, estimate in columns:
+        lines += _sent(name, estimate, plan)
+    if plan.best.roofline:
+        lines += ["", *_times(plan)]
+    if plan.largest_batch is not None:
+        lines += ["", _largest(plan)]
+    return "\n".join([*lines, "", "assumed:", *(f"  {line}" for line in assumptions(plan))])
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values: bytes, FLOPs, seconds."""
+    program, roof = plan.program, plan.best.roofline
+    return {
+        "topology": plan.topology.name,
+        "chips": program.mesh.devices.size,
+        "mesh": dict(program.mesh.shape),
+        "batch_size": plan.program.batch_size,
+        "clip": {"frames": program.clip.frames, "crop": program.clip.crop},
+        "attention": program.model.attention,
+        "dtype": program.model.dtype,
+        "remat": program.model.remat,
+        "parameters": sum(x.size for x in jax.tree.leaves(program.state.params)),
+        "fits": plan.fits,
+        "limit_bytes": plan.limit,
+        "needed_bytes": plan.needed if plan.needed < math.inf else None,
+        "largest_batch": plan.largest_batch,
+        "source": "compiled" if plan.compiled else "counted",
+        "compile_seconds": plan.compile_seconds,
+        "quick": plan.quick,
+        "compiled": plan.compiled and _estimate_json(plan.compiled, plan),
+        "counted": _estimate_json(plan.counted, plan),
+        "step_seconds": plan.step_seconds,
+        "clips_per_second": roof and plan.program.batch_size / plan.step_seconds,
+        "mfu": plan.mfu,
+        "assumptions": assumptions(plan),
+    }
+
+
+def _estimate_json(estimate: Estimate, plan: Plan) -> dict[str, Any]:
+    exchanged = [
+        c._asdict() | {"axes": list(c.axes), "sent_bytes": sent(c, plan.program.mesh)}
+        for c in estimate.collectives or []
+    ]
+    return {
+        "memory_bytes": estimate.memory._asdict() | {"total": estimate.memory.total},
+        "flops": estimate.flops,
+        "moved_bytes": estimate.moved,
+        "collectives": None if estimate.collectives is None else exchanged,
+        "roofline_seconds": estimate.roofline and estimate.roofline._asdict(),
+    }
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What the figures rest on, a line each."""
+    chip, program = plan.topology.chip, plan.program
+    lines = [
+        "counted TFLOPs: 2 a multiply-accumulate of the model; what remat repeats not",
+        "counted memory: all that the backward pass is given is kept, without padding",
+        "sent: as on a ring of n, (n - 1) / n of the bytes, an all-reduce twice that",
+        f"frames come as {program.batch['frames'].shape[2]} x {program.batch['frames'].shape[3]} "
+        f"uint8; reading and decoding them is not counted",
+        f"{program.model.num_classes} classes",
+    ]
+    if program.train == "all":
+        lines[0] += ", forward 3 times"
+    if program.loops:
+        lines.append("a compiled program that loops: its FLOPs and traffic are not counted")
+    if plan.quick:
+        lines.append("compiled with --quick: less optimised than training would")
+    if chip is None:
+        return [*lines, "no peaks of this CPU are known: no time is estimated"]
+    product = "a bfloat16 pass" if isinstance(chip.links, Torus) else "TensorFloat-32"
+    peak = chip.bfloat16 if program.model.dtype == "bfloat16" else chip.float32
+    lines += [
+        f"peak {peak / 1e12:g} TFLOP/s in {program.model.dtype} (a float32 product is {product})",
+        f"memory {chip.memory_rate / 1e9:g} GB/s, each operand and result of the compiler's "
+        "operations once",
+    ]
+    if isinstance(chip.links, Torus):
+        return [*lines, f"links {chip.links.link / 1e9:g} GB/s each way, two a closed side, one an "
+                "open one"]  # fmt: skip
+    links = chip.links
+    return [
+        *lines,
+        f"NVLink {links.within / 1e9:g} GB/s each way in a host of {links.size}, network "
+        f"{links.between / 1e9:g} GB/s a GPU",
+        "JAX takes 3/4 of a GPU's memory, or what XLA_PYTHON_CLIENT_MEM_FRACTION says",
+    ]
+
+
+def _head(plan: Plan) -> str:
+    program, chips = plan.program, plan.program.mesh.devices.size
+    mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items() if size > 1)
+    model, clip = program.model, program.clip
+    return (
+        f"{model.attention}, {clip.frames} x {clip.crop}, {model.dtype}, remat {model.remat}, on "
+        f"{plan.topology.name}: {chips} chip{'s' * (chips > 1)}, mesh {mesh or 'of one'}\n"
+        f"a step of {plan.program.batch_size} clips"
+    )
+
+
+def _verdict(plan: Plan) -> str:
+    how = f"compiled in {plan.compile_seconds:.0f} s" if plan.compile_seconds else ""
+    if not plan.topology.compiles:
+        how = "analytic, not compiled: none of these chips here, or too few"
+    amount = f"{plan.needed / GIB:.2f}"
+    if plan.topology.compiles and plan.compiled is None:  # the compiler names temporaries only
+        amount = "more than all" if plan.needed == math.inf else f"at least {amount}"
+    if plan.limit is None:
+        return f"needs {amount} GiB a chip ({how})"
+    verdict = "fits" if plan.fits else "does not fit"
+    return f"{verdict}: {amount} of {plan.limit / GIB:.2f} GiB a chip ({how})"
+
+
+def _row(name: str, values: list[str]) -> str:
+    return f"{name:<40}" + "".join(f"{value:>14}" for value in values)
+
+
+def _scaled(value: float | None, unit: float) -> str:
+    return "not counted" if value is None else f"{value / unit:.4g}"
+
+
+def _sent(name: str, estimate: Estimate, plan: Plan) -> list[str]:
+    """What a chip sends, summed over the collectives of one kind along the same axes."""
+    sums: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    for c in estimate.collectives or []:
+        entry = sums.setdefault((c.kind, c.axes), [0, 0.0])
+        entry[0] += c.count
+        entry[1] += sent(c, plan.program.mesh)
+    none = ": none" if estimate.collectives == [] else ": not counted"
+    lines = [f"MB that a chip sends, {name}" + ("" if sums else none)]
+    for (kind, axes), (count, size) in sorted(sums.items(), key=lambda item: -item[1][1]):
+        times = f"  ({count} of them)" if name == "compiled" else ""
+        lines.append(_row(f"  {kind} over {', '.join(axes)}", [f"{size / 1e6:.3f}"]) + times)
+    return lines
+
+
+def _times(plan: Plan) -> list[str]:
+    roof = plan.best.roofline
+    parts = {"compute": roof.compute, "memory": roof.memory, "communication": roof.communication}
+    lines = ["roofline of a step, ms"]
+    for name, seconds in parts.items():
+        lines.append(_row(f"  {name}", ["-" if seconds is None else f"{seconds * 1e3:.2f}"]))
+    late, rate = roof.one_by_one, plan.program.batch_size / roof.overlapped
+    mfu = "traffic to memory not counted" if plan.mfu is None else f"MFU {plan.mfu:.1%}"
+    return [
+        *lines,
+        f"at best {roof.overlapped * 1e3:.1f} ms a step, bound by {roof.bound_by} "
+        f"({late * 1e3:.1f} if communication waits for the rest): {rate:.1f} clips/s, {mfu}",
+    ]
+
+
+def _largest(plan: Plan) -> str:
+    if plan.largest_batch == 0:
+        return "no batch fits: try --config.model.remat=block, bfloat16 or more chips"
+    return f"largest batch that fits: {plan.largest_batch}"

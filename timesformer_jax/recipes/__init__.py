@@ -1,0 +1,28 @@
+"""Training recipes as ml_collections configs, and the paper's ablations as arguments of them."""
+
+from timesformer_jax.recipes.ablations import varied, vary
+from timesformer_jax.recipes.recipes import (
+    demo,
+    diving48,
+    finetune,
+    howto100m,
+    image_vit,
+    kinetics400,
+    kinetics600,
+    recipe,
+    something_v2,
+)
+
+__all__ = [
+    "demo",
+    "diving48",
+    "finetune",
+    "howto100m",
+    "image_vit",
+    "kinetics400",
+    "kinetics600",
+    "recipe",
+    "something_v2",
+    "varied",
+    "vary",
+]

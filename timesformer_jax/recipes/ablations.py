@@ -1,0 +1,132 @@
+"""The paper's ablations, as arguments of any config: `--config=configs/k400_base.py:frames=16`.
+
+An argument stands for all fields that change together; a single field that stands for itself is
+changed with `--config.model.drop_path=0.2`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args, get_type_hints
+
+from ml_collections import ConfigDict
+
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.presets import preset
+from timesformer_jax.recipes.recipes import image_vit
+
+# The ViT of an argument: its preset, and its name in the files of image models.
+BACKBONES = {
+    "vit_s": ("timesformer_vit_s", "small"),
+    "vit_b": ("timesformer_base", "base"),
+    "vit_l": ("timesformer_vit_l", "large"),
+}
+INITS = {"imagenet21k": "in21k", "imagenet1k": "in1k", "scratch": ""}
+
+
+def varied(config: ConfigDict, arguments: str = "") -> ConfigDict:
+    """A recipe with arguments: `varied(kinetics400(), "attention=joint,frames=16")`.
+
+    Args:
+      config: changed in place.
+      arguments: what follows the file's name and a colon on the command line: those of `vary`, as
+        name=value with commas between.
+
+    Raises:
+      InputError: naming the argument, and the nearest that there is.
+    """
+    if not arguments:
+        return config
+    kinds = {name: kind for name, kind in get_type_hints(vary).items() if get_args(kind)}
+    given = {}
+    for argument in arguments.split(","):
+        name, equals, value = argument.partition("=")
+        if name not in kinds:
+            raise InputError(
+                f"no argument {name!r} of a config, there are: {', '.join(kinds)}"
+                f"{did_you_mean(name, kinds)}"
+            )
+        if not equals or name in given:
+            raise InputError(f"give {name} once, as {name}=VALUE, not in {arguments!r}")
+        kind = get_args(kinds[name])[0]
+        try:
+            given[name] = kind(value)
+        except ValueError:
+            raise InputError(f"{name} must be a number ({kind.__name__}), not {value!r}") from None
+    config = vary(config, **given)
+    config.name = f"{config.name}:{arguments}"
+    return config
+
+
+def vary(
+    config: ConfigDict,
+    *,
+    attention: str | None = None,
+    position_embedding: str | None = None,
+    frames: int | None = None,
+    frame_stride: int | None = None,
+    crop: int | None = None,
+    patch_size: int | None = None,
+    backbone: str | None = None,
+    init: str | None = None,
+    fraction: float | None = None,
+) -> ConfigDict:
+    """Changes a recipe in the ways that the paper compares.
+
+    Args:
+      config: changed in place.
+      attention: the scheme (table 1).
+      position_embedding: none, space or space_time (table 4).
+      frames: of a clip, over the recipe's span: twice the frames, half the frame_stride (figure 5).
+      frame_stride: distance of frames, where the span is to be another.
+      crop: side of a clip in pixels (figure 5). The short side is jittered as by the release's
+        recipe for 448 above 224, else as by that for 224, in proportion to the crop.
+      patch_size: 16 or 32.
+      backbone: vit_s, vit_b or vit_l.
+      init: imagenet21k, imagenet1k or scratch; with patch_size and backbone it says the file of
+        config.pretrained.
+      fraction: of each class's training videos (figure 4).
+
+    Raises:
+      InputError: if a value is impossible.
+    """
+    if attention is not None:
+        config.model.attention = attention
+    if position_embedding is not None:
+        config.model.position_embedding = position_embedding
+    if frames is not None:
+        span = config.clip.frames * config.clip.frame_stride
+        config.clip.frames, config.clip.frame_stride = frames, max(round(span / max(frames, 1)), 1)
+    if frame_stride is not None:
+        config.clip.frame_stride = frame_stride
+    if crop is not None:
+        config.clip.crop = crop
+        low, high = (224, 256) if crop > 224 else (256, 320)
+        config.data.short_side_range = (round(low * crop / 224), round(high * crop / 224))
+    if fraction is not None:
+        config.data.fraction = fraction
+    if patch_size is not None:
+        config.model.patch_size = patch_size
+    if backbone is not None:
+        vit = preset(_known("backbone", backbone, BACKBONES)[0])
+        config.model.update(
+            {name: getattr(vit, name) for name in ("hidden_size", "depth", "num_heads")}
+        )
+    if {patch_size, backbone, init} != {None}:
+        images = _known("init", init or "imagenet21k", INITS)
+        size = BACKBONES[backbone or "vit_b"][1]
+        config.pretrained = images and image_vit(size, config.model.patch_size, images)
+    # Both refuse what cannot be.
+    ClipSpec(**config.clip)
+    TimeSformerConfig(**config.model.to_dict() | {"num_classes": config.model.num_classes or 1})
+    return config
+
+
+def _known(argument: str, value: str, known: dict[str, Any]) -> Any:
+    if value not in known:
+        raise InputError(
+            f"{argument} must be one of {', '.join(known)}, not {value!r}"
+            f"{did_you_mean(value, known)}"
+        )
+    return known[value]

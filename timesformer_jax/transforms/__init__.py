@@ -1,0 +1,1 @@
+"""From decoded frames to what the model takes, on the device: crop, normalise, augment."""
