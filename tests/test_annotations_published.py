@@ -260,7 +260,7 @@ def test_the_table_says_what_preparing_needs():
     [("kinetics-400", "kinetics400"), ("SSv2", "something_v2"), ("UCF", "ucf101")],
 )
 def test_an_unknown_data_set_is_told_the_nearest(name, near, tmp_path):
-    refused(f"no data set '{name}'; did you mean {near}", tmp_path, tmp_path, dataset=name)
+    refused(f"no data set '{name}'.*; did you mean '{near}'", tmp_path, tmp_path, dataset=name)
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

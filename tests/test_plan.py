@@ -345,7 +345,7 @@ def test_the_roofline_is_the_slowest_part_at_its_peak():
 @pytest.mark.parametrize(
     ("topology", "changes", "said"),
     [
-        ("v5f:4x4", {}, "no chip 'v5f'.*did you mean v5"),
+        ("v5f:4x4", {}, "no chip 'v5f'.*did you mean 'v5"),
         ("h100:4x4", {}, "after h100: comes their number, 8"),
         ("v5e:16", {}, "after v5e: comes the sides of the slice, 4x4"),
         ("v5e", {}, "after v5e: comes the sides"),

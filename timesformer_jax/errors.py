@@ -12,7 +12,14 @@ class InputError(ValueError):
     """
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" of the known name nearest to a misspelt one, or "" if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Suggests the known name that is most similar to a misspelt one.
+
+    Args:
+      cutoff: the least similarity, from 0 (any name) to 1 (equal names).
+
+    Returns:
+      "; did you mean 'x'?", to append to a message; "" if no name is similar enough.
+    """
+    similar = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {similar[0]!r}?" if similar else ""

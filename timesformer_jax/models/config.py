@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.models.attention import SCHEMES, Grid, Scheme
 from timesformer_jax.models.remat import REMATS
 
@@ -77,9 +76,10 @@ class TimeSformerConfig:
             "dtype": ("float32", "bfloat16"),
         }.items():
             if (value := getattr(self, field)) not in known:
-                near = difflib.get_close_matches(str(value), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InputError(f"{field} must be one of {', '.join(known)}, not {value!r}{hint}")
+                raise InputError(
+                    f"{field} must be one of {', '.join(known)}, not {value!r}"
+                    f"{did_you_mean(str(value), known)}"
+                )
         for field in (
             "num_classes", "image_size", "num_frames", "patch_size", "hidden_size", "depth",
             "num_heads",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 from flax import nnx
 
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig
 
 _BASE = TimeSformerConfig()
@@ -37,13 +36,13 @@ def preset(name: str, **overrides) -> TimeSformerConfig:
     """
     if name not in PRESETS:
         raise InputError(
-            f"no preset {name!r}{_nearest(name, PRESETS)}; there are: {_list(PRESETS)}"
+            f"no preset {name!r}, there are: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}"
         )
     fields = [field.name for field in dataclasses.fields(TimeSformerConfig)]
     for key in overrides:
         if key not in fields:
             raise InputError(
-                f"no model field {key!r}{_nearest(key, fields)}; there are: {_list(fields)}"
+                f"no model field {key!r}, there are: {', '.join(fields)}{did_you_mean(key, fields)}"
             )
     return dataclasses.replace(PRESETS[name], **overrides)
 
@@ -51,12 +50,3 @@ def preset(name: str, **overrides) -> TimeSformerConfig:
 def create(name: str, *, seed: int = 0, **overrides) -> TimeSformer:
     """A preset's model with random parameters drawn from `seed`."""
     return TimeSformer(preset(name, **overrides), rngs=nnx.Rngs(seed))
-
-
-def _nearest(name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _list(known) -> str:
-    return ", ".join(known)

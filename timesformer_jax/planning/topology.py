@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import math
 import os
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 from timesformer_jax.distributed.hardware import CHIPS, Chip, Torus
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, did_you_mean
 
 # Chips that are told to the TPU compiler as one host's, where the slice is smaller than a host.
 _HOST = (2, 2, 1)
@@ -59,11 +58,9 @@ def open_topology(name: str) -> Topology:
     kind, _, size = name.partition(":")
     known = [*CHIPS, "cpu"]
     if kind not in known:
-        near = difflib.get_close_matches(kind, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(
-            f"no chip {kind!r} in --topology={name}{hint} There are {', '.join(known)}: "
-            "v5e:4x4, h100:8 or cpu:8, for example"
+            f"no chip {kind!r} in --topology={name}, there are {', '.join(known)}: "
+            f"give v5e:4x4, h100:8 or cpu:8, for example{did_you_mean(kind, known)}"
         )
     torus = kind != "cpu" and isinstance(CHIPS[kind].links, Torus)
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}" if torus else r"[1-9]\d*", size):

@@ -7,7 +7,6 @@ A format is a module that says how a vision transformer is called and laid out e
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import os
@@ -23,7 +22,7 @@ from timesformer_jax.checkpoints import store as checkpoints
 from timesformer_jax.checkpoints.convert import files, hf, release, torchvision, vit_jax
 from timesformer_jax.checkpoints.convert.files import File, Stored
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.models.timesformer import (
     TimeSformerConfig,
     abstract,
@@ -110,9 +109,8 @@ def _check_options(resize: str, overrides: dict[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(TimeSformerConfig)]
     for name in overrides:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
-            raise InputError(f"no model field {name!r}; {hint}")
+            hint = did_you_mean(name, known) or f"; there are: {', '.join(known)}"
+            raise InputError(f"no model field {name!r}{hint}")
 
 
 def _target(source: Checkpoint, overrides: dict[str, Any]) -> TimeSformerConfig:

@@ -1,6 +1,5 @@
 """The data sets that can be read, and the one function that reads them."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from timesformer_jax.data.annotations.clips import Clip, Found, Row, assign_spli
 from timesformer_jax.data.annotations.files import AnnotationFiles, Location, annotation_files
 from timesformer_jax.data.annotations.listing import Listing
 from timesformer_jax.data.annotations.videos import VideoFolder, walk
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, did_you_mean
 
 # From the folder of videos, the annotations and the label names given, if any.
 Reader = Callable[[VideoFolder, AnnotationFiles, Sequence[str] | None], Found]
@@ -150,10 +149,9 @@ def published_dataset(name: str | None) -> Dataset | None:
     if name is None:
         return None
     if name not in DATASETS:
-        near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0)[0]
         raise InputError(
-            f"no data set '{name}'; did you mean {near}? There are {', '.join(DATASETS)}, and with"
-            " none of them named, a folder a class or a csv"
+            f"no data set '{name}', there are: {', '.join(DATASETS)}; leave the data set out for a"
+            f" folder per class or a csv{did_you_mean(name.lower(), DATASETS, cutoff=0.3)}"
         )
     return DATASETS[name]
 
