@@ -72,7 +72,7 @@ def batches(config, steps):
             "crop_boxes": np.tile(np.float32([1, 2, side - 3]), (CLIPS, 1)),
             "flip": rng.random(CLIPS) < 0.5,
             "label": rng.integers(0, config.num_classes, CLIPS, dtype=np.int32),
-            "draw": rng.integers(0, 2**32, CLIPS, dtype=np.uint32),
+            "augment_seed": rng.integers(0, 2**32, CLIPS, dtype=np.uint32),
         }
 
 

@@ -405,7 +405,7 @@ def batches(photographs):
             "crop_boxes": np.tile(np.float32([1, 2, 17]), (8, 1)),
             "flip": random.random(8) < 0.5,
             "label": np.arange(8, dtype=np.int32) % 5,
-            "draw": random.integers(2**32, size=8, dtype=np.uint32),
+            "augment_seed": random.integers(2**32, size=8, dtype=np.uint32),
         }
         for _ in range(4)
     ]
@@ -426,7 +426,7 @@ def test_off_the_step_knows_nothing_of_it(batches):
         with jax.set_mesh(mesh):
             return step.lower(state, batch).as_text()
 
-    plain = {name: x for name, x in batches[0].items() if name != "draw"}
+    plain = {name: x for name, x in batches[0].items() if name != "augment_seed"}
     off = program(Augmentation(), plain)
     assert program(Augmentation(randaugment_magnitude=5.0), batches[0]) == off
     for how in (Augmentation(label_smoothing=0.1), Augmentation(erasing=0.1)):
@@ -441,7 +441,7 @@ def test_a_recipes_augmentation_reaches_the_step_with_draws(demo_data, tmp_path,
         assert arguments[-1] == Augmentation(erasing=0.5, color_jitter=(0.4, 0.0, 0.0, 0.0))
 
         def step(state, batch):
-            raise Reached(np.asarray(batch["draw"]))
+            raise Reached(np.asarray(batch["augment_seed"]))
 
         return step
 

@@ -93,7 +93,7 @@ def test_segments_are_drawn_in_training_and_their_midpoints_shown_in_tests(valid
     options = OPTIONS | {"short_side_range": (40, 40)}
     batch, _ = next(pipeline.train_batches(validation, spec, **options))
     other, _ = next(pipeline.train_batches(validation, by_rate, **options))
-    for key in ("crop_boxes", "flip", "draw", "record"):
+    for key in ("crop_boxes", "flip", "augment_seed", "record"):
         assert np.array_equal(batch[key], other[key])
     for row, record in enumerate(batch["record"]):
         video = videos[validation.ids[record].encode()]["video"]

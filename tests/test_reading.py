@@ -15,7 +15,7 @@ from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import pipeline, reading
 from timesformer_jax.data.records import wire
 from timesformer_jax.data.records.open import open_split
-from timesformer_jax.data.records.wire import RECORD_FRAME_BYTES
+from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 
 SPEC = ClipSpec(frames=4, frame_stride=2, crop=32, short_side=40)
@@ -77,7 +77,7 @@ def test_a_flipped_bit_or_a_cut_is_one_line_wherever_it_is(tmp_path_factory, dat
     with tf.io.TFRecordWriter(str(path)) as writer:
         writer.write(b"before")
         writer.write(b"record")
-    offset, size = 6 + RECORD_FRAME_BYTES, 6
+    offset, size = 6 + RECORD_OVERHEAD_BYTES, 6
     assert reading.read_record(str(path), offset, size) == b"record"
     whole = bytearray(path.read_bytes())
     at = data.draw(st.integers(offset, len(whole) - 1))

@@ -20,7 +20,7 @@ from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.annotations import DATASETS
 from timesformer_jax.data.input.pipeline import train_side
 from timesformer_jax.data.layout import INDEX_DTYPES
-from timesformer_jax.data.records.split import Split, part_of
+from timesformer_jax.data.records.split import Split, take_fraction
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.costs import macs, parameter_count
@@ -270,7 +270,7 @@ def test_a_part_of_the_data_is_whole_videos_the_same_share_of_every_class(data, 
     classes = data.draw(st.lists(st.integers(0, 3), min_size=len(pieces), max_size=len(pieces)))
     video = np.repeat(np.arange(len(pieces)), pieces)
     split = split_of(np.repeat(classes, pieces), video)
-    part = part_of(split, fraction)
+    part = take_fraction(split, fraction)
     whole, kept = list(split.ids), set(part.ids)
     assert list(part.ids) == [i for i in whole if i in kept]
     assert part.label_names == split.label_names
@@ -288,14 +288,14 @@ def test_a_part_of_the_data_is_whole_videos_the_same_share_of_every_class(data, 
     order = data.draw(st.permutations(range(len(classes))))
     shuffled = np.concatenate([np.flatnonzero(video == v) for v in order])
     columns = {c: getattr(split, c)[shuffled] for c in ("ids", *INDEX_DTYPES)}
-    assert set(part_of(dataclasses.replace(split, **columns), fraction).ids) == kept
-    assert kept <= set(part_of(split, min(1.0, 2 * fraction)).ids)
+    assert set(take_fraction(dataclasses.replace(split, **columns), fraction).ids) == kept
+    assert kept <= set(take_fraction(split, min(1.0, 2 * fraction)).ids)
 
 
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.01, float("nan")])
 def test_a_part_that_cannot_be_is_refused(fraction):
     with pytest.raises(InputError, match="above 0 and at most 1"):
-        part_of(split_of([0, 1]), fraction)
+        take_fraction(split_of([0, 1]), fraction)
 
 
 def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatch):

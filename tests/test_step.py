@@ -45,7 +45,7 @@ def batch(size=16):
         "frames": rng.integers(0, 256, (size, 2, 10, 10, 3), dtype=np.uint8),
         "crop_boxes": np.tile(np.float32([1, 1, 8]), (size, 1)),
         "flip": rng.random(size) < 0.5,
-        "draw": rng.integers(0, 2**32, size, dtype=np.uint32),
+        "augment_seed": rng.integers(0, 2**32, size, dtype=np.uint32),
         "label": rng.integers(0, 3, size, dtype=np.int32),
     }
 

@@ -106,7 +106,7 @@ def _batch(mesh: Mesh, size: int, frames: int, side: int) -> dict[str, jax.Shape
         "frames": ((frames, side, side, 3), jnp.uint8),
         "crop_boxes": ((3,), jnp.float32),
         "flip": ((), jnp.bool_),
-        "draw": ((), jnp.uint32),
+        "augment_seed": ((), jnp.uint32),
         "label": ((), jnp.int32),
     }
     return {

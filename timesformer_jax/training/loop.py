@@ -28,8 +28,8 @@ from timesformer_jax.checkpoints import store as ckpt
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import pipeline, sampling
 from timesformer_jax.data.prepare import demo
-from timesformer_jax.data.records.open import open_split, resolved
-from timesformer_jax.data.records.split import part_of
+from timesformer_jax.data.records.open import absolute_source, open_split
+from timesformer_jax.data.records.split import take_fraction
 from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import (
     batch_rows,
@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     train_split, eval_split = (
         open_split(data.directory, split, data.fps) for split in (data.train_split, data.eval_split)
     )
-    train_split = part_of(train_split, data.fraction)
+    train_split = take_fraction(train_split, data.fraction)
     short_side = int(min(train_split.height[0], train_split.width[0]))
     clip = ClipSpec(**config.clip, short_side=short_side)
     model = model_config(config, train_split.label_names)
@@ -117,7 +117,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         if state is None:
             initial, metadata = _initial(config, metadata)
             state = init_state(initial, optimizer, target)
-            position = pipeline.Position()
+            position = pipeline.IteratorState()
         _keep_recipe(workdir, metadata)
         done = int(state.step)
         if done >= total and (results := _finished(workdir, done)):
@@ -256,7 +256,7 @@ def model_config(config: ConfigDict, labels: tuple[str, ...]) -> TimeSformerConf
 def _plain(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON values, its data found from any folder."""
     fields = json.loads(config.to_json())
-    fields["data"]["directory"] = resolved(config.data.directory)
+    fields["data"]["directory"] = absolute_source(config.data.directory)
     return fields
 
 
@@ -322,7 +322,7 @@ def _writer(workdir: epath.Path) -> metric_writers.MetricWriter:
 
 def _restore(
     checkpoints: ckpt.Checkpoints, target: TrainState, metadata: ckpt.CheckpointMetadata
-) -> tuple[TrainState | None, pipeline.Position | None, ckpt.CheckpointMetadata]:
+) -> tuple[TrainState | None, pipeline.IteratorState | None, ckpt.CheckpointMetadata]:
     """State, position and metadata to go on with; the first two None if there is no checkpoint."""
 
     def read(step: int) -> tuple[ckpt.CheckpointMetadata, TrainState, dict[str, Any]]:
@@ -340,7 +340,7 @@ def _restore(
         logging.warning("this run goes on with another %s: %s, it was %s", name, now, before)
     state = state._replace(step=jax.device_put(np.int32(step), target.step.sharding))
     metadata = dataclasses.replace(metadata, license=saved.license)
-    return state, pipeline.Position(**progress["position"]), metadata
+    return state, pipeline.IteratorState(**progress["position"]), metadata
 
 
 def _check_same_run(
@@ -371,7 +371,7 @@ def _changes(
     return {k: (ours[k], theirs.get(k)) for k in ours if ours[k] != theirs.get(k)}
 
 
-def _progress(position: pipeline.Position) -> dict[str, Any]:
+def _progress(position: pipeline.IteratorState) -> dict[str, Any]:
     return {"position": dataclasses.asdict(position)}
 
 
@@ -399,7 +399,7 @@ def _initial(
 
 
 def _for_step(batch: pipeline.Batch) -> pipeline.Batch:
-    return {name: batch[name] for name in ("frames", "crop_boxes", "flip", "draw", "label")}
+    return {name: batch[name] for name in ("frames", "crop_boxes", "flip", "augment_seed", "label")}
 
 
 def _check_finite(

@@ -126,10 +126,10 @@ def make_train_step(
       ema: how much the moving average keeps of itself in a step, where the state has one.
 
     Returns:
-      A function of the state and a batch (frames (B, T, S, S, 3) uint8, crop_boxes (B, 3), flip (B,)
-      and label (B,), and draw (B,) uint32 where there is augmentation) to the new state and the
-      batch's metrics: loss, accuracy (of the clips' own labels), gradient_norm (of the raw
-      gradient) and learning_rate, each () float32.
+      A function of the state and a batch (frames (B, T, S, S, 3) uint8, crop_boxes (B, 3), flip
+      (B,) and label (B,), and augment_seed (B,) uint32 where there is augmentation) to the new
+      state and the batch's metrics: loss, accuracy (of the clips' own labels), gradient_norm (of
+      the raw gradient) and learning_rate, each () float32.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -138,7 +138,7 @@ def make_train_step(
         targets = batch["label"]
         if augmentation.on:
             video, targets = augment(
-                video, batch["label"], batch["draw"], augmentation,
+                video, batch["label"], batch["augment_seed"], augmentation,
                 fill=clip.mean, classes=model.num_classes, mesh=mesh,
             )  # fmt: skip
         examples = normalise(video, clip), targets, batch["label"]

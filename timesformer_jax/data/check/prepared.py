@@ -33,7 +33,7 @@ from timesformer_jax.data.layout import (
 from timesformer_jax.data.records import prepared as records
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.data.records.wire import RECORD_FRAME_BYTES
+from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 from timesformer_jax.workers import available_cores
 
@@ -217,7 +217,7 @@ def _faults(shard: _Shard, num_bytes: int, share: float) -> Iterator[str]:
             return
         if differences := list(_differences(serialized, position, row, share)):
             yield f"{where}: {', '.join(differences)}"
-        position += len(serialized.numpy()) + RECORD_FRAME_BYTES
+        position += len(serialized.numpy()) + RECORD_OVERHEAD_BYTES
     if position < num_bytes:
         yield f"has {num_bytes - position} bytes after its {len(shard.rows)} records"
 

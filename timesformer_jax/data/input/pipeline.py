@@ -24,7 +24,7 @@ ALL = slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Position:
+class IteratorState:
     """Where a training iterator stands, by what was consumed and not what was prefetched.
 
     Attributes:
@@ -44,9 +44,9 @@ def train_batches(
     short_side_range: tuple[int, int],
     flip: bool,
     seed: int,
-    position: Position = Position(),
+    position: IteratorState = IteratorState(),
     rows: Rows = ALL,
-) -> Iterator[tuple[Batch, Position]]:
+) -> Iterator[tuple[Batch, IteratorState]]:
     """Shuffled, randomly cropped training batches, without end.
 
     Args:
@@ -77,7 +77,7 @@ def train_batches(
     at = position
     for plan, frames in reading.clips(plans, split, train_side(split, spec, short_side_range)):
         done = at.batches + 1
-        at = Position(at.epoch + 1) if done == per_epoch else Position(at.epoch, done)
+        at = IteratorState(at.epoch + 1) if done == per_epoch else IteratorState(at.epoch, done)
         yield _batch(plan, frames[:, 0], plan["crop_boxes"][:, 0]), at
 
 
@@ -89,7 +89,7 @@ def train_plans(
     short_side_range: tuple[int, int],
     flip: bool,
     seed: int,
-    position: Position = Position(),
+    position: IteratorState = IteratorState(),
     rows: Rows = ALL,
 ) -> Iterator[reading.Plan]:
     """What the batches of `train_batches` are made of, without end."""
@@ -104,7 +104,7 @@ def train_plans(
                 for r in mine
             ]
             yield _stack(plans, mine, side, split)
-        position = Position(position.epoch + 1)
+        position = IteratorState(position.epoch + 1)
 
 
 def train_side(split: Split, spec: ClipSpec, short_side_range: tuple[int, int]) -> int:
@@ -196,7 +196,7 @@ def _train_plan(
             None
         ],
         "flip": flip and draws[4] < 0.5,
-        "draw": draw,
+        "augment_seed": draw,
     }
 
 
@@ -207,7 +207,7 @@ def _test_plan(split: Split, spec: ClipSpec, row: int, views: int, crops: int) -
         "indices": _stored(split, row, sampling.test_indices(n, fps, spec, views)),
         "crop_boxes": sampling.test_crop_boxes(*size, crops),
         "flip": False,
-        "draw": 0,
+        "augment_seed": 0,
     }
 
 
@@ -229,7 +229,7 @@ def _stack(plans: list[dict[str, Any]], rows: np.ndarray, side: int, split: Spli
         "corners": corners.astype(np.int32),
         "crop_boxes": crop_boxes.astype(np.float32),
         "flip": np.array([plan["flip"] for plan in plans], bool),
-        "draw": np.array([plan["draw"] for plan in plans], np.uint32),
+        "augment_seed": np.array([plan["augment_seed"] for plan in plans], np.uint32),
         "label": split.label[rows].astype(np.int32),
         "record": rows.astype(np.int32),
         "valid": np.ones(len(rows), bool),
@@ -237,5 +237,5 @@ def _stack(plans: list[dict[str, Any]], rows: np.ndarray, side: int, split: Spli
 
 
 def _batch(plan: reading.Plan, frames: np.ndarray, crop_boxes: np.ndarray) -> Batch:
-    kept = {key: plan[key] for key in ("flip", "draw", "label", "record", "valid")}
+    kept = {key: plan[key] for key in ("flip", "augment_seed", "label", "record", "valid")}
     return kept | {"frames": frames, "crop_boxes": crop_boxes}

@@ -23,7 +23,7 @@ import tensorflow as tf
 from etils import epath
 
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.data.records.wire import RECORD_FRAME_BYTES, RECORD_HEADER_BYTES
+from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES, RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 
 Plan = dict[str, np.ndarray]
@@ -154,7 +154,7 @@ def read_record(file: str, offset: int, size: int) -> bytes:
     except (OSError, tf.errors.OpError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"cannot read {file}: {reason}; {_advice(file)}") from error
-    if len(header) + len(data) + len(footer) < size + RECORD_FRAME_BYTES:
+    if len(header) + len(data) + len(footer) < size + RECORD_OVERHEAD_BYTES:
         raise InputError(f"{file} ends within the record at byte {offset}; {_advice(file)}")
     length = header[:8]
     expected = struct.pack("<QI", size, _masked_crc32c(length)), _masked_crc32c(data)

@@ -2,7 +2,7 @@
 
 DMVR's are TFRecord shards of tf.train.SequenceExample. All shards of a directory that are named
 alike but for their number are a table, and a table is a split. A TFDS data set is prepared by TFDS,
-here or elsewhere; its records are tf.train.Example. foreign_index.py reads the records.
+here or elsewhere; its records are tf.train.Example. external_index.py reads the records.
 """
 
 from __future__ import annotations

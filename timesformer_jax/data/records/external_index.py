@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from PIL import Image
 from tqdm import tqdm
 
-from timesformer_jax.data.records.wire import RECORD_FRAME_BYTES, encoded_frames
+from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES, encoded_frames
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import write_atomically
 from timesformer_jax.workers import available_cores, worker_pool
@@ -247,7 +247,7 @@ def _read_shard(file: str, kind: Format) -> tuple[list[dict], list[tuple[str, st
                 skipped.append((str(error), name))
             else:
                 rows.append({**row, "offset": offset, "size": len(serialized), "id": name})
-            offset += len(serialized) + RECORD_FRAME_BYTES
+            offset += len(serialized) + RECORD_OVERHEAD_BYTES
     except (tf.errors.OpError, DecodeError) as error:
         raise InputError(
             f"{file} cannot be read as uncompressed TFRecords of {type(kind).__name__} from byte"

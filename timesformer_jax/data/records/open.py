@@ -29,18 +29,18 @@ def open_split(source: str | os.PathLike, split: str, fps: float | None = None) 
     """
     if fps and not 0 < fps < np.inf:
         raise InputError(f"a frame rate (fps) must be above 0, not {fps}")
-    source = resolved(source)
+    source = absolute_source(source)
     if _is_external(source):
         return external.open_split(source, split, fps or None)
     return prepared.open_split(source, split)
 
 
-def resolved(source: str | os.PathLike) -> str:
+def absolute_source(source: str | os.PathLike) -> str:
     """A source as `open_split` takes it, such that it is the same from any working directory."""
     source = os.fspath(source)
     if source.startswith(external.TFDS_SCHEME):
         name, at, data_dir = source.partition("@")
-        return f"{name}{at}{resolved(data_dir)}" if at else source
+        return f"{name}{at}{absolute_source(data_dir)}" if at else source
     return os.path.abspath(source) if _is_local(source) else source
 
 

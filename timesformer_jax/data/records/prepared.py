@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 
 from timesformer_jax.data.layout import INDEX_DTYPES, INFO_FILE, LABELS_FILE, index_path
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.data.records.wire import RECORD_FRAME_BYTES
+from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 
 # TensorFlow reads and decodes; left alone it would take the GPU's whole memory from JAX.
@@ -144,7 +144,7 @@ class ShardWriter:
         place = {"offset": self._position, "size": len(record)}
         with _os_errors():
             self._writer.write(record)
-        self._position += len(record) + RECORD_FRAME_BYTES
+        self._position += len(record) + RECORD_OVERHEAD_BYTES
         return place
 
 

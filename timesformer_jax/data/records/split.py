@@ -53,7 +53,7 @@ class Split:
         return len(self.label)
 
 
-def part_of(split: Split, fraction: float) -> Split:
+def take_fraction(split: Split, fraction: float) -> Split:
     """The records of a fraction of a split's videos, the same of every class.
 
     Which videos they are follows from their ids alone, so that it is the same for every run, and a

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 # A TFRecord is a length (8 bytes), its checksum (4), the data, and the data's checksum (4).
 RECORD_HEADER_BYTES = 12
-RECORD_FRAME_BYTES = 16
+RECORD_OVERHEAD_BYTES = 16
 
 LENGTH_DELIMITED = 2  # the wire type of strings and messages; an Example has no other down to these
 

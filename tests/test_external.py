@@ -21,9 +21,8 @@ from timesformer_jax.checkpoints import store as checkpoints
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import pipeline
 from timesformer_jax.data.layout import INDEX_DTYPES
-from timesformer_jax.data.records import external as foreign
-from timesformer_jax.data.records import external_index as foreign_index
-from timesformer_jax.data.records.open import open_split, resolved
+from timesformer_jax.data.records import external, external_index
+from timesformer_jax.data.records.open import absolute_source, open_split
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.multi_view import evaluate_checkpoint
 from timesformer_jax.models.config import TimeSformerConfig
@@ -121,7 +120,7 @@ def dmvr(tmp_path_factory):
     return directory, written
 
 
-class ForeignClips(tfds.core.GeneratorBasedBuilder):
+class ExternalClips(tfds.core.GeneratorBasedBuilder):
     """A data set of TFDS, with a configuration for each encoding of its frames."""
 
     VERSION = tfds.core.Version("1.2.0")
@@ -151,7 +150,7 @@ def data_dir(tmp_path_factory):
     """A folder in which TFDS has built both configurations."""
     directory = tmp_path_factory.mktemp("tfds")
     for config in ("jpeg", "png"):
-        ForeignClips(config=config, data_dir=directory).download_and_prepare()
+        ExternalClips(config=config, data_dir=directory).download_and_prepare()
     return directory
 
 
@@ -210,11 +209,11 @@ def test_tables_of_sequence_examples_show_what_was_written(dmvr):
 
 @pytest.mark.parametrize("form", ["jpeg", "png"])
 def test_a_tfds_data_set_shows_what_tfds_does(data_dir, form, caplog):
-    builder = tfds.builder_from_directory(data_dir / "foreign_clips" / form / "1.2.0")
+    builder = tfds.builder_from_directory(data_dir / "external_clips" / form / "1.2.0")
     examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
     used = [example for example in examples if example["action"] >= 0]
     with caplog.at_level(logging.WARNING):
-        split = open_split(f"tfds:foreign_clips/{form}:1.2.0@{data_dir}", "train", fps=FPS)
+        split = open_split(f"tfds:external_clips/{form}:1.2.0@{data_dir}", "train", fps=FPS)
     assert "left out of 6 records: 1 with no label (first: " in caplog.text
     assert split.label_names == LABELS
     assert split.label.tolist() == [example["action"] for example in used]
@@ -296,7 +295,7 @@ def test_clips_as_long_as_they_say_tell_the_frame_rate(rate, seconds, rounding):
     frames = rounding(rate * seconds).astype(np.int32)
     unsaid = np.full(len(seconds), np.nan, np.float32)
     index = {"fps": unsaid, "num_frames": frames, "seconds": seconds}
-    found = foreign._frame_rates("train", index, None)
+    found = external._frame_rates("train", index, None)
     assert len(set(found.tolist())) == 1
     assert abs(found[0] - rate) <= 1 / seconds.mean() + 1e-4 * rate
 
@@ -479,11 +478,11 @@ def test_processes_make_the_same_index(dmvr, monkeypatch):
     directory, _ = dmvr
     files = sorted(map(str, directory.glob("some-train*-of-00002")))
     sizes = [os.path.getsize(file) for file in files]
-    kind = foreign_index.SequenceExamples()
-    alone = foreign_index._make_index("train", files, sizes, kind)
-    monkeypatch.setattr(foreign_index, "BYTES_WORTH_A_WORKER", 1)
-    monkeypatch.setattr(foreign_index, "available_cores", lambda: 2)
-    together = foreign_index._make_index("train", files, sizes, kind)
+    kind = external_index.SequenceExamples()
+    alone = external_index._make_index("train", files, sizes, kind)
+    monkeypatch.setattr(external_index, "BYTES_WORTH_A_WORKER", 1)
+    monkeypatch.setattr(external_index, "available_cores", lambda: 2)
+    together = external_index._make_index("train", files, sizes, kind)
     assert alone.keys() == together.keys()
     for column in alone:
         np.testing.assert_array_equal(alone[column], together[column])
@@ -566,10 +565,10 @@ def test_tfds_data_sets_that_cannot_be_opened_are_one_line(data_dir, tmp_path):
     with pytest.raises(InputError, match=r"no TFDS data set .* `tfds build ucf10 --data_dir"):
         open_split(f"tfds:ucf10@{data_dir}", "train")
     with pytest.raises(InputError, match=r"no split 'validation'; there: .*train"):
-        open_split(f"tfds:foreign_clips/png@{data_dir}", "validation")
+        open_split(f"tfds:external_clips/png@{data_dir}", "validation")
     with pytest.raises(InputError, match="3 of 3 records of 'test' do not say their frame rate"):
-        open_split(f"tfds:foreign_clips/png@{data_dir}", "test")
-    source = data_dir / "foreign_clips" / "png" / "1.2.0"
+        open_split(f"tfds:external_clips/png@{data_dir}", "test")
+    source = data_dir / "external_clips" / "png" / "1.2.0"
     (tmp_path / "dataset_info.json").write_text("{")
     with pytest.raises(InputError, match=f"TFDS cannot open {tmp_path}"):
         open_split(tmp_path, "train")
@@ -595,12 +594,12 @@ def test_tfds_data_sets_that_cannot_be_opened_are_one_line(data_dir, tmp_path):
 )
 def test_features_without_one_video_and_one_label_are_one_line(features, said):
     with pytest.raises(InputError, match=said):
-        foreign._tfds_format(tfds.features.FeaturesDict(features), "here")
+        external._tfds_format(tfds.features.FeaturesDict(features), "here")
 
 
 def test_sources_are_the_same_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert resolved("data") == str(tmp_path / "data")
-    assert resolved("gs://bucket/data") == "gs://bucket/data"
-    assert resolved("tfds:ucf101/ucf101_1:2.0.0") == "tfds:ucf101/ucf101_1:2.0.0"
-    assert resolved("tfds:ucf101@sets") == f"tfds:ucf101@{tmp_path / 'sets'}"
+    assert absolute_source("data") == str(tmp_path / "data")
+    assert absolute_source("gs://bucket/data") == "gs://bucket/data"
+    assert absolute_source("tfds:ucf101/ucf101_1:2.0.0") == "tfds:ucf101/ucf101_1:2.0.0"
+    assert absolute_source("tfds:ucf101@sets") == f"tfds:ucf101@{tmp_path / 'sets'}"
