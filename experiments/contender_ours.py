@@ -15,7 +15,6 @@ from flax import nnx
 from timesformer_jax import host_memory
 from timesformer_jax.benchmark.model import RECIPE
 from timesformer_jax.checkpoints.convert import from_pretrained
-from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import parameters, with_parameters
 from timesformer_jax.training.optimizer import make_optimizer
 
@@ -40,7 +39,7 @@ class Ours(Contender):
         return begin(sets)
 
     def _inference(self, sets: list) -> list[float]:
-        graph, state = nnx.split(folded(self._model))
+        graph, state = nnx.split(self._model)
         forward = jax.jit(lambda state, video: nnx.merge(graph, state)(video))
         forward = self._compile(forward, state, sets[0][0])
         self._run = lambda i: forward(state, sets[i % SETS][0])
@@ -51,7 +50,7 @@ class Ours(Contender):
 
         def step(state: tuple, video: jax.Array, labels: jax.Array) -> tuple:
             def loss_of(params: dict) -> jax.Array:
-                logits = folded(with_parameters(self._model.config, params))(video)
+                logits = with_parameters(self._model.config, params)(video)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
             params, opt_state = state

@@ -12,9 +12,9 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
 from timesformer_jax.models.presets import preset
+from timesformer_jax.models.schemes import SCHEMES
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "attention.md"
 BEGIN, END = "<!-- costs_table.py: begin -->", "<!-- costs_table.py: end -->"

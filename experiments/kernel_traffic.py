@@ -28,7 +28,7 @@ from jax.experimental import topologies
 from timesformer_jax.benchmark import model
 from timesformer_jax.distributed.hardware import CHIPS
 from timesformer_jax.distributed.mesh import make_mesh
-from timesformer_jax.models.attention import Tokens, through_time, within_sequences
+from timesformer_jax.models.attention import Tokens, attend_along_frames, attend_along_patches
 from timesformer_jax.models.ops.kernels import select as choice
 from timesformer_jax.models.presets import preset
 
@@ -138,10 +138,10 @@ def attentions(place: jax.NamedSharding) -> None:
     print("| attention | by | forward, MB | ms | and gradient, MB | ms |")
     print("|---|---|---|---|---|---|")
     for kind, xla, around in (
-        ("temporal", through_time, patches_alone),
-        ("spatial", within_sequences, with_token),
+        ("temporal", attend_along_frames, patches_alone),
+        ("spatial", attend_along_patches, with_token),
     ):
-        runs = {"xla": xla}
+        runs = {"xla": around(xla)}
         for name, (attention, _) in choice.KERNELS[kind].items():
             if "_" not in name:  # pallas_2 moves what pallas does
                 runs[name] = around(attention)

@@ -12,19 +12,20 @@ import pytest
 import torch
 from test_costs import equations
 
-from timesformer_jax.models import attention
-from timesformer_jax.models.attention import Step, Tokens
-from timesformer_jax.models.ops import dot_product_attention as dot_product
+from timesformer_jax.models import attention, schemes
+from timesformer_jax.models.attention import Tokens
+from timesformer_jax.models.ops.dot_product_attention import dot_product_attention
+from timesformer_jax.models.schemes import AttentionLayer
 
-STEPS = {
-    "temporal": attention.TEMPORAL,
-    "temporal_with_token": attention.TEMPORAL._replace(token=True),
-    "spatial": attention.SPATIAL,
-    "joint": attention.JOINT,
-    "width": attention.WIDTH,
-    "height": attention.HEIGHT,
-    "local": attention.LOCAL,
-    "global": attention.GLOBAL,
+LAYERS = {
+    "temporal": schemes.TEMPORAL,
+    "temporal_with_token": schemes.TIME,
+    "spatial": schemes.SPATIAL,
+    "joint": schemes.JOINT,
+    "width": schemes.WIDTH,
+    "height": schemes.HEIGHT,
+    "local": schemes.LOCAL,
+    "global": schemes.GLOBAL,
 }
 # Frames, patches down, patches across: one of each, one patch, non-square, odd, even.
 SHAPES = [(1, 1, 1), (3, 1, 1), (1, 2, 3), (5, 3, 5), (2, 4, 2), (3, 1, 4)]
@@ -78,22 +79,22 @@ def brute_force(name: str, cls: torch.Tensor | None, patches: torch.Tensor) -> t
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_attention_and_its_gradient_equal_a_brute_force_mask(name, shape):
-    step, (t, h, w), b = STEPS[name], shape, 2
+    layer, (t, h, w), b = LAYERS[name], shape, 2
     s = len(sequences(name, t, h, w))
     rng = np.random.default_rng(0)
     width = HEADS * CHANNELS
-    cls = rng.standard_normal((b, s, 3, HEADS, CHANNELS)) if step.token else None
+    cls = rng.standard_normal((b, s, 3, HEADS, CHANNELS)) if layer.joins_cls else None
     patches = rng.standard_normal((b, t, h, w, 3, HEADS, CHANNELS))
     direction = Tokens(
-        rng.standard_normal((b, s, width)) if step.token else None,
+        rng.standard_normal((b, s, width)) if layer.joins_cls else None,
         rng.standard_normal((b, t, h * w, width)),
     )
 
     @jax.jit
     def forward_and_gradient(qkv, direction):
-        out, vjp = jax.vjp(lambda qkv: step.mix(qkv, (h, w)), qkv)
+        out, vjp = jax.vjp(lambda qkv: layer.attend(qkv, (h, w)), qkv)
         return out, vjp(direction)[0]
 
     with jax.enable_x64(True):
@@ -109,23 +110,23 @@ def test_attention_and_its_gradient_equal_a_brute_force_mask(name, shape):
             ours[0].patches[clip], out.detach().reshape(t, h * w, -1), atol=1e-12
         )
         total = total + (out.reshape(t, h * w, -1) * torch.tensor(direction.patches[clip])).sum()
-        if step.token:
+        if layer.joins_cls:
             np.testing.assert_allclose(ours[0].cls[clip], out_cls.detach(), atol=1e-12)
             total = total + (out_cls * torch.tensor(direction.cls[clip])).sum()
     total.backward()
     gradient = leaves[1].grad.reshape(ours[1].patches.shape)
     np.testing.assert_allclose(ours[1].patches, gradient, atol=1e-12)
-    if step.token:
+    if layer.joins_cls:
         np.testing.assert_allclose(ours[1].cls, leaves[0].grad, atol=1e-12)
 
 
 sizes = st.integers(1, 7)
 
 
-@hypothesis.given(st.sampled_from(sorted(STEPS)), sizes, sizes, sizes)
+@hypothesis.given(st.sampled_from(sorted(LAYERS)), sizes, sizes, sizes)
 @hypothesis.settings(deadline=None, derandomize=True)
 def test_sequences_are_numbered_as_the_definitions_list_them(name, t, h, w):
-    number = STEPS[name].sequences(t, (h, w))
+    number = LAYERS[name].partition(t, (h, w))
     assert number.shape == (t, h * w)
     lists = sequences(name, t, h, w)
     assert sorted(np.unique(number)) == list(range(len(lists)))
@@ -134,22 +135,22 @@ def test_sequences_are_numbered_as_the_definitions_list_them(name, t, h, w):
 
 
 @functools.cache
-def jaxpr_sizes(step: Step, t: int, grid: tuple[int, int]) -> list[int]:
+def jaxpr_sizes(layer: AttentionLayer, t: int, grid: tuple[int, int]) -> list[int]:
     """Sizes of every array in the traced program."""
-    s = step.sequences(t, grid).max() + 1
+    s = layer.partition(t, grid).max() + 1
     qkv = Tokens(
-        jax.ShapeDtypeStruct((1, s, 3, 1, 4), jnp.float32) if step.token else None,
+        jax.ShapeDtypeStruct((1, s, 3, 1, 4), jnp.float32) if layer.joins_cls else None,
         jax.ShapeDtypeStruct((1, t, math.prod(grid), 3, 1, 4), jnp.float32),
     )
-    jaxpr = jax.make_jaxpr(lambda qkv: step.mix(qkv, grid))(qkv)
+    jaxpr = jax.make_jaxpr(lambda qkv: layer.attend(qkv, grid))(qkv)
     return [v.aval.size for eqn in equations(jaxpr) for v in (*eqn.invars, *eqn.outvars)]
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if name != "joint"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "joint"])
 @pytest.mark.parametrize(("t", "grid"), [(16, (16, 16)), (15, (15, 17))])
 def test_sparse_attention_holds_no_square_of_all_patches(name, t, grid):
-    assert max(jaxpr_sizes(STEPS[name], t, grid)) < (t * math.prod(grid)) ** 2 / 3
-    assert max(jaxpr_sizes(attention.JOINT, t, grid)) > (t * math.prod(grid)) ** 2
+    assert max(jaxpr_sizes(LAYERS[name], t, grid)) < (t * math.prod(grid)) ** 2 / 3
+    assert max(jaxpr_sizes(schemes.JOINT, t, grid)) > (t * math.prod(grid)) ** 2
 
 
 def test_softmax_is_taken_in_float32_when_the_model_computes_in_bfloat16():
@@ -174,7 +175,7 @@ def test_attention_of_any_length_and_its_gradient_equal_pytorchs(length, size):
     expected.backward(torch.tensor(direction))
 
     with jax.enable_x64(True):
-        out, vjp = jax.vjp(dot_product.attention, *qkv)
+        out, vjp = jax.vjp(dot_product_attention, *qkv)
         gradient = vjp(direction)
     np.testing.assert_allclose(out, expected.detach(), atol=1e-12)
     for ours, exact in zip(gradient, theirs.grad):

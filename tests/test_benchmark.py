@@ -24,10 +24,10 @@ from timesformer_jax.benchmark.machine import Yardstick
 from timesformer_jax.cli import main as cli
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
-from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
 from timesformer_jax.models.presets import preset
+from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, with_parameters
 from timesformer_jax.transforms.preprocess import preprocess
 

@@ -16,7 +16,7 @@ import timesformer_jax as tsf
 from timesformer_jax.checkpoints import store as checkpoints
 from timesformer_jax.checkpoints.convert import convert
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.models.attention import SCHEMES
+from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
 
 GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"

@@ -12,7 +12,7 @@ from flax import traverse_util
 from safetensors.torch import save_file
 
 import timesformer_jax as tsf
-from timesformer_jax.models.attention import SCHEMES
+from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import parameters
 
 VIT = pathlib.Path(__file__).parent / "data" / "goldens" / "timm_vit.pth"
@@ -201,13 +201,13 @@ def test_jax_vit_with_pre_logits_and_a_missing_key(jax_vit, tmp_path):
 def test_every_attention_starts_from_the_image_models(scheme, timm):
     ours = flat(tsf.from_pretrained(VIT, num_heads=4, attention=scheme, num_frames=5))
     qkv = timm["blocks.1.attn.qkv.weight"]
-    for step in SCHEMES[scheme].steps:
-        path = f"blocks/1/attention/{step.name}"
+    for layer in SCHEMES[scheme].layers:
+        path = f"blocks/1/attention/{layer.name}"
         assert np.array_equal(ours[f"{path}/qkv/kernel"].reshape(48, -1), qkv.T)
         assert np.array_equal(ours[f"{path}/proj/bias"], timm["blocks.1.attn.proj.bias"])
         assert np.array_equal(ours[f"{path}/norm/scale"], timm["blocks.1.norm1.weight"])
-    further = [value for name, value in ours.items() if "/fc/" in name]
-    assert len(further) == 2 * 3 * (len(SCHEMES[scheme].steps) - 1)
+    further = [value for name, value in ours.items() if "/temporal_fc/" in name]
+    assert len(further) == 2 * 3 * (len(SCHEMES[scheme].layers) - 1)
     assert not any(np.any(value) for value in further)
     if scheme == "space":
         assert "embedding/time" not in ours

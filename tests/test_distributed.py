@@ -122,7 +122,7 @@ def test_kernels_lie_as_the_rules_say_and_so_does_what_mirrors_them():
     expected = {
         "attention/spatial/qkv": (P("fsdp", None, "tensor"), (12, 3, 12)),
         "attention/spatial/proj": (P("tensor", "fsdp"), (12, 12)),
-        "attention/temporal/fc": (P("fsdp", None), (12, 24)),
+        "attention/temporal/temporal_fc": (P("fsdp", None), (12, 24)),
         "mlp/fc1": (P("fsdp", "tensor"), (12, 48)),
         "mlp/fc2": (P("tensor", "fsdp"), (48, 12)),
     }

@@ -18,11 +18,11 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from meshes import mesh_of
 
-from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops.kernels import cudnn as spatial
 from timesformer_jax.models.ops.kernels import hopper as temporal
 from timesformer_jax.models.ops.kernels import select as choice
+from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import TimeSformer, abstract
 from timesformer_jax.planning.collectives import collectives
 
@@ -315,8 +315,7 @@ def test_every_scheme_gives_a_kernel_the_same_attention(scheme, monkeypatch):
     monkeypatch.setattr(choice, "_HOPPER", choice.re.compile("cpu"))
     monkeypatch.setattr(choice, "choose", always("other"))
     np.testing.assert_allclose(model(video), expected, atol=2e-5)
-    # Not where the token joins in temporal attention.
-    assert bool(used) == (scheme != "time")
+    assert used
 
 
 @pytest.mark.usefixtures("cudnn")
@@ -335,7 +334,6 @@ def test_every_scheme_is_traced_with_every_implementation(scheme, implementation
         traced = jax.jit(jax.grad(loss)).trace(state, video)
     called = "dot_product_attention_fwd" if implementation == "cudnn" else "wgmma"
     expected = {
-        "time": False,
         "divided": True, "space_then_time": True, "parallel": True, "axial": True,
     }.get(scheme, implementation == "cudnn")  # fmt: skip
     assert (called in str(traced.jaxpr)) == expected

@@ -25,7 +25,8 @@ from timesformer_jax.distributed import sequence
 from timesformer_jax.distributed.mesh import put_batch
 from timesformer_jax.distributed.sharding import spec
 from timesformer_jax.evaluation.multi_view import make_probabilities
-from timesformer_jax.models.attention import SCHEMES, Tokens
+from timesformer_jax.models.attention import Tokens
+from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, with_parameters
 from timesformer_jax.planning.collectives import collectives
 
@@ -33,7 +34,7 @@ SEQUENCE, ALL = (2, 1, 1, 4), (2, 1, 2, 2)
 SHARED = [
     name
     for name, scheme in SCHEMES.items()
-    if all(step.within in ("frame", "position") for step in scheme.steps)
+    if all(layer.within in ("frame", "position") for layer in scheme.layers)
 ]
 
 
@@ -106,7 +107,7 @@ def test_the_block_of_every_scheme_that_can_be_shared_computes_the_same(scheme):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected
     )
-    through_time = sum(step.within == "position" for step in config.scheme.steps)
+    through_time = sum(layer.within == "position" for layer in config.scheme.layers)
     assert exchanged(exchanges, config, 8) == 4 * through_time
 
 

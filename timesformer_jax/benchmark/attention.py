@@ -35,11 +35,11 @@ from timesformer_jax.benchmark.programs import (
     random_parameters,
 )
 from timesformer_jax.distributed.hardware import GIB
-from timesformer_jax.models.attention import SCHEMES
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
 from timesformer_jax.models.ops.kernels.select import TABLE
 from timesformer_jax.models.presets import preset as preset_of
+from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
 
 FRAMES, SIDES = ("8", "16", "32", "64", "96"), ("224", "336", "448", "560")

@@ -8,7 +8,6 @@ of that size.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,18 +18,17 @@ import numpy as np
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.timing import timed
 from timesformer_jax.models.attention import (
-    Tokens,
+    attend_along_frames,
+    attend_along_patches,
     over_height,
     over_time,
-    through_time,
-    within_sequences,
 )
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops.kernels import select as choice
 
 SECONDS = 0.3
 TOKENS = 32 * 8 * 14 * 14  # of the clips that are timed together: 32 of 8 x 224, at least one
-FORMULATIONS = {"temporal": through_time, "spatial": within_sequences}
+FORMULATIONS = {"temporal": attend_along_frames, "spatial": attend_along_patches}
 
 
 def choose_kernels(
@@ -52,8 +50,7 @@ def choose_kernels(
             row = {"kind": kind, "length": length, "implementation": "all"}
             yield [row | {"error": "not timed: no time left"}]
             continue
-        formulation = functools.partial(_patches, FORMULATIONS[kind])
-        rows = choice.measure(kind, shape, dtype, formulation, _seconds)
+        rows = choice.measure(kind, shape, dtype, FORMULATIONS[kind], _seconds)
         report.write(choice.TABLE, choice.merged(rows, choice.TABLE))
         yield rows
 
@@ -64,19 +61,15 @@ def attentions(
     """Kind, shape of qkv and dtype of every attention that the model asks `choice.choose` for."""
     t, grid = config.num_frames, config.grid
     heads = 3, config.num_heads, config.hidden_size // config.num_heads
-    for step in config.scheme.steps:
-        if step.mix is over_time:
-            if not step.token:
-                yield "temporal", (batch_size, t, math.prod(grid), *heads), config.dtype
-        elif step.mix is not over_height:
-            of_sequences = np.bincount(step.sequences(t, grid).reshape(-1))
+    for layer in config.scheme.layers:
+        if layer.attention_fn is over_time:
+            shape = batch_size, t + layer.joins_cls, math.prod(grid), *heads
+            yield "temporal", shape, config.dtype
+        elif layer.attention_fn is not over_height:
+            of_sequences = np.bincount(layer.partition(t, grid).reshape(-1))
             for length, count in zip(*np.unique(of_sequences, return_counts=True)):
-                shape = (batch_size, int(count), int(length) + step.token, *heads)
+                shape = (batch_size, int(count), int(length) + layer.joins_cls, *heads)
                 yield "spatial", shape, config.dtype
-
-
-def _patches(formulation: Callable, qkv: jax.Array) -> jax.Array:
-    return formulation(Tokens(None, qkv)).patches
 
 
 def _seconds(function: Callable[[jax.Array], jax.Array], qkv: jax.Array) -> float:

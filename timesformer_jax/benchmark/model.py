@@ -36,7 +36,6 @@ from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs, parameter_count
-from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.presets import preset
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 from timesformer_jax.training.optimizer import make_optimizer
@@ -155,7 +154,7 @@ def best_of(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
 def inference(
     config: TimeSformerConfig, batch_size: int, mesh: jax.sharding.Mesh | None = None
 ) -> Program:
-    """Frames to logits by the folded model, of whose FLOPs the original's are counted.
+    """Frames to logits. The counted FLOPs are those of the model without fused projections.
 
     Args:
       mesh: of one device, by default the first.
@@ -164,14 +163,14 @@ def inference(
     clip = ClipSpec(frames=config.num_frames, crop=config.image_size)
 
     graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: folded(TimeSformer(config, rngs=nnx.Rngs(0))))
+        nnx.eval_shape(lambda: TimeSformer(config, rngs=nnx.Rngs(0)))
     )
 
     def logits(state: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
         return nnx.merge(graph, state)(preprocess(batch["frames"], batch["crop_boxes"], clip))
 
     def start(compiled: jax.stages.Compiled) -> Callable[[int], Any]:
-        model = folded(with_parameters(config, random_parameters(config)))
+        model = with_parameters(config, random_parameters(config))
         state = jax.device_put(nnx.state(model))
         batches = random_batches(config, batch_size)
         return lambda i: compiled(state, batches[i % SETS])

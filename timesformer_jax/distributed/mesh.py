@@ -72,7 +72,7 @@ def check_model(mesh: Mesh, model: TimeSformerConfig, clip: ClipSpec) -> None:
                 f"{parts} {name} cannot be divided among {tensor} devices; set "
                 f"--config.mesh.tensor to a divisor of {parts}, {math.gcd(parts, tensor)} for one"
             )
-    within = {step.within for step in model.scheme.steps}
+    within = {layer.within for layer in model.scheme.layers}
     if sequence > 1 and "clip" in within:
         raise InputError(
             f"attention {model.attention!r} compares patches of different frames and positions, "

@@ -19,15 +19,15 @@ BATCH_SPEC = P(BATCH_AXES)
 RULES: tuple[tuple[str, P], ...] = (
     # Parameters, and the optimizer's state, which mirrors them. "tensor" splits attentions by heads
     # and MLPs by hidden units: one layer by its outputs and the next by its inputs, so that one sum
-    # over the devices ends both. `fc` is multiplied into `proj` before that (models/fold.py), and
-    # whole: its inputs are the outputs of `proj`. "fsdp" splits another axis, for memory alone: a
-    # layer gathers it before use. What remains is small: norms, biases, embeddings.
+    # over the devices ends both. `temporal_fc` is multiplied into `proj` first, and whole, since its
+    # inputs are the outputs of `proj`. "fsdp" splits another axis, for memory alone: a layer
+    # gathers it before use. The others are small: norms, biases, embeddings.
     (r"qkv/kernel$", P("fsdp", None, "tensor")),
     (r"qkv/bias$", P(None, "tensor")),
     (r"fc1/kernel$", P("fsdp", "tensor")),
     (r"fc1/bias$", P("tensor")),
     (r"(proj|fc2)/kernel$", P("tensor", "fsdp")),
-    (r"(fc|patch|head)/kernel$", P("fsdp", None)),
+    (r"(temporal_fc|patch|head)/kernel$", P("fsdp", None)),
     # A batch: frames (B, T, H, W, 3), in evaluation (B, V, T, H, W, 3), and what else a clip has.
     (r"batch/frames$", P(BATCH_AXES, None, "sequence", None, None, None)),
     (r"batch/frames$", P(BATCH_AXES, "sequence", None, None, None)),

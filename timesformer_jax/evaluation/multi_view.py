@@ -28,7 +28,6 @@ from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results, average_pieces
-from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
 from timesformer_jax.transforms.preprocess import preprocess
 
@@ -47,7 +46,7 @@ def make_probabilities(model: TimeSformerConfig, clip: ClipSpec) -> Probabilitie
         views = frames.shape[:2]
         frames = frames.reshape(-1, *frames.shape[2:])  # b v ... -> (b v) ...
         video = preprocess(frames, crop_boxes.reshape(-1, 3), clip)
-        logits = folded(with_parameters(model, params))(video)
+        logits = with_parameters(model, params)(video)
         return jax.nn.softmax(logits).reshape(*views, -1).mean(axis=1)
 
     return probabilities

@@ -11,7 +11,6 @@ from timesformer_jax.checkpoints import store as checkpoints
 from timesformer_jax.data import decode
 from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
-from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import with_parameters
 from timesformer_jax.transforms.preprocess import preprocess
 
@@ -36,7 +35,7 @@ class Predictor:
         model = self.metadata.model
         self.labels = self.metadata.labels or tuple(f"class {i}" for i in range(model.num_classes))
         self.views, self.crops = views, crops
-        forward = folded(with_parameters(model, params))
+        forward = with_parameters(model, params)
 
         def probabilities(frames: jax.Array, crop_boxes: jax.Array) -> jax.Array:
             video = preprocess(frames, crop_boxes, self.metadata.clip)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from timesformer_jax.errors import InputError, did_you_mean
-from timesformer_jax.models.attention import SCHEMES, Grid, Scheme
+from timesformer_jax.models.attention import Grid
 from timesformer_jax.models.remat import REMATS
+from timesformer_jax.models.schemes import SCHEMES, Scheme
 
 POSITION_EMBEDDINGS = ("none", "space", "space_time")
-POSITION_RESIZES = ("nearest", "smooth")
+POSITION_RESIZES = ("nearest", "bicubic")
 INITS = ("release", "width_scaled")
 
 
@@ -25,28 +26,29 @@ class TimeSformerConfig:
       patch_size: side of a patch, in pixels.
       hidden_size: channels of a token.
       depth: blocks.
-      num_heads: attention heads; they share hidden_size evenly.
+      num_heads: attention heads; each has hidden_size / num_heads channels.
       mlp_ratio: hidden width of the MLP over hidden_size.
-      attention: a scheme of `attention.SCHEMES`: "divided", "space", "joint", "local_global",
-        "axial", "time", "space_then_time" or "parallel".
+      attention: a scheme of `schemes.SCHEMES`: "divided", "space", "joint", "local_global",
+        "axial", "time", "space_then_time", "parallel", or one that was registered.
       position_embedding: "none", "space" or "space_time" (table 4).
-      position_resize: how clips of another size or length get theirs: "nearest", as the release
-        and its checkpoints, or "smooth", bicubic in space and linear in time, which does not give
-        neighbouring patches one and the same position and is the better choice otherwise.
+      position_resize: how the position embeddings are resized to clips of another size or length:
+        "nearest", as in the release and its checkpoints, or "bicubic" in space and linear in time.
+        Nearest neighbours give some patches the same position, so "bicubic" is the better choice
+        where no checkpoint asks for "nearest".
       drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
       init: "release", as the authors do: standard deviation 0.02 for every weight and embedding,
-        but zero for the time embedding and the further linear layers (`temporal_fc`), so that a
-        video model starts as the image model that it is made from. "width_scaled", for small
-        models from scratch: 1 / sqrt(inputs) for every linear layer, 1 / sqrt(hidden_size) for
-        every embedding, and nothing at zero but biases.
-      dtype: of the computation, "float32" or "bfloat16". Parameters and their gradients, norms,
-        softmax, features and logits are float32 always.
-      remat: what the backward pass finds of the forward pass and does not compute again: "none",
-        everything is kept; "outputs", those of linear layers and attentions (norms, GELU and
-        attention weights are computed again); "block", each block's input; "offload", the same,
-        kept in the host's memory.
-      scan_layers: compile one block and run it `depth` times, rather than compile each. The same
-        numbers and checkpoints, sooner compiled.
+        but zero for the time embedding and `temporal_fc`, so that a video model starts as the image
+        model that it is made from. "width_scaled", for small models from scratch: standard
+        deviation 1 / sqrt(inputs) for every linear layer and 1 / sqrt(hidden_size) for every
+        embedding; only biases start at zero.
+      dtype: dtype of the computation, "float32" or "bfloat16". Parameters and their gradients,
+        norms, softmax, features and logits are always float32.
+      remat: which activations are saved for the backward pass; it computes the others again.
+        "none" saves all; "outputs" saves those of linear layers and attentions, but not of norms,
+        GELU and softmax; "block" saves the input of each block; "offload" does too, in the memory
+        of the host.
+      scan_layers: compile one block and run it `depth` times, instead of compiling every block.
+        Numbers and checkpoints are the same; compilation takes less time.
     """
 
     num_classes: int = 400

@@ -1,7 +1,7 @@
-"""What a model costs, worked out from its config alone: parameters, comparisons, products.
+"""What a model costs, computed from its config alone: parameters, comparisons, products.
 
-A number here is for one view of one clip, forward. `macs` are multiply-accumulates: twice as many
-FLOPs, and three times as much again for a training step. The paper's "TFLOPs" are
+A number here is for the forward pass of one view of one clip. `macs` are multiply-accumulates: one
+is two FLOPs, and a training step costs about three times the forward pass. The paper's "TFLOPs" are
 multiply-accumulates over three crops, `3 * macs(config) / 1e12`.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import Grid
 from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.schemes import AttentionLayer
 
 
 def parameter_count(config: TimeSformerConfig) -> int:
@@ -20,18 +21,19 @@ def parameter_count(config: TimeSformerConfig) -> int:
     With D channels, an MLP of M, C classes, K attentions a block and L blocks:
 
         embedding   3 P^2 D + D, D for the token, (N + 1) D in space, T D in time
-        attention   4 D^2 + 6 D, norm included; D^2 + D more for the `fc` of all but one
+        attention   4 D^2 + 6 D, norm included; D^2 + D more where it has a `temporal_fc`
         MLP         2 D M + M + 3 D
         model       embedding + L (K attentions + MLP) + 2 D + D C + C
     """
     d, m, c = config.hidden_size, config.mlp_size, config.num_classes
-    steps = len(config.scheme.steps)
+    layers = config.scheme.layers
+    temporal_fcs = sum(layer.has_temporal_fc for layer in layers)
     embedding = 3 * config.patch_size**2 * d + d + d
     if config.position_embedding != "none":
         embedding += (_patches(config.grid) + 1) * d
     if config.position_embedding == "space_time" and config.scheme.time_embedding:
         embedding += config.num_frames * d
-    attentions = steps * (4 * d * d + 6 * d) + (steps - 1) * (d * d + d)
+    attentions = len(layers) * (4 * d * d + 6 * d) + temporal_fcs * (d * d + d)
     mlp = 2 * d * m + m + 3 * d
     return embedding + config.depth * (attentions + mlp) + 2 * d + d * c + c
 
@@ -51,8 +53,8 @@ def comparisons(
     """
     t, grid = _sizes(config, frames, height, width)
     return sum(
-        float((_lengths(step, t, grid) ** 2).sum() / (t * _patches(grid))) + 1
-        for step in config.scheme.steps
+        float((_lengths(layer, t, grid) ** 2).sum() / (t * _patches(grid))) + 1
+        for layer in config.scheme.layers
     )
 
 
@@ -64,10 +66,11 @@ def macs(
 ) -> int:
     """Multiply-accumulates of the forward pass of one clip (one view).
 
-    Counts the matrix products, QK^T and AV of the attentions among them, and the patch embedding:
-    every product in the program, the last block's on the patches too, which a compiler may find to
-    be of no use. A sequence of l tokens costs 2 D l^2, a token D^2 for each of q, k, v, projection
-    and `fc`. Not counted: norms, softmax, GELU, additions, resizing of position embeddings.
+    Counts the matrix products, including QK^T and AV of the attentions, and the patch embedding.
+    The products of the last block on the patches are counted, although no output depends on them
+    and a compiler may drop them; so is `temporal_fc`, which is usually fused with the projection.
+    A sequence of l tokens costs 2 D l^2, a token D^2 for each of q, k, v, projection and
+    `temporal_fc`. Not counted: norms, softmax, GELU, additions, resizing of position embeddings.
 
     Args:
       frames, height, width: the clip, in frames and pixels; the config's own sizes by default.
@@ -75,19 +78,20 @@ def macs(
     t, grid = _sizes(config, frames, height, width)
     d, patches = config.hidden_size, t * _patches(grid)
     block = 0
-    for i, step in enumerate(config.scheme.steps):
-        lengths = _lengths(step, t, grid)
-        has_fc = i != config.scheme.plain % len(config.scheme.steps)
-        tokens = patches + step.token * len(lengths)  # its copies, one a sequence
-        block += tokens * (5 if has_fc else 4) * d * d
-        block += int(2 * d * ((lengths + step.token) ** 2).sum())
+    for layer in config.scheme.layers:
+        lengths = _lengths(layer, t, grid)
+        tokens = patches + layer.joins_cls * len(lengths)  # one copy of the token a sequence
+        block += tokens * (4 + layer.has_temporal_fc) * d * d
+        block += int(2 * d * ((lengths + layer.joins_cls) ** 2).sum())
     tokens = patches + (t if config.scheme.token_per_frame else 1)
     block += tokens * 2 * d * config.mlp_size
     embedding = patches * 3 * config.patch_size**2 * d
     return embedding + config.depth * block + d * config.num_classes
 
 
-def _sizes(config, frames, height, width) -> tuple[int, Grid]:
+def _sizes(
+    config: TimeSformerConfig, frames: int | None, height: int | None, width: int | None
+) -> tuple[int, Grid]:
     """Frames, and patches down and across, of a clip."""
     p = config.patch_size
     height, width = height or config.image_size, width or config.image_size
@@ -96,9 +100,9 @@ def _sizes(config, frames, height, width) -> tuple[int, Grid]:
     return frames or config.num_frames, (height // p, width // p)
 
 
-def _lengths(step, t: int, grid: Grid) -> np.ndarray:
-    """Patches in each of a step's sequences."""
-    return np.bincount(step.sequences(t, grid).reshape(-1)).astype(np.int64)
+def _lengths(layer: AttentionLayer, t: int, grid: Grid) -> np.ndarray:
+    """Patches in each sequence of an attention layer."""
+    return np.bincount(layer.partition(t, grid).reshape(-1)).astype(np.int64)
 
 
 def _patches(grid: Grid) -> int:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from timesformer_jax.distributed.hardware import GIB
-from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import (
     TimeSformerConfig,
     abstract,
@@ -114,7 +113,7 @@ def _residuals(model: TimeSformerConfig, frames: int, side: int, clips: int) -> 
 
     def forward(params: Any, video: jax.Array) -> Any:
         key = jax.random.key(0)
-        return jax.vjp(lambda p: folded(with_parameters(model, p))(video, key=key), params)
+        return jax.vjp(lambda p: with_parameters(model, p)(video, key=key), params)
 
     jaxpr = jax.make_jaxpr(forward)(params, video).jaxpr
     given = {id(variable) for variable in jaxpr.invars}

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed.sharding import shardings
-from timesformer_jax.models.ops.fold import folded
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, with_parameters
 from timesformer_jax.models.timesformer import parameters as parameters_of
 from timesformer_jax.training.optimizer import trained
@@ -145,7 +144,7 @@ def make_train_step(
 
         def loss_of(params: Any, examples: tuple, key: jax.Array) -> tuple[jax.Array, jax.Array]:
             video, targets, labels = examples
-            logits = folded(with_parameters(model, state.params | params))(video, key=key)
+            logits = with_parameters(model, state.params | params)(video, key=key)
             if augmentation.on:
                 losses = optax.softmax_cross_entropy(logits, targets)
             else:

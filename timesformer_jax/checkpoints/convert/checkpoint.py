@@ -23,13 +23,12 @@ from timesformer_jax.checkpoints.convert import files, hf, release, torchvision,
 from timesformer_jax.checkpoints.convert.files import File, Stored
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.models.embedding import resize_space, resize_time
 from timesformer_jax.models.timesformer import (
     TimeSformerConfig,
     abstract,
     new_head,
     parameters,
-    resize_space,
-    resize_time,
 )
 
 FORMATS = (hf, vit_jax, torchvision, release)
@@ -343,7 +342,7 @@ def _new_head(config: TimeSformerConfig) -> dict[str, Stored]:
 
 def _resized(load, before: tuple[int, ...], after: tuple[int, ...], resize: str) -> np.ndarray:
     """An embedding on another grid (rows, columns), or of another length (frames,)."""
-    table, how = jnp.asarray(load()), "nearest" if resize == "official" else "smooth"
+    table, how = jnp.asarray(load()), "nearest" if resize == "official" else "bicubic"
     if len(before) == 1:
         return np.asarray(resize_time(table, after[0], how))
     if resize == "official":

@@ -65,7 +65,7 @@ def names(config: TimeSformerConfig) -> dict[str, str]:
             modules[f"{ours}/attention/{step}/qkv"] = f"{theirs}.{attention}.attention.qkv"
             modules[f"{ours}/attention/{step}/proj"] = f"{theirs}.{attention}.output.dense"
             if further:
-                modules[f"{ours}/attention/{step}/fc"] = f"{theirs}.{further}"
+                modules[f"{ours}/attention/{step}/temporal_fc"] = f"{theirs}.{further}"
         modules[f"{ours}/mlp/norm"] = f"{theirs}.layernorm_after"
         modules[f"{ours}/mlp/fc1"] = f"{theirs}.intermediate.dense"
         modules[f"{ours}/mlp/fc2"] = f"{theirs}.output.dense"

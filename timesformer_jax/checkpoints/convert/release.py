@@ -58,7 +58,7 @@ def names(config: TimeSformerConfig) -> dict[str, str]:
             modules[f"{ours}/attention/{step}/qkv"] = f"{theirs}.{attention}.qkv"
             modules[f"{ours}/attention/{step}/proj"] = f"{theirs}.{attention}.proj"
             if further:
-                modules[f"{ours}/attention/{step}/fc"] = f"{theirs}.{further}"
+                modules[f"{ours}/attention/{step}/temporal_fc"] = f"{theirs}.{further}"
         modules[f"{ours}/mlp/norm"] = f"{theirs}.norm2"
         modules[f"{ours}/mlp/fc1"] = f"{theirs}.mlp.fc1"
         modules[f"{ours}/mlp/fc2"] = f"{theirs}.mlp.fc2"

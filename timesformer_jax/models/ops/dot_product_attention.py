@@ -1,38 +1,60 @@
-"""Scaled dot-product attention of one sequence, with its gradient written out."""
+"""Dot-product attention of one sequence, all heads together."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.layer_norm import row_sums
+from timesformer_jax.models.ops.reference import with_reference
 
-# Tokens up to which XLA's CPU compiler multiplies faster by a transposed copy (2.2 times with 8 of
-# 64 channels, 4.7 with 16); with 197 what it does with an operand as it lies takes two cores.
+# Up to this many tokens XLA's CPU compiler multiplies faster by a transposed copy (2.2 times with 8
+# tokens of 64 channels, 4.7 with 16). For longer sequences its own product uses all cores.
 _SHORT = 64
 
 
-@jax.custom_vjp
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T) v, by heads (equations 5 and 6 without their scale).
+def reference(
+    q: Float[Array, "l h d"], k: Float[Array, "l h d"], v: Float[Array, "l h d"]
+) -> Float[Array, "l h d"]:
+    """softmax(q k^T) v, for each head."""
+    logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=_accumulator(q))
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("hqk,khd->qhd", weights, v)
 
-    The weights are divided by their sum after the product with the values: an array of a head's
-    channels, rather than of the sequence's length.
+
+@with_reference(reference)
+def dot_product_attention(
+    q: Float[Array, "l h d"], k: Float[Array, "l h d"], v: Float[Array, "l h d"]
+) -> Float[Array, "l h d"]:
+    """softmax(q k^T) v, for each head (equations 5 and 6; the caller scales q).
+
+    The sums of the softmax divide the result, not the weights: the result has d channels, the
+    weights have one number for each key.
 
     Args:
       q, k, v: (length, h, d) each.
 
     Returns:
-      (length, h, d) of their dtype. The softmax is taken in float32 at least.
+      (length, h, d) of the dtype of v. The softmax and all sums are float32 at least.
     """
+    return _attention(q, k, v)
+
+
+def _accumulator(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+@jax.custom_vjp
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _forward(q, k, v)[0]
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = _accumulator(q)
     logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True)).astype(v.dtype)
-    # By heads first, the order of the product: else XLA transposes the weights, not the result.
+    # Heads come first, as in the product: otherwise XLA transposes the weights and not the result.
     out = jnp.einsum("hqk,khd->hqd", weights, v)
     out = (out / weights.sum(axis=-1, keepdims=True, dtype=wide)).swapaxes(0, 1)
     return out.astype(v.dtype), (q, k, v, weights)
@@ -40,24 +62,24 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
 
 def _backward(saved: tuple, g: jax.Array) -> tuple:
     q, k, v, weights = saved
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    # XLA's CPU compiler takes one core for a product of batches, but all for one that is fused with
-    # a reduction, of which nothing else may use the result. So the sum is computed anew, in another
-    # way, and the weights meet their gradients here.
+    wide = _accumulator(q)
+    # XLA's CPU compiler runs a batch of products on one core, but on all cores if a reduction is
+    # fused with it and nothing else uses its result. So the sum is computed again, in another form,
+    # and the weights are multiplied by their gradients here.
     total = row_sums(weights.astype(wide), jnp.ones(weights.shape[-1], wide))
     g = (g / total.T[..., None]).astype(v.dtype)
-    of_weights = jnp.einsum("qhd,khd->hqk", g, v, preferred_element_type=wide)
-    along = (weights * of_weights).sum(axis=-1) / total
-    of_logits = (weights * (of_weights - along[..., None])).astype(q.dtype)
-    of_q = jnp.einsum("hqk,khd->hqd", of_logits, k).swapaxes(0, 1)
-    return of_q, _by_keys(of_logits, q), _by_keys(weights, g)
+    weights_bar = jnp.einsum("qhd,khd->hqk", g, v, preferred_element_type=wide)
+    along = (weights * weights_bar).sum(axis=-1) / total
+    logits_bar = (weights * (weights_bar - along[..., None])).astype(q.dtype)
+    q_bar = jnp.einsum("hqk,khd->hqd", logits_bar, k).swapaxes(0, 1)
+    return q_bar, _sum_over_queries(logits_bar, q), _sum_over_queries(weights, g)
 
 
-attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
-def _by_keys(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """(h, queries, keys) and (queries, h, d) to the sums over queries, (keys, h, d)."""
+def _sum_over_queries(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """(h, queries, keys) and (queries, h, d) to (keys, h, d)."""
     if len(x) <= _SHORT:
         out = jax.lax.dot_general(x, weights, (([0], [1]), ([1], [0])))
     else:

@@ -1,4 +1,4 @@
-"""Layer normalisation, with its gradient written out."""
+"""Layer normalisation over the last axis."""
 
 from __future__ import annotations
 
@@ -8,8 +8,37 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+from timesformer_jax.models.ops.reference import with_reference
 
 EPSILON = 1e-6
+
+
+def reference(
+    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
+) -> Float[Array, "... d"]:
+    """(x - mean) / standard deviation * scale + bias, in float32."""
+    x = x.astype(jnp.float32)
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(variance + EPSILON) * scale + bias
+
+
+@with_reference(reference)
+def layer_norm(
+    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
+) -> Float[Array, "... d"]:
+    """(x - mean) / standard deviation * scale + bias; the result and all sums are float32.
+
+    The gradient is written out. Derived automatically, it passes over the tokens several times
+    more, and XLA's CPU compiler recomputes the gradient of every later norm wherever it needs the
+    gradient of the residual stream: that was half the time of a training step.
+
+    Args:
+      x: (..., D) of any float dtype; its gradient has this dtype.
+      scale, bias: (D,) float32; their gradients are float32.
+    """
+    return _layer_norm(x, scale, bias)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -18,23 +47,13 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, width: int, rngs: nnx.Rngs):
         super().__init__(width, epsilon=EPSILON, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         """(..., D) of any float dtype to (..., D) float32."""
         return layer_norm(x, self.scale[...], self.bias[...])
 
 
 @jax.custom_vjp
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """Each row less its mean, over its standard deviation, times `scale` and plus `bias`.
-
-    Derived term by term, the gradient passes over the tokens several times more, and XLA's CPU
-    compiler computes that of every later layer anew wherever the residual stream's is needed: it
-    was half the time of a training step.
-
-    Args:
-      x: (..., D), of any float dtype; the result and the parameters' gradients are float32.
-      scale, bias: (D,) float32.
-    """
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     return _normalised(x, scale, bias)[0]
 
 
@@ -47,13 +66,13 @@ def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple:
 
 def _forward(*arguments: Any) -> tuple:
     out, (x, *statistics, scale) = _normalised(*(argument.value for argument in arguments))
-    # Opaque: XLA's GPU compiler would take these means together with the gradient's sums, and write
-    # float32 arrays of all tokens between them.
+    # Without the barrier XLA's GPU compiler computes these means together with the sums of the
+    # gradient, and writes float32 arrays of all tokens between the two.
     return out, (x, *jax.lax.optimization_barrier(statistics), scale)
 
 
 def _backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
-    if isinstance(g, SymbolicZero):  # of the last block's patches, on which no loss depends
+    if isinstance(g, SymbolicZero):  # the loss does not depend on the last block's patches
         return None, None, None
     x, mean, inverse, scale = saved
     normal = (x.astype(jnp.float32) - mean) * inverse
@@ -63,11 +82,11 @@ def _backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
     return x_bar.astype(x.dtype), (g * normal).sum(tokens), g.sum(tokens)
 
 
-layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
+_layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def row_sums(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """The sum of each row of `x * scale`: (..., D) and (D,) to (...)."""
+def row_sums(x: Float[Array, "... d"], scale: Float[Array, " d"]) -> Float[Array, "..."]:
+    """The sum of each row of `x * scale`."""
     return jax.lax.platform_dependent(
         x, scale,
         # XLA's CPU compiler takes five times as long for the reduction as for the product.

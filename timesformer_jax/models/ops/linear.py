@@ -1,4 +1,4 @@
-"""The linear layer: on one device or many, its gradients summed and kept in float32."""
+"""The linear layer, on one device or many; its gradients are summed and kept in float32."""
 
 from __future__ import annotations
 
@@ -11,19 +11,45 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
 
 from timesformer_jax.distributed.sharding import gathered
+from timesformer_jax.models.ops.reference import with_reference
 from timesformer_jax.models.remat import OUTPUT
 
 
+def reference(x: Any, kernel: Float[Array, "i *o"], bias: Float[Array, "*o"], rule: str) -> Any:
+    """x W + b, for every array of a tree."""
+    return jax.tree.map(
+        lambda x: jnp.tensordot(x, kernel.astype(x.dtype), 1) + bias.astype(x.dtype), x
+    )
+
+
+@with_reference(reference)
+def linear(x: Any, kernel: Float[Array, "i *o"], bias: Float[Array, "*o"], rule: str) -> Any:
+    """x W + b, for every array of a tree.
+
+    The arrays share one copy of the kernel on its way to the device, and their gradients are added
+    before devices exchange them. In bfloat16 the gradients of kernel and bias are sums over all
+    tokens of all devices. Rounding the parameters first, as Flax does, would round each device's
+    sum and take the sum over devices in bfloat16, which has 8 bits. Here they stay float32.
+
+    Args:
+      x: a tree of (..., inputs).
+      kernel: (inputs, *outputs) float32; rounded to the dtype of `x`.
+      bias: (*outputs) float32, likewise.
+      rule: the path of the kernel in the sharding rules (`distributed.sharding`).
+
+    Returns:
+      The tree with (..., *outputs) in the dtype of `x`.
+    """
+    return _linear(rule, x, kernel, bias)
+
+
 class Linear(nnx.LinearGeneral):
-    """`nnx.LinearGeneral` on the last axis, of parameters that devices may share.
+    """`nnx.LinearGeneral` over the last axis, with parameters that devices may share.
 
-    `rule` says how: the name of its parameters in the rules of `distributed.sharding`.
-
-    In bfloat16 the parameters' gradients are sums over all tokens of all devices. Flax rounds the
-    parameters first, so that each device's sum is rounded, and the sum over devices taken, in
-    bfloat16, of which 8 bits are left; here the gradient never leaves float32.
+    `rule` is the path of the kernel in the sharding rules (`distributed.sharding`).
     """
 
     def __init__(self, *args, rule: str, **kwargs):
@@ -31,14 +57,26 @@ class Linear(nnx.LinearGeneral):
         self.rule = f"{rule}/kernel"
 
     def __call__(self, x: Any) -> Any:
-        """Arrays (..., inputs), or a tree of them, to (..., outputs) of the layer's dtype.
+        """A tree of (..., inputs) to (..., *outputs) of the layer's dtype."""
+        return self.apply(x, self.kernel[...], self.bias[...])
 
-        Outputs may be several axes. What goes through as one tree shares one copy of the kernel on
-        its way to the device, and its gradients are summed before they are sent.
-        """
-        x = jax.tree.map(lambda t: t.astype(self.dtype), x)
-        y = _linear(self.rule, x, self.kernel[...], self.bias[...])
+    def apply(self, x: Any, kernel: Float[Array, "i *o"], bias: Float[Array, "*o"]) -> Any:
+        """As the layer itself, with another kernel and bias."""
+        y = linear(jax.tree.map(lambda t: t.astype(self.dtype), x), kernel, bias, self.rule)
         return jax.tree.map(lambda t: checkpoint_name(t, OUTPUT), y)
+
+
+def fused(first: Linear, second: Linear) -> tuple[Float[Array, "i o"], Float[Array, " o"]]:
+    """W W' and b W', where x W + b is `first` and W' the kernel of `second`.
+
+    The product is float32, so that it is rounded once, when it is used.
+    """
+    precision = "highest" if first.dtype == jnp.float32 else "high"
+    kernel = gathered(second.kernel[...], second.rule)
+    return (
+        jnp.matmul(gathered(first.kernel[...], first.rule), kernel, precision=precision),
+        jnp.matmul(first.bias[...], kernel, precision=precision),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -46,11 +84,11 @@ def _linear(rule: str, x: Any, kernel: jax.Array, bias: jax.Array) -> Any:
     matrix = _gathered_matrix(rule, x, kernel)
     bias = bias.astype(matrix.dtype)
 
-    def of(x: jax.Array) -> jax.Array:
+    def apply(x: jax.Array) -> jax.Array:
         y = jnp.tensordot(_as_matrix(x, 1), matrix, 1)
         return y.reshape(*x.shape[:-1], *bias.shape) + bias
 
-    return jax.tree.map(of, x)
+    return jax.tree.map(apply, x)
 
 
 def _forward(rule: str, *arguments: Any) -> tuple:
@@ -59,37 +97,37 @@ def _forward(rule: str, *arguments: Any) -> tuple:
 
 
 def _backward(rule: str, saved: tuple, g: Any) -> tuple:
-    # The loss does not depend on the last block's patches: None, rather than products of zeros.
+    # The loss does not depend on the last block's patches: None avoids products with zeros.
     if all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(g)):
         return None, None, None
     x, kernel = saved
     matrix = _gathered_matrix(rule, x, kernel)
     outputs = kernel.ndim - 1
 
-    def needed(gradient):
+    def unless_zero(gradient):
         return lambda g, *x: None if isinstance(g, SymbolicZero) else gradient(g, *x)
 
-    @needed
-    def of_x(g: jax.Array, x: jax.Array) -> jax.Array:
+    @unless_zero
+    def x_bar(g: jax.Array, x: jax.Array) -> jax.Array:
         g = _as_matrix(g, outputs)
-        features = tuple(range(1 - matrix.ndim, 0)), tuple(range(1, matrix.ndim))
-        return jnp.tensordot(g, matrix, features).reshape(x.shape)
+        axes = tuple(range(1 - matrix.ndim, 0)), tuple(range(1, matrix.ndim))
+        return jnp.tensordot(g, matrix, axes).reshape(x.shape)
 
-    @needed
-    def of_kernel(g: jax.Array, x: jax.Array) -> jax.Array:
+    @unless_zero
+    def kernel_bar(g: jax.Array, x: jax.Array) -> jax.Array:
         g, x = _as_matrix(g, outputs), _as_matrix(x, 1)
         tokens = tuple(range(x.ndim - 1))
         product = jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=kernel.dtype)
         return product.reshape(kernel.shape)
 
-    @needed
-    def of_bias(g: jax.Array) -> jax.Array:
+    @unless_zero
+    def bias_bar(g: jax.Array) -> jax.Array:
         return g.sum(tuple(range(g.ndim - outputs)), dtype=kernel.dtype)
 
     return (
-        jax.tree.map(of_x, g, x),
-        gathered(jax.tree.reduce(jnp.add, jax.tree.map(of_kernel, g, x)), rule),
-        jax.tree.reduce(jnp.add, jax.tree.map(of_bias, g)),
+        jax.tree.map(x_bar, g, x),
+        gathered(jax.tree.reduce(jnp.add, jax.tree.map(kernel_bar, g, x)), rule),
+        jax.tree.reduce(jnp.add, jax.tree.map(bias_bar, g)),
     )
 
 
@@ -97,17 +135,17 @@ _linear.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _gathered_matrix(rule: str, x: Any, kernel: jax.Array) -> jax.Array:
-    """The kernel in the dtype of `x`, rounded before it is gathered, which halves what is sent."""
+    """The kernel in the dtype of `x`; rounded before devices gather it, which halves the bytes."""
     kernel = kernel.astype(jax.tree.leaves(x)[0].dtype)
     return _as_matrix(gathered(kernel, rule), kernel.ndim - 1)
 
 
 def _as_matrix(x: jax.Array, features: int) -> jax.Array:
-    """Merges the last `features` axes, and all before them, on a single device.
+    """Merges the last `features` axes into one, and all axes before them, on a single device.
 
-    Of operands with more axes XLA makes matrices itself, on a CPU by a transposed copy, into which
-    it computes anew all that the operand is made of. On several devices merged axes could not be
-    split as they were.
+    XLA makes a matrix of an operand with more axes itself, on a CPU by a transposed copy, into
+    which it recomputes all that the operand is made of. On several devices merged axes could not
+    keep their sharding.
     """
     if jax.sharding.get_abstract_mesh().size > 1:
         return x

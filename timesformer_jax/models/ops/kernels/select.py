@@ -33,6 +33,7 @@ from timesformer_jax.distributed.sharding import (
 )
 from timesformer_jax.models.ops.kernels import cudnn as fused
 from timesformer_jax.models.ops.kernels import hopper as tiles
+from timesformer_jax.models.ops.reference import use_references
 
 TABLE = pathlib.Path(__file__).with_name("measured.json")
 TOLERANCE = 0.02  # of the largest value: what bfloat16 leaves of a gradient, and no error does
@@ -65,6 +66,18 @@ KERNELS: dict[str, dict[str, tuple[Callable, Callable]]] = {
     },
     "spatial": {"cudnn": (fused.attention, fused.unsupported)},
 }
+
+
+def attention(kind: str, qkv: jax.Array, xla: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Temporal or spatial attention by the implementation that `choose` gives.
+
+    Args:
+      kind: "temporal" or "spatial".
+      qkv: (B, T, N, 3, h, d), or (B, S, length, 3, h, d).
+      xla: the implementation for every device.
+    """
+    name = "xla" if use_references.value else choose(kind, qkv.shape, qkv.dtype)
+    return xla(qkv) if name == "xla" else _per_device(kind, qkv, name)
 
 
 def temporal(qkv: jax.Array, implementation: str) -> jax.Array:

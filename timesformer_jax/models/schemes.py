@@ -1,0 +1,182 @@
+"""The paper's attention schemes: which attentions a block applies, in which order.
+
+A scheme is a line of `SCHEMES`. An `AttentionLayer` states its partition of the clip's patches into
+sequences; what attends to what, drop path, costs and sharding follow from it. A scheme of your own
+is registered with `register_scheme`, from any module. `docs/attention.md` gives the reasons for
+what the paper leaves open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from timesformer_jax.errors import InputError
+from timesformer_jax.models import attention
+from timesformer_jax.models.attention import Grid, Partition, Tokens
+
+Numbers = Int[np.ndarray, "t n"]
+
+# Partitions: the number of every patch's sequence, (T, N) integers from 0, without gaps.
+
+
+def by_position(t: int, grid: Grid) -> Numbers:
+    """A sequence for every position, through time."""
+    _, y, x = np.indices((t, *grid))
+    return (y * grid[1] + x).reshape(t, -1)
+
+
+def by_frame(t: int, grid: Grid) -> Numbers:
+    """A sequence for every frame."""
+    return np.indices((t, *grid))[0].reshape(t, -1)
+
+
+def by_clip(t: int, grid: Grid) -> Numbers:
+    """One sequence of all patches."""
+    return np.zeros((t, grid[0] * grid[1]), int)
+
+
+def by_row(t: int, grid: Grid) -> Numbers:
+    """A sequence for every row of every frame."""
+    frame, y, _ = np.indices((t, *grid))
+    return (frame * grid[0] + y).reshape(t, -1)
+
+
+def by_column(t: int, grid: Grid) -> Numbers:
+    """A sequence for every column of every frame."""
+    frame, _, x = np.indices((t, *grid))
+    return (frame * grid[1] + x).reshape(t, -1)
+
+
+def by_quarter(t: int, grid: Grid) -> Numbers:
+    """The clip cut in F x H/2 x W/2: four sequences, fewer where the grid is one patch wide.
+
+    The first half of an odd side has the extra row.
+    """
+    _, y, x = np.indices((t, *grid))
+    return _without_gaps(2 * (2 * y // grid[0]) + 2 * x // grid[1])
+
+
+def by_stride(t: int, grid: Grid) -> Numbers:
+    """Every second patch in time, height and width: eight sequences, each across the whole clip."""
+    frame, y, x = np.indices((t, *grid))
+    return _without_gaps(4 * (frame % 2) + 2 * (y % 2) + x % 2)
+
+
+def _without_gaps(label: np.ndarray) -> np.ndarray:
+    """(T, H, W) labels to (T, N) numbers: an axis of length one leaves some labels unused."""
+    return np.unique(label, return_inverse=True)[1].reshape(len(label), -1)
+
+
+class AttentionLayer(NamedTuple):
+    """One attention of a block, with its projections and its residual.
+
+    Attributes:
+      name: the name of its parameters.
+      partition: which patches share a sequence. Drop path draws once for each sequence.
+      attention_fn: attention within these sequences, from projections to attended values (see
+        `attention.over_time`). By default `attention.over_partition` with the partition; a function
+        of its own only makes it faster.
+      joins_cls: whether the classification token takes part. It is copied to every sequence,
+        attends and is attended to there, and its update is the mean over the sequences.
+      has_temporal_fc: whether a further linear layer follows the projection, called `temporal_fc`
+        as in the release, which has it after temporal attention. It starts at zero in the release's
+        init, so that a video model starts as the image model it is made from.
+      within: what each of its sequences lies within: "frame", "position", or "clip" for neither.
+        Devices that share a clip by frames, or by positions, then exchange nothing for it.
+    """
+
+    name: str
+    partition: Partition
+    attention_fn: Callable[[Tokens, Grid], Tokens] | None = None
+    joins_cls: bool = True
+    has_temporal_fc: bool = False
+    within: str = "clip"
+
+    def attend(self, qkv: Tokens, grid: Grid) -> Tokens:
+        """The attended values: see `attention.over_time` for the shapes."""
+        if self.attention_fn is None:
+            return attention.over_partition(qkv, grid, self.partition)
+        return self.attention_fn(qkv, grid)
+
+
+class Scheme(NamedTuple):
+    """The attentions of a block, and what the model sees of time outside them.
+
+    Attributes:
+      layers: the attentions, in the order in which they are applied.
+      parallel: whether every attention reads the block's input, not the output of the one before.
+      time_embedding: whether the patches get a temporal position embedding.
+      token_per_frame: whether each frame keeps its own classification token, averaged at the end.
+    """
+
+    layers: tuple[AttentionLayer, ...]
+    parallel: bool = False
+    time_embedding: bool = True
+    token_per_frame: bool = False
+
+
+# In the released models the classification token takes no part in temporal attention.
+TEMPORAL = AttentionLayer(
+    "temporal", by_position, attention.over_time,
+    joins_cls=False, has_temporal_fc=True, within="position",
+)  # fmt: skip
+SPATIAL = AttentionLayer("spatial", by_frame, attention.over_space, within="frame")
+JOINT = AttentionLayer("joint", by_clip, attention.over_space_time)
+LOCAL = AttentionLayer("local", by_quarter, has_temporal_fc=True)
+GLOBAL = AttentionLayer("global", by_stride)
+WIDTH = AttentionLayer("width", by_row, attention.over_width, has_temporal_fc=True, within="frame")
+HEIGHT = AttentionLayer("height", by_column, attention.over_height, within="frame")
+# Where it is the only attention, the token must join, or it would never see the video.
+TIME = TEMPORAL._replace(joins_cls=True, has_temporal_fc=False)
+
+SCHEMES = {
+    "divided": Scheme((TEMPORAL, SPATIAL)),
+    "space": Scheme((SPATIAL,), time_embedding=False, token_per_frame=True),
+    "joint": Scheme((JOINT,)),
+    "local_global": Scheme((LOCAL, GLOBAL)),
+    "axial": Scheme((TEMPORAL, WIDTH, HEIGHT)),
+    "time": Scheme((TIME,)),
+    "space_then_time": Scheme((SPATIAL, TEMPORAL)),
+    "parallel": Scheme((TEMPORAL, SPATIAL), parallel=True),
+}
+
+
+def register_scheme(name: str, scheme: Scheme) -> Scheme:
+    """Adds a scheme: `TimeSformerConfig(attention=name)` has it from then on.
+
+    Call it when the module that defines the scheme is imported, before a config or checkpoint that
+    names it is read.
+
+    Raises:
+      InputError: if the name is taken, a layer's name is used twice, no layer joins the
+        classification token, or a partition does not number the patches from 0 without gaps.
+    """
+    if SCHEMES.get(name, scheme) != scheme:
+        raise InputError(f"there is an attention scheme {name!r} already; choose another name")
+    names = [layer.name for layer in scheme.layers]
+    if len(set(names)) < len(names):
+        raise InputError(f"scheme {name!r} has two layers of one name ({', '.join(names)})")
+    if not any(layer.joins_cls for layer in scheme.layers):
+        raise InputError(
+            f"no layer of scheme {name!r} joins the classification token, which would never see "
+            "the video; set joins_cls=True in one"
+        )
+    for layer in scheme.layers:
+        _check_partition(name, layer)
+    SCHEMES[name] = scheme
+    return scheme
+
+
+def _check_partition(scheme: str, layer: AttentionLayer) -> None:
+    t, grid = 5, (4, 3)
+    number = np.asarray(layer.partition(t, grid))
+    used = np.unique(number)
+    if number.shape != (t, grid[0] * grid[1]) or not np.array_equal(used, np.arange(len(used))):
+        raise InputError(
+            f"the partition of layer {layer.name!r} of scheme {scheme!r} must return (frames, "
+            f"patches) integers from 0 without gaps, not shape {number.shape} of {used[:5]}..."
+        )
