@@ -85,7 +85,7 @@ def draw() -> Figure:
     rows = (videos / "annotations.csv").read_text().splitlines()[1:]
     for row, line in zip(axes, (rows[i] for i in (0, 1, 4, 6)), strict=True):
         path, label, _ = line.split(",")
-        frames = decode.decode(videos / path, pick=lambda *_: indices).frames
+        frames = decode.decode_clip(videos / path, sample=lambda *_: indices).frames
         for axis, frame in zip(row, frames):
             axis.imshow(frame, interpolation="nearest")
             axis.set(xticks=[], yticks=[])

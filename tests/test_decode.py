@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from videos import numbers, write_audio, write_video
 
-from timesformer_jax.data.decode import Timeline, VideoError, VideoFile, decode, probe
+from timesformer_jax.data.decode import Timeline, VideoError, VideoFile, decode_clip
 
 B_FRAMES = {"g": "12", "bf": "3"}
 
@@ -48,37 +48,37 @@ def test_every_container_gives_all_frames_and_the_right_piece(
 ):
     # GIF counts time in hundredths: 25 a second is exact there.
     path = write_video(tmp_path / name, fps=25, codec=codec, pixels=pixels, options=options)
-    whole = decode(path)
+    whole = decode_clip(path)
     assert whole.fps == 25
     assert whole.num_frames == 60
     np.testing.assert_allclose(numbers(whole.frames), np.arange(60), atol=1)
-    piece = decode(path, 1.0, 2.0)
+    piece = decode_clip(path, 1.0, 2.0)
     assert piece.num_frames == 25
     np.testing.assert_allclose(numbers(piece.frames), np.arange(25, 50), atol=1)
-    picked = decode(path, 1.0, 2.0, pick=lambda n, fps: np.array([n - 1, 0, 3, 3]))
+    picked = decode_clip(path, 1.0, 2.0, sample=lambda n, fps: np.array([n - 1, 0, 3, 3]))
     np.testing.assert_allclose(numbers(picked.frames), [49, 25, 28, 28], atol=1)
 
 
 @pytest.mark.parametrize("first", range(0, 60, 5))
 def test_trimming_is_exact_wherever_the_start_lies_among_the_keyframes(video, first):
-    trimmed = decode(video, first / 30, (first + 4) / 30)
+    trimmed = decode_clip(video, first / 30, (first + 4) / 30)
     assert numbers(trimmed.frames) == list(range(first, min(first + 4, 60)))
     # Between two frames: the next one is the first.
-    assert numbers(decode(video, (first - 0.5) / 30, (first + 0.5) / 30).frames) == [first]
+    assert numbers(decode_clip(video, (first - 0.5) / 30, (first + 0.5) / 30).frames) == [first]
 
 
 def test_trimming_seeks(tmp_path):
     path = write_video(tmp_path / "long.mp4", frames=60, fps=5, options=B_FRAMES)
     with VideoFile(path) as opened:
-        assert len(list(opened._packets(10.0))) <= 24
+        assert len(list(opened.packets(10.0))) <= 24
 
 
-def test_pick_is_told_the_count_and_the_rate_and_stride_is_a_pick(video):
-    told = []
-    strided = decode(
-        video, 0.5, 1.5, pick=lambda n, fps: told.append((n, fps)) or np.arange(0, n, 7)
+def test_sampling_is_given_the_count_and_the_frame_rate(video):
+    given = []
+    strided = decode_clip(
+        video, 0.5, 1.5, sample=lambda n, fps: given.append((n, fps)) or np.arange(0, n, 7)
     )
-    assert told == [(30, 30.0)]
+    assert given == [(30, 30.0)]
     assert numbers(strided.frames) == [15, 22, 29, 36, 43]
     assert strided.num_frames == 30
     assert strided.frames.dtype == np.uint8
@@ -87,7 +87,7 @@ def test_pick_is_told_the_count_and_the_rate_and_stride_is_a_pick(video):
 @pytest.mark.parametrize("indices", [[-1], [60], []])
 def test_an_index_outside_the_clip_is_refused(video, indices):
     with pytest.raises(ValueError, match="outside"):
-        decode(video, pick=lambda n, fps: np.array(indices, int))
+        decode_clip(video, sample=lambda n, fps: np.array(indices, int))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_the_short_side_is_exact_and_the_other_in_proportion(
     tmp_path, width, height, short_side, shape
 ):
     path = write_video(tmp_path / "a.mp4", frames=3, width=width, height=height)
-    assert decode(path, short_side=short_side).frames.shape == (3, *shape, 3)
-    assert decode(path).frames.shape == (3, height, width, 3)
+    assert decode_clip(path, short_side=short_side).frames.shape == (3, *shape, 3)
+    assert decode_clip(path).frames.shape == (3, height, width, 3)
 
 
 def test_shrinking_does_not_alias(tmp_path):
@@ -111,7 +111,7 @@ def test_shrinking_does_not_alias(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         container.mux(stream.encode(av.VideoFrame.from_ndarray(stripes, format="rgb24")))
         container.mux(stream.encode(None))
-    small = decode(tmp_path / "a.mp4", short_side=16).frames
+    small = decode_clip(tmp_path / "a.mp4", short_side=16).frames
     inner = small[:, :, 2:-2].astype(float)  # the border is mirrored stripes, brighter or darker
     np.testing.assert_allclose(inner, 127.5, atol=6)
 
@@ -119,7 +119,7 @@ def test_shrinking_does_not_alias(tmp_path):
 @pytest.mark.parametrize(("rotation", "corner"), [(90, (-1, 0)), (180, (-1, -1)), (-90, (0, -1))])
 def test_rotated_videos_stand_upright(tmp_path, rotation, corner):
     path = write_video(tmp_path / "a.mp4", frames=2, rotation=rotation)
-    frame = decode(path, short_side=24).frames[0]
+    frame = decode_clip(path, short_side=24).frames[0]
     assert frame.shape == ((24, 32, 3) if rotation == 180 else (32, 24, 3))
     assert frame[corner].mean() > 200
     assert frame[0, 0].mean() < 50
@@ -127,13 +127,13 @@ def test_rotated_videos_stand_upright(tmp_path, rotation, corner):
 
 def test_pixels_that_are_not_square_are_made_so(tmp_path):
     path = write_video(tmp_path / "a.mp4", frames=3, width=48, height=48, aspect=Fraction(4, 3))
-    assert decode(path, short_side=24).frames.shape == (3, 24, 32, 3)
+    assert decode_clip(path, short_side=24).frames.shape == (3, 24, 32, 3)
 
 
 @pytest.mark.parametrize("pixels", ["gray", "gray10le"])
 def test_grey_video_keeps_its_levels(tmp_path, pixels):
     path = write_video(tmp_path / "a.mp4", pixels=pixels, full_range=True)
-    frames = decode(path).frames
+    frames = decode_clip(path).frames
     np.testing.assert_allclose(numbers(frames), np.arange(60), atol=1)
     assert np.ptp(frames.astype(int), axis=-1).max() <= 1
 
@@ -145,21 +145,21 @@ def test_a_variable_frame_rate_is_evened_out(tmp_path):
     """20 frames in the first second, 10 in each of the next two."""
     times = [*range(0, 1000, 50), *range(1000, 3000, 100)]
     path = write_video(tmp_path / "a.mkv", frames=40, times=times)
-    video = decode(path)
+    video = decode_clip(path)
     assert video.num_frames == 40
     assert video.fps == pytest.approx(39 / 2.9)
     # Of a tick, the number of the frame that a player would show then.
     instants = np.arange(40) / video.fps * 1000
     shown = [max(i for i, time in enumerate(times) if time <= t + 25) for t in instants]
     np.testing.assert_allclose(numbers(video.frames), shown, atol=1)
-    second = decode(path, 1.0, 2.0)
+    second = decode_clip(path, 1.0, 2.0)
     assert (second.num_frames, second.fps) == (10, pytest.approx(10))
     np.testing.assert_allclose(numbers(second.frames), np.arange(20, 30), atol=1)
 
 
 def test_times_that_a_container_rounds_are_a_constant_rate(tmp_path):
     times = [round(1000 * i / 30) for i in range(60)]
-    video = decode(write_video(tmp_path / "a.mkv", times=times))
+    video = decode_clip(write_video(tmp_path / "a.mkv", times=times))
     assert video.num_frames == 60
     assert video.fps == pytest.approx(30, rel=1e-3)
     np.testing.assert_allclose(numbers(video.frames), np.arange(60), atol=1)
@@ -167,28 +167,28 @@ def test_times_that_a_container_rounds_are_a_constant_rate(tmp_path):
 
 @given(
     gaps=st.lists(st.floats(0.004, 0.4), min_size=0, max_size=60),
-    announced=st.floats(5, 60),
+    nominal_fps=st.floats(5, 60),
     fps=st.none() | st.floats(1, 90),
 )
-def test_a_tick_shows_the_frame_of_its_time(gaps, announced, fps):
+def test_a_tick_shows_the_frame_of_its_time(gaps, nominal_fps, fps):
     times = np.cumsum([0.3, *gaps])
-    timeline = Timeline.of(times, announced, fps)
-    ticks = timeline.ticks
-    assert (np.diff(ticks) >= 0).all()
-    assert ticks[0] >= 0
-    assert ticks[-1] < len(times)
+    timeline = Timeline.from_times(times, nominal_fps, fps)
+    frames = timeline.frame_indices
+    assert (np.diff(frames) >= 0).all()
+    assert frames[0] >= 0
+    assert frames[-1] < len(times)
     if fps is None:
-        assert len(ticks) == len(times)
-    mean = len(gaps) / sum(gaps) if gaps else announced
-    # Ticks cover the clip: up to half of one is left, or added; there is one at least.
+        assert len(frames) == len(times)
+    mean = len(gaps) / sum(gaps) if gaps else nominal_fps
+    # The ticks cover the clip to within half a tick, and there is at least one.
     length = pytest.approx(len(times) / mean * timeline.fps, rel=0.01, abs=0.5)
     assert len(timeline) == length or len(timeline) == 1
-    # The frame shown is one whose time lies within the rounding, and no later one does.
-    instants = times[0] + np.arange(len(ticks)) / timeline.fps
-    tolerance = 0.51 / min(mean, timeline.fps) + 0.01 * instants
-    assert (times[ticks] <= instants + tolerance).all()
-    later = np.append(times, np.inf)[ticks + 1]
-    assert (later >= instants - tolerance).all()
+    # The frame shown started before the tick, to within the rounding, and no later one did.
+    tick_times = times[0] + np.arange(len(frames)) / timeline.fps
+    tolerance = 0.51 / min(mean, timeline.fps) + 0.01 * tick_times
+    assert (times[frames] <= tick_times + tolerance).all()
+    later = np.append(times, np.inf)[frames + 1]
+    assert (later >= tick_times - tolerance).all()
 
 
 @pytest.mark.parametrize(("fps", "shown"), [(10, [0, 3, 6, 9]), (60, [0, 0, 1, 1, 2, 2])])
@@ -197,38 +197,38 @@ def test_a_frame_rate_can_be_asked_for(video, fps, shown):
         timeline = opened.timeline(fps=fps)
         assert timeline.fps == fps
         assert len(timeline) == 2 * fps
-        frames = opened.shown(timeline, np.arange(len(shown)))
-        assert numbers([opened.rgb(frame) for frame in frames]) == shown
+        frames = opened.frames_at(timeline, np.arange(len(shown)))
+        assert numbers([opened.to_rgb(frame) for frame in frames]) == shown
 
 
 def test_a_clip_may_be_given_by_frame_numbers(video):
     with VideoFile(video) as opened:
-        timeline = opened.timeline(numbers=(7, 12))
-        frames = opened.shown(timeline, np.arange(5))
-        assert numbers([opened.rgb(frame) for frame in frames]) == [7, 8, 9, 10, 11]
-        assert len(opened.timeline(numbers=(50, 61))) == 10
+        timeline = opened.timeline(frame_range=(7, 12))
+        frames = opened.frames_at(timeline, np.arange(5))
+        assert numbers([opened.to_rgb(frame) for frame in frames]) == [7, 8, 9, 10, 11]
+        assert len(opened.timeline(frame_range=(50, 61))) == 10
         with pytest.raises(VideoError, match="truncated: 10 frames of 14"):
-            opened.timeline(numbers=(50, 64))
+            opened.timeline(frame_range=(50, 64))
         with pytest.raises(VideoError, match="truncated: 0 frames of 10"):
-            opened.timeline(numbers=(70, 80))
+            opened.timeline(frame_range=(70, 80))
 
 
 def test_a_folder_of_images_is_a_video(tmp_path, video):
-    for number, frame in enumerate(decode(video).frames[:20], start=1):
+    for number, frame in enumerate(decode_clip(video).frames[:20], start=1):
         Image.fromarray(frame).save(tmp_path / f"frame%d_{number:05d}.png")
     (tmp_path / "notes.txt").touch()
-    images = decode(tmp_path)
+    images = decode_clip(tmp_path)
     assert images.num_frames == 20
-    np.testing.assert_array_equal(images.frames, decode(video).frames[:20])
-    assert numbers(decode(tmp_path, 0.2, 0.3).frames) == [6, 7, 8]
+    np.testing.assert_array_equal(images.frames, decode_clip(video).frames[:20])
+    assert numbers(decode_clip(tmp_path, 0.2, 0.3).frames) == [6, 7, 8]
     (tmp_path / "frame_7.png").write_bytes((tmp_path / "frame%d_00007.png").read_bytes())
     with pytest.raises(VideoError, match="pad their numbers"):
-        decode(tmp_path)
+        decode_clip(tmp_path)
 
 
 def test_a_folder_without_images_is_no_video(tmp_path):
     with pytest.raises(VideoError, match="no folder of images"):
-        decode(tmp_path)
+        decode_clip(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -241,19 +241,20 @@ def test_a_file_cut_short_is_no_shorter_video(tmp_path, name, codec):
     for share in (0.3, 0.6, 0.8):
         (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(VideoError):
-            decode(tmp_path / name)
+            decode_clip(tmp_path / name)
 
 
 def test_the_part_of_a_cut_file_that_is_there_is_a_clip(tmp_path):
     whole = write_video(tmp_path / "a.mkv").read_bytes()
     (tmp_path / "a.mkv").write_bytes(whole[: int(0.7 * len(whole))])
-    assert numbers(decode(tmp_path / "a.mkv", 0.1, 0.5).frames) == list(range(3, 15))
+    assert numbers(decode_clip(tmp_path / "a.mkv", 0.1, 0.5).frames) == list(range(3, 15))
     with pytest.raises(VideoError, match=r"truncated: .* s of 2"):
-        decode(tmp_path / "a.mkv")
+        decode_clip(tmp_path / "a.mkv")
 
 
-def test_probe_reads_the_header(video):
-    info = probe(video)
+def test_the_header_is_read(video):
+    with VideoFile(video) as opened:
+        info = opened.info
     assert (info.fps, info.width, info.height) == (30.0, 64, 48)
     assert (info.codec, "mp4" in info.container) == ("h264", True)
     assert info.duration == pytest.approx(2.0)
@@ -263,8 +264,10 @@ def test_threads_do_not_change_the_frames(video):
     with VideoFile(video, threads=1) as one, VideoFile(video, threads=4) as four:
         timeline = one.timeline()
         ticks = range(len(timeline))
-        for a, b in zip(one.shown(timeline, ticks), four.shown(timeline, ticks), strict=True):
-            np.testing.assert_array_equal(one.rgb(a), four.rgb(b))
+        for a, b in zip(
+            one.frames_at(timeline, ticks), four.frames_at(timeline, ticks), strict=True
+        ):
+            np.testing.assert_array_equal(one.to_rgb(a), four.to_rgb(b))
 
 
 def broken_files(folder, video):
@@ -288,14 +291,14 @@ def broken_files(folder, video):
 def test_what_is_no_video_is_a_video_error_with_a_reason_in_a_line(tmp_path, video):
     for path in broken_files(tmp_path, video):
         with pytest.raises(VideoError) as error:
-            decode(path)
+            decode_clip(path)
         assert len(str(error.value).splitlines()) == 1, path
 
 
 @pytest.mark.parametrize(("start", "end"), [(100.0, None), (3.0, 4.0), (0.501, 0.502)])
 def test_a_clip_without_a_frame_is_a_video_error(video, start, end):
     with pytest.raises(VideoError, match="no frame from"):
-        decode(video, start, end)
+        decode_clip(video, start, end)
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "avi", "ts"])
@@ -309,7 +312,7 @@ def test_damage_never_gets_past_video_error(tmp_path, container):
         damaged[rng.integers(len(whole), size=rng.integers(1, 30))] = rng.integers(256)
         path.write_bytes(damaged[: rng.integers(len(whole) // 4, len(whole) + 1)].tobytes())
         try:
-            video = decode(path, pick=lambda n, fps: np.array([0, n // 2, n - 1]))
+            video = decode_clip(path, sample=lambda n, fps: np.array([0, n // 2, n - 1]))
         except VideoError:
             continue
         assert len(video.frames) == 3

@@ -23,7 +23,7 @@ from conftest import environment, interruptible
 from videos import numbers, write_audio, write_video
 
 from timesformer_jax.data.annotations import Clip
-from timesformer_jax.data.decode import decode
+from timesformer_jax.data.decode import decode_clip
 from timesformer_jax.data.layout import INDEX_DTYPES
 from timesformer_jax.data.prepare import shards
 from timesformer_jax.data.prepare.prepare import prepare
@@ -332,7 +332,7 @@ def test_among_hundreds_of_damaged_videos_every_good_clip_is_prepared(tmp_path):
     assert not set(split.ids) & set(failures)
     for ending, _ in made:
         (place,) = np.flatnonzero(split.ids == f"train/good/whole.{ending}")
-        frames = decode(videos / split.ids[place], short_side=24).frames
+        frames = decode_clip(videos / split.ids[place], short_side=24).frames
         with open(split.files[split.shard[place]], "rb") as file:
             file.seek(split.offset[place] + RECORD_HEADER_BYTES)
             jpegs = records.parse(file.read(split.size[place]))["video"]

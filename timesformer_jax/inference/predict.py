@@ -53,10 +53,12 @@ class Predictor:
         """
         clip = self.metadata.clip
 
-        def pick(num_frames: int, fps: float) -> np.ndarray:
+        def sample(num_frames: int, fps: float) -> np.ndarray:
             return sampling.test_indices(num_frames, fps, clip, self.views).reshape(-1)
 
-        frames = decode.decode(video, start, end, pick=pick, short_side=clip.short_side).frames
+        frames = decode.decode_clip(
+            video, start, end, sample=sample, short_side=clip.short_side
+        ).frames
         crop_boxes = sampling.test_crop_boxes(*frames.shape[1:3], self.crops)
         clips = frames.reshape(self.views, clip.frames, *frames.shape[1:])
         clips = np.repeat(clips, self.crops, axis=0)  # crops vary fastest

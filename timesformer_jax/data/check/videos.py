@@ -148,9 +148,9 @@ def _examine(videos: str, clip: Clip, decode: bool) -> _Found:
     """Reads a clip's packets as preparing it would, and decodes them if asked to."""
     try:
         with VideoFile(os.path.join(videos, clip.path)) as video:
-            timeline = video.timeline(clip.start, clip.end, numbers=clip.frames)
+            timeline = video.timeline(clip.start, clip.end, frame_range=clip.frames)
             if decode:
-                for _ in video.shown(timeline, range(len(timeline))):
+                for _ in video.frames_at(timeline, range(len(timeline))):
                     pass
             return _Found("", video.info, len(timeline) / timeline.fps)
     except VideoError as error:

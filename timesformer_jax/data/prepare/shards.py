@@ -130,14 +130,14 @@ def encode(videos: str, clip: Clip, options: Options) -> Iterator[tuple[dict, di
       VideoError: the file is missing or cannot be decoded, or a record is too large.
     """
     with VideoFile(os.path.join(videos, clip.path)) as video:
-        timeline = video.timeline(clip.start, clip.end, numbers=clip.frames, fps=options.fps)
+        timeline = video.timeline(clip.start, clip.end, frame_range=clip.frames, fps=options.fps)
         pieces = _pieces(timeline, options.segment_seconds)
         stored = [np.arange(first, last, options.store_stride) for first, last in pieces]
-        frames = video.shown(timeline, np.concatenate(stored))
+        frames = video.frames_at(timeline, np.concatenate(stored))
         for (first, last), ticks in zip(pieces, stored):
             jpegs, num_bytes = [], 0
             for frame in itertools.islice(frames, len(ticks)):
-                rgb = video.rgb(frame, options.short_side)
+                rgb = video.to_rgb(frame, options.short_side)
                 jpegs.append(_jpeg(rgb, options.quality))
                 num_bytes += len(jpegs[-1])
                 if num_bytes > MAX_RECORD_BYTES:

@@ -1,0 +1,327 @@
+"""Decodes frames of a video: all frames of a clip, or only the sampled ones.
+
+Times are in seconds from the beginning of the video. A clip is the frames shown in [start, end), or
+a range of frame numbers. Frames are sampled and stored by the ticks of the clip's `Timeline`.
+"""
+
+import collections
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from timesformer_jax.data.decode.container import (
+    VideoError,
+    find_video_stream,
+    open_container,
+    read_info,
+    read_stream_duration,
+    video_errors,
+)
+from timesformer_jax.data.decode.timeline import Timeline
+
+# `ffmpeg -vf scale` is bicubic too, so frames equal those of copies that were scaled with ffmpeg.
+# swscale widens its kernel when it shrinks, so it does not alias. The other flags choose exact
+# arithmetic, which gives the same bytes on every processor.
+SCALING = int(
+    Interpolation.BICUBIC
+    | Interpolation.ACCURATE_RND
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+    | Interpolation.BITEXACT
+)
+
+# Seconds: longer than any container's rounding of times, shorter than any frame.
+TIME_TOLERANCE = 5e-7
+
+# A clip is complete if this share of it can be decoded. With less, its label may not fit.
+COMPLETE = 0.9
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """Frames of a clip.
+
+    Attributes:
+      frames: (T, H, W, 3) uint8 RGB.
+      fps: ticks per second of the clip's timeline.
+      num_frames: ticks of the clip's timeline.
+    """
+
+    frames: np.ndarray
+    fps: float
+    num_frames: int
+
+
+def decode_clip(
+    path: str | os.PathLike,
+    start: float | None = None,
+    end: float | None = None,
+    *,
+    short_side: int | None = None,
+    sample: Callable[[int, float], np.ndarray] | None = None,
+) -> DecodedClip:
+    """Decodes frames of a clip into memory.
+
+    First the packets are read without decoding, to count the frames. Then only the part of the file
+    that holds the sampled frames is decoded.
+
+    Args:
+      path: a video file, or a folder of images.
+      start, end: seconds; None: the beginning, the end of the video.
+      short_side: pixels that the shorter side is resized to; None: as stored.
+      sample: a function of the number of ticks and the ticks per second, which returns the ticks
+        to decode, in [0, num_frames), in any order, with repeats. To take every n-th:
+        `lambda num_frames, fps: np.arange(0, num_frames, n)`. None: all ticks.
+
+    Raises:
+      VideoError: the file cannot be decoded, has no frame in [start, end), or is truncated.
+      ValueError: `sample` returns no tick, or one outside the clip.
+    """
+    with VideoFile(path, threads=0) as video:
+        timeline = video.timeline(start, end)
+        count = len(timeline)
+        ticks = np.arange(count) if sample is None else np.asarray(sample(count, timeline.fps), int)
+        if ticks.size == 0 or ticks.min() < 0 or ticks.max() >= count:
+            raise ValueError(f"sample gave no index, or one outside [0, {count}): {ticks}")
+        unique, inverse = np.unique(ticks, return_inverse=True)
+        frames = [video.to_rgb(frame, short_side) for frame in video.frames_at(timeline, unique)]
+        return DecodedClip(np.stack(frames)[inverse], timeline.fps, count)
+
+
+class VideoFile:
+    """An open video: a context manager.
+
+    Args:
+      path: a file, which may be on gs://; or a folder whose images, sorted by name, are the frames.
+      threads: of the decoder; 0: one per core. The frames do not depend on it.
+
+    Attributes:
+      info: VideoInfo.
+
+    Raises:
+      VideoError: on entering, if the file is missing, is not a video or has no frame rate.
+    """
+
+    def __init__(self, path: str | os.PathLike, threads: int = 1):
+        self._path = os.fspath(path)
+        self._threads = threads
+        # One scaler for all frames: to set it up takes longer than to scale a small frame.
+        self._scaler = VideoReformatter()
+
+    def __enter__(self):
+        self._open()
+        try:
+            self._start_stamp = self._first_stamp()
+        except BaseException:
+            self._container.close()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._container.close()
+
+    def timeline(
+        self,
+        start: float | None = None,
+        end: float | None = None,
+        *,
+        frame_range: tuple[int, int] | None = None,
+        fps: float | None = None,
+    ) -> Timeline:
+        """Reads when the frames of a clip are shown, without decoding.
+
+        Args:
+          start, end: seconds; None: no bound.
+          frame_range: [first, last) of the video's frames, from 0, instead of start and end.
+          fps: ticks per second; None: the frame rate of the clip.
+
+        Raises:
+          VideoError: the file cannot be read, is truncated, or has no such frame.
+        """
+        with video_errors():
+            times = [self._time_of(packet) for packet in self.packets(start, end)]
+        times = np.sort(np.array(times, np.float64))
+        if frame_range is not None:
+            first, last = frame_range
+            times = times[first:last]
+            _check_complete(len(times), last - first, "frames")
+        else:
+            begin, until = start or 0, math.inf if end is None else end
+            times = times[(times >= begin) & (times < until)]
+            if len(times) and self._duration is not None:
+                found = times[-1] + 1 / self.info.fps - begin
+                _check_complete(found, min(self._duration, until) - begin, "s")
+        if not len(times):
+            raise VideoError(_no_frame(start, end))
+        return Timeline.from_times(times, self.info.fps, fps)
+
+    def frames_at(self, timeline: Timeline, ticks: Sequence[int]) -> Iterator[av.VideoFrame]:
+        """Decodes the frames shown at some ticks, from the keyframe before the first of them.
+
+        The decoder may give fewer frames than there are packets, for example if the last packet is
+        cut. Then the last decoded frame is repeated, for up to a tenth of the clip.
+
+        Args:
+          timeline: of the clip.
+          ticks: ascending.
+
+        Yields:
+          A frame for each tick; `to_rgb` makes an array of it.
+
+        Raises:
+          VideoError: while iterating, if the file cannot be decoded or more frames are missing.
+        """
+        due = collections.deque(timeline.times[timeline.frame_indices[ticks]])
+        last = None
+        with video_errors():
+            for time, frame in self._decoded_from(due[0]):
+                if time < due[0] - TIME_TOLERANCE:
+                    continue
+                if frame.is_corrupt:
+                    raise VideoError(f"corrupt frame at {time:.2f} s")
+                last, until = frame, time
+                while due and due[0] <= time + TIME_TOLERANCE:
+                    due.popleft()
+                    yield frame
+                if not due:
+                    return
+        decoded = 0 if last is None else (timeline.times <= until + TIME_TOLERANCE).sum()
+        _check_complete(decoded, len(timeline.times), "frames")
+        yield from [last] * len(due)
+
+    def to_rgb(self, frame: av.VideoFrame, short_side: int | None = None) -> np.ndarray:
+        """Converts a decoded frame to an upright (H, W, 3) uint8 RGB array of square pixels.
+
+        All frames of a file get one size, even if the stream changes its size midway.
+
+        Args:
+          frame: from `frames_at`.
+          short_side: pixels that the shorter side is resized to; None: as stored.
+        """
+        width, height = self._stream.width, self._stream.height
+        width = max(round(width * (self._stream.sample_aspect_ratio or 1)), 1)
+        if short_side is not None:
+            scale = short_side / min(width, height)
+            width, height = (max(short_side, round(scale * side)) for side in (width, height))
+        with video_errors():
+            array = self._scaler.reformat(
+                frame, width, height, "rgb24", interpolation=SCALING, threads=1
+            ).to_ndarray()
+        # FFmpeg and NumPy both count degrees counter-clockwise.
+        return np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90)))
+
+    def packets(self, start: float | None = None, end: float | None = None) -> Iterator[av.Packet]:
+        """Reads the packets that hold the frames shown in [start, end), in the file's order.
+
+        The first packet is that of the last keyframe shown at or before `start`. Packets of frames
+        shown before `start`, or after `end`, may be among them.
+        """
+        for packet in self._demux_from(start or 0.0):
+            # A frame is decoded before it is shown: no later packet is shown before `end`.
+            if end is not None and packet.dts is not None and self._seconds(packet.dts) >= end:
+                return
+            if packet.is_corrupt:
+                raise VideoError("truncated: a packet is cut short")
+            if packet.size and not packet.is_discard:
+                yield packet
+
+    def _decoded_from(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+        """The frames from the last keyframe shown at or before `start`, with their times."""
+        packets = self.packets(start)
+        first = next(packets, None)
+        if first is None:
+            return
+        begin = self._time_of(first)
+        decoder = self._stream.codec_context
+        with_flush = itertools.chain([first], packets, [None])
+        frames = itertools.chain.from_iterable(map(decoder.decode, with_flush))
+        for count, frame in enumerate(frames):
+            time = begin + count / self.info.fps if self._is_untimed else self._seconds(frame.pts)
+            yield time, frame
+
+    def _demux_from(self, start: float) -> Iterator[av.Packet]:
+        # Containers seek by decoding time, which is earlier than the time shown, and some do not
+        # seek to a keyframe. So the next keyframe can be after `start`: then seek further back.
+        target, step = start, 1.0
+        while target > 0:
+            self._seek(target)
+            packets = self._container.demux(self._stream)
+            first = next((packet for packet in packets if packet.is_keyframe), None)
+            if first is not None and self._time_of(first) <= start:
+                yield first
+                yield from packets
+                return
+            target, step = target - step, 2 * step
+        self._rewind()
+        yield from self._container.demux(self._stream)
+
+    def _seek(self, seconds: float) -> None:
+        stamp = round(seconds / self._stream.time_base) + self._start_stamp
+        self._container.seek(stamp, stream=self._stream, backward=True)
+        self._at_start = False
+
+    def _rewind(self) -> None:
+        # Opens the file again, because not every container can seek to its beginning.
+        if not self._at_start:
+            self._container.close()
+            self._open()
+        self._at_start = False
+
+    def _open(self) -> None:
+        with video_errors():
+            self._container = open_container(self._path)
+            try:
+                self._stream = find_video_stream(self._container)
+                self._stream.codec_context.thread_count = self._threads
+                self.info = read_info(self._container, self._stream)
+                self._duration = read_stream_duration(self._container, self._stream)
+            except BaseException:
+                self._container.close()
+                raise
+        self._at_start = True
+
+    def _first_stamp(self) -> int:
+        """The time stamp of the beginning of the video."""
+        if self.info.container == "avi" and not self._is_untimed:
+            # An AVI's header says 0. But if frames refer to later ones, the first is shown later.
+            with video_errors():
+                first = next(self._container.demux(self._stream))
+            self._at_start = False
+            return first.pts or first.dts or 0
+        return self._stream.start_time or 0
+
+    @property
+    def _is_untimed(self) -> bool:
+        """Whether the times of frames follow from their order only.
+
+        AVI stores no times. FFmpeg guesses them, wrongly for H.264 whose frames refer to later
+        ones. But frames are decoded in order, and the frame rate is constant.
+        """
+        return self.info.container == "avi" and self.info.codec in ("h264", "hevc")
+
+    def _time_of(self, packet: av.Packet) -> float:
+        has_time = packet.pts is not None and not self._is_untimed
+        return self._seconds(packet.pts if has_time else packet.dts)
+
+    def _seconds(self, stamp: int | None) -> float:
+        if stamp is None:
+            raise VideoError("frames without a time")
+        return float((stamp - self._start_stamp) * self._stream.time_base)
+
+
+def _check_complete(found: float, expected: float, unit: str) -> None:
+    if found < COMPLETE * expected:
+        raise VideoError(f"truncated: {found:.4g} {unit} of {expected:.4g}")
+
+
+def _no_frame(start: float | None, end: float | None) -> str:
+    if start is None and end is None:
+        return "no frame"
+    until = "the end" if end is None else f"{end:g} s"
+    return f"no frame from {start or 0:g} s to {until}"
