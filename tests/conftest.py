@@ -8,8 +8,19 @@ import subprocess
 import sys
 
 import hypothesis
+import jaxtyping
 import pytest
-from gcs import gcs  # noqa: F401
+
+# Shapes in signatures are checked while the tests run: before these rooms are imported.
+jaxtyping.install_import_hook(
+    [
+        "timesformer_jax.models",
+        *(f"timesformer_jax.transforms.{name}" for name in ("augment", "operations", "preprocess")),
+    ],
+    "shapes.typechecker",
+)
+
+from gcs import gcs  # noqa: E402, F401
 
 # Triton, which a PyTorch built for CUDA brings, crashes if it is imported after TensorFlow, as by
 # torch.optim in the tests.

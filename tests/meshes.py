@@ -13,7 +13,7 @@ from timesformer_jax.distributed.mesh import make_mesh, put_batch
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 from timesformer_jax.planning.collectives import collectives
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
-from timesformer_jax.transforms.augment import OFF
+from timesformer_jax.transforms.augmentation import OFF
 
 CLIPS = 8
 ONE = (1, 1, 1, 1)

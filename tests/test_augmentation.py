@@ -24,14 +24,10 @@ from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, p
 from timesformer_jax.planning.collectives import collectives
 from timesformer_jax.training import loop
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
-from timesformer_jax.transforms import augment as augmentation
-from timesformer_jax.transforms.augment import (
-    ERASED_AREA,
-    OPERATIONS,
-    Augmentation,
-    augment,
-    distort,
-)
+from timesformer_jax.transforms import operations
+from timesformer_jax.transforms.augment import augment, distort
+from timesformer_jax.transforms.augmentation import Augmentation
+from timesformer_jax.transforms.operations import ERASED_AREA, OPERATIONS
 
 SIDE = 96
 FILL = (100 / 255, 120 / 255, 140 / 255)
@@ -129,14 +125,14 @@ def test_solarizing_with_no_strength_keeps_white():
 
 def test_a_single_value_has_no_contrast_to_stretch():
     flat = jnp.full((2, 8, 8, 3), 51 / 255)
-    for operation in (augmentation.autocontrast, augmentation.equalize):
+    for operation in (operations.autocontrast, operations.equalize):
         np.testing.assert_allclose(jax.jit(operation)(flat), flat, atol=1e-6)
 
 
 def test_hue_is_turned(photographs):
     pixels = photographs[0, ::12, ::12].reshape(-1, 3) / 255
     key = jax.random.key(3)
-    jitter = jax.jit(functools.partial(augmentation.jitter_colors, strengths=(0, 0, 0, 0.3)))
+    jitter = jax.jit(functools.partial(operations.jitter_colors, strengths=(0, 0, 0, 0.3)))
     found = np.asarray(jitter(key, jnp.asarray(pixels, jnp.float32).reshape(1, 8, 8, 3)))
     (hue, *_), (turned, *_) = (
         colorsys.rgb_to_hsv(*p) for p in (pixels[0], found.reshape(-1, 3)[0].tolist())
@@ -157,7 +153,7 @@ def test_jitter_draws_each_factor_from_its_range(which):
     strengths = [0.0] * 4
     strengths[which] = strength
     keys = jax.random.split(jax.random.key(0), 500)
-    jitter = functools.partial(augmentation.jitter_colors, strengths=strengths)
+    jitter = functools.partial(operations.jitter_colors, strengths=strengths)
     found = np.asarray(jax.jit(jax.vmap(lambda key: jitter(key, clip)))(keys))[:, 0, 0, 0, 0]
     away = (0.0, 0.75 * gray, gray)[which]  # from black, the clip's mean grey, the pixel's
     factors = (found - away) / (color[0] - away)
@@ -170,9 +166,9 @@ def test_operations_and_directions_are_drawn_evenly(monkeypatch):
         str(i): lambda clip, s, fill, i=i: jnp.concatenate([clip[2:], jnp.stack([i + 0.0, s])])
         for i in range(len(OPERATIONS))
     }
-    monkeypatch.setattr(augmentation, "OPERATIONS", told)
+    monkeypatch.setattr(operations, "OPERATIONS", told)
     keys = jax.random.split(jax.random.key(0), 2800)
-    draw = lambda key: augmentation.randaugment(key, jnp.zeros(4), 2, 6.0, FILL)  # noqa: E731
+    draw = lambda key: operations.randaugment(key, jnp.zeros(4), 2, 6.0, FILL)  # noqa: E731
     found = np.asarray(jax.jit(jax.vmap(draw))(keys)).reshape(-1, 2, 2)
     first, second = found[:, 0], found[:, 1]
     for layer in (first, second):
@@ -210,7 +206,7 @@ def test_all_frames_are_treated_alike(photographs):
 def on_mesh(how, classes, *sizes):
     """The jitted augmentation of a batch on a mesh of these sizes."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
-    run = functools.partial(augment, how=how, fill=FILL, classes=classes, mesh=mesh)
+    run = functools.partial(augment, augmentation=how, fill=FILL, classes=classes, mesh=mesh)
     return jax.jit(run, compiler_options=AS_USED)
 
 
@@ -317,7 +313,7 @@ def test_with_both_half_of_the_clips_get_each():
 def test_erasing_fills_one_box_in_all_frames():
     clip, side = jnp.ones((2, 64, 64, 3)), 64
     keys = jax.random.split(jax.random.key(0), 400)
-    one = jax.jit(jax.vmap(lambda key: augmentation.erase(key, clip, 0.25, FILL)))
+    one = jax.jit(jax.vmap(lambda key: operations.erase(key, clip, 0.25, FILL)))
     found = np.asarray(one(keys))
     erased = (found == np.float32(FILL)).all(-1)
     assert np.array_equal(erased | (found == 1).all(-1), np.ones_like(erased))

@@ -15,7 +15,7 @@ from timesformer_jax.distributed.sharding import shardings
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 from timesformer_jax.training.step import abstract_state
-from timesformer_jax.transforms.augment import Augmentation
+from timesformer_jax.transforms.augmentation import Augmentation
 
 DIVIDED, JOINT = tiny("divided"), tiny("joint", depth=1)
 # 197 tokens a frame.

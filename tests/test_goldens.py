@@ -11,6 +11,7 @@ from conftest import AS_USED
 
 import timesformer_jax as tsf
 from timesformer_jax import recipes
+from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.timesformer import parameters, with_parameters
 from timesformer_jax.training.optimizer import make_optimizer
 
@@ -38,6 +39,13 @@ def released(name):
     return tsf.from_pretrained(GOLDENS / f"official_{name}.pyth", num_heads=4)
 
 
+@pytest.fixture(params=["fast", "references"])
+def form(request):
+    """The goldens hold for the fast forms of the operations and for their references."""
+    with use_references(request.param == "references"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def goldens():
     return np.load(GOLDENS / "official.npz")
@@ -52,6 +60,7 @@ def test_shape_and_scheme_are_read_off_the_file(name):
     assert config.num_frames == (8 if name == "space_only" else 4)  # space only does not say
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_release_checkpoint_gives_the_released_models_outputs(name, case, goldens):
@@ -60,6 +69,7 @@ def test_release_checkpoint_gives_the_released_models_outputs(name, case, golden
     assert difference(features, goldens[f"{name}/{case}/features"]) < 1e-4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("name", SCHEMES)
 def test_goldens_are_near_in_bfloat16(name, goldens):
     path = GOLDENS / f"official_{name}.pyth"
@@ -70,6 +80,7 @@ def test_goldens_are_near_in_bfloat16(name, goldens):
     assert 1e-5 < difference(out, goldens[f"{name}/native/logits"]) < 0.05
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("name", ["divided_space_time", "joint_space_time"])
 def test_hugging_face_directory_gives_its_models_outputs(name):
     goldens = np.load(GOLDENS / "hf.npz")
@@ -79,6 +90,7 @@ def test_hugging_face_directory_gives_its_models_outputs(name):
     assert difference(logits, goldens[f"{name}/logits"]) < 1e-4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(("case", "image_size"), [("vit_same", 32), ("vit_resized", 64)])
 def test_image_vit_becomes_the_model_that_the_release_builds_from_it(case, image_size):
     goldens = np.load(GOLDENS / "vit.npz")
@@ -98,6 +110,7 @@ def test_image_vit_becomes_the_model_that_the_release_builds_from_it(case, image
     assert difference(features, goldens[f"{case}/features"]) < 1e-4
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("name", SCHEMES)
 def test_six_training_steps_follow_the_released_models(name):
     goldens = {k: v for k, v in np.load(GOLDENS / "train.npz").items() if k.startswith(name)}

@@ -30,7 +30,7 @@ from timesformer_jax.recipes import varied
 from timesformer_jax.training import loop
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import abstract_state, make_train_step
-from timesformer_jax.transforms.augment import Augmentation
+from timesformer_jax.transforms.augmentation import Augmentation
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

@@ -24,7 +24,7 @@ from timesformer_jax.planning.collectives import collectives
 from timesformer_jax.training import loop
 from timesformer_jax.training.optimizer import make_optimizer
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
-from timesformer_jax.transforms.augment import OFF, Augmentation
+from timesformer_jax.transforms.augmentation import OFF, Augmentation
 from timesformer_jax.transforms.preprocess import crop
 
 CLIP = ClipSpec(frames=2, crop=8, short_side=10)

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.models.attention import Grid, Tokens
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops.linear import Linear
+
+Video = Float[Array | np.ndarray, "b t h w 3"]
 
 
 class Embedding(nnx.Module):
@@ -48,7 +51,7 @@ class Embedding(nnx.Module):
         shape = config.num_frames, width
         self.time = nnx.Param(time(rngs.params(), shape)) if has_time else None
 
-    def __call__(self, video: Float[Array, "b t h w 3"]) -> Tokens:
+    def __call__(self, video: Video) -> Tokens:
         """(B, T, H, W, 3) to cls (B, D), or (B, T, D) for space only, and patches (B, T, N, D)."""
         config = self.config
         b, t = video.shape[:2]
@@ -70,14 +73,14 @@ class Embedding(nnx.Module):
         return Tokens(cls.astype(dtype), patches.astype(dtype))
 
 
-def patch_grid(config: TimeSformerConfig, video: Float[Array, "b t h w 3"]) -> Grid:
+def patch_grid(config: TimeSformerConfig, video: Video) -> Grid:
     """Patches down and across."""
     return video.shape[2] // config.patch_size, video.shape[3] // config.patch_size
 
 
 def resize_space(
-    table: Float[Array, "n d"], old: Grid, new: Grid, method: str = "nearest"
-) -> Float[Array, "m d"]:
+    table: Float[Array | np.ndarray, "n d"], old: Grid, new: Grid, method: str = "nearest"
+) -> Float[Array | np.ndarray, "m d"]:
     """Spatial positions (1 + N, D) of the grid `old` for the grid `new`, (1 + N', D).
 
     The row of the classification token stays as it is.
@@ -96,7 +99,7 @@ def resize_space(
 
 
 def resize_time(
-    table: Float[Array, "t d"], new: int, method: str = "nearest"
+    table: Float[Array | np.ndarray, "t d"], new: int, method: str = "nearest"
 ) -> Float[Array, "s d"]:
     """Temporal positions (T, D) for another number of frames.
 
@@ -108,7 +111,7 @@ def resize_time(
     return jax.image.resize(table, (new, table.shape[1]), "linear", antialias=False)
 
 
-def _nearest(table: jax.Array, axis: int, size: int) -> jax.Array:
+def _nearest(table: ArrayLike, axis: int, size: int) -> jax.Array:
     """Resizes one axis to `size` by nearest neighbour, index floor(i * old / new)."""
     old = table.shape[axis]
     # In float32 as PyTorch computes it, which at a few sizes (26 to 22) is one off the exact rule.

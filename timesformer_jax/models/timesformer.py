@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -24,7 +24,7 @@ from timesformer_jax.distributed.sharding import constrain, target_device
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import Grid, Tokens
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.models.embedding import Embedding, patch_grid
+from timesformer_jax.models.embedding import Embedding, Video, patch_grid
 from timesformer_jax.models.ops.gelu import gelu
 from timesformer_jax.models.ops.layer_norm import LayerNorm
 from timesformer_jax.models.ops.linear import Linear, fused
@@ -34,7 +34,6 @@ from timesformer_jax.models.schemes import AttentionLayer, Numbers, by_clip, by_
 
 Rate = float | Float[Array, ""]
 MaybeKey = Key[Array, ""] | None
-Video = Float[Array | np.ndarray, "b t h w 3"]
 
 
 class Attention(nnx.Module):
@@ -62,7 +61,7 @@ class Attention(nnx.Module):
         sequences = self.layer.partition(x.patches.shape[1], grid)
         if self.layer.within == "position":
             x = x._replace(patches=sequence.to_positions(x.patches))
-        y = Tokens(self._copies(x.cls, sequences.max() + 1), x.patches)
+        y = Tokens(self._copies(x.cls, int(sequences.max()) + 1), x.patches)
         y = jax.tree.map(self._split_heads, self.qkv(jax.tree.map(self.norm, y)))
         y = _named(OUTPUT, self.layer.attend(y, grid))
         y = self._project(y, functools.partial(drop_path, rate=rate, sequences=sequences, key=key))
@@ -217,6 +216,7 @@ class TimeSformer(nnx.Module):
         self.norm = LayerNorm(config.hidden_size, rngs)
         self.head = _head(config, rngs)
 
+    @no_type_check  # `_check` says in one line what is wrong
     def __call__(self, video: Video, *, key: MaybeKey = None) -> Float[Array, "b c"]:
         """Class logits of clips.
 
@@ -232,6 +232,7 @@ class TimeSformer(nnx.Module):
         """
         return self.head(self.features(video, key=key))
 
+    @no_type_check
     def features(self, video: Video, *, key: MaybeKey = None) -> Float[Array, "b d"]:
         """(B, T, H, W, 3) to (B, D): the classification token after the final norm."""
         self._check(video)
@@ -266,6 +267,7 @@ class TimeSformer(nnx.Module):
         numbered = layers, jnp.arange(self.config.depth), rates
         return jax.lax.scan(lambda x, layer: (forward(x, layer), None), x, numbered)[0]
 
+    @no_type_check
     def _check(self, video: Video) -> None:
         p = self.config.patch_size
         shape = tuple(video.shape)

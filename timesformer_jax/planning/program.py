@@ -17,7 +17,7 @@ from timesformer_jax.distributed.sharding import batch_sharding
 from timesformer_jax.models.timesformer import TimeSformerConfig
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import TrainState, abstract_state, make_train_step
-from timesformer_jax.transforms.augment import Augmentation
+from timesformer_jax.transforms.augmentation import Augmentation
 
 if TYPE_CHECKING:  # a compiled step's memory is read where ml_collections is not installed
     from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.presets import preset
-from timesformer_jax.transforms.augment import OFF
+from timesformer_jax.transforms.augmentation import OFF
 
 # The release's base model.
 K400_WEIGHTS = "TimeSformer_divST_8x32_224_K400.pyth"

@@ -45,7 +45,7 @@ from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, p
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 from timesformer_jax.training.throughput import Profile, Speed
-from timesformer_jax.transforms.augment import Augmentation
+from timesformer_jax.transforms.augmentation import Augmentation
 
 # In a workdir.
 TENSORBOARD, PROFILE, RESULTS, RECIPE = "tensorboard", "profile", "results.json", "recipe.json"

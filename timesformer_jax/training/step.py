@@ -16,7 +16,8 @@ from timesformer_jax.distributed.sharding import shardings
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, with_parameters
 from timesformer_jax.models.timesformer import parameters as parameters_of
 from timesformer_jax.training.optimizer import trained
-from timesformer_jax.transforms.augment import OFF, Augmentation, augment
+from timesformer_jax.transforms.augment import augment
+from timesformer_jax.transforms.augmentation import OFF, Augmentation
 from timesformer_jax.transforms.preprocess import crop, normalise
 
 Batch = dict[str, jax.Array]

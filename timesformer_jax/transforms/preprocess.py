@@ -1,17 +1,26 @@
-"""From decoded frames to the model's input, on the device; training and inference share it."""
+"""From decoded frames to the model's input, on the device: crop, resize, flip and normalise.
+
+Training, evaluation and prediction share it.
+"""
 
 from __future__ import annotations
 
 import dm_pix
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
 
 from timesformer_jax.clip_spec import ClipSpec
 
+Frames = UInt8[Array | np.ndarray, "b t h w 3"]
+CropBoxes = Float[Array | np.ndarray, "b 3"]
+Flip = Bool[Array | np.ndarray, " b"] | None
+
 
 def preprocess(
-    frames: jax.Array, crop_boxes: jax.Array, spec: ClipSpec, flip: jax.Array | None = None
-) -> jax.Array:
+    frames: Frames, crop_boxes: CropBoxes, spec: ClipSpec, flip: Flip = None
+) -> Float[Array, "b t s s 3"]:
     """Crops, resizes, flips and normalises clips in one antialiased resampling.
 
     Args:
@@ -27,28 +36,30 @@ def preprocess(
 
 
 def crop(
-    frames: jax.Array, crop_boxes: jax.Array, size: int, flip: jax.Array | None = None
-) -> jax.Array:
-    """Crops, resizes and flips clips; `frames`, `crop_boxes` and `flip` are those of `preprocess`.
+    frames: Frames, crop_boxes: CropBoxes, size: int, flip: Flip = None
+) -> Float[Array, "b t {size} {size} 3"]:
+    """Crops, resizes and flips clips; see `preprocess` for the arguments.
 
     Returns:
       (B, T, size, size, 3) float32 RGB in [0, 1], up to rounding.
     """
-    clips = jax.vmap(lambda f, w: resample(f.astype(jnp.float32), w, size))(frames, crop_boxes)
+    clips = jax.vmap(lambda f, box: resample(f.astype(jnp.float32), box, size))(frames, crop_boxes)
     if flip is not None:
         clips = jnp.where(flip[:, None, None, None, None], dm_pix.flip_left_right(clips), clips)
-    # Linear weights of a shrinking kernel stay within the frame's range up to rounding.
+    # The weights of the linear kernel are positive: values stay in the range of the frame's.
     return clips / 255
 
 
-def normalise(clips: jax.Array, spec: ClipSpec) -> jax.Array:
-    """(..., 3) float32 RGB in [0, 1], normalised and in the model's order of channels."""
+def normalise(clips: Float[Array, "*b 3"], spec: ClipSpec) -> Float[Array, "*b 3"]:
+    """(..., 3) float32 RGB in [0, 1], normalised and in the channel order of the model."""
     clips = (clips - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
     return clips[..., ::-1] if spec.channel_order == "bgr" else clips
 
 
-def resample(frames: jax.Array, crop_box: jax.Array, size: int) -> jax.Array:
-    """Resizes a square crop_box of frames to size x size with an antialiased linear kernel.
+def resample(
+    frames: Float[Array, "t h w c"], crop_box: Float[Array, "3"], size: int
+) -> Float[Array, "t {size} {size} c"]:
+    """Resizes a square of the frames to size x size with an antialiased linear kernel.
 
     Args:
       frames: (T, H, W, C) float.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.distributed.sharding import gathered
@@ -84,7 +85,7 @@ def _linear(rule: str, x: Any, kernel: jax.Array, bias: jax.Array) -> Any:
     matrix = _gathered_matrix(rule, x, kernel)
     bias = bias.astype(matrix.dtype)
 
-    def apply(x: jax.Array) -> jax.Array:
+    def apply(x):
         y = jnp.tensordot(_as_matrix(x, 1), matrix, 1)
         return y.reshape(*x.shape[:-1], *bias.shape) + bias
 
@@ -108,20 +109,20 @@ def _backward(rule: str, saved: tuple, g: Any) -> tuple:
         return lambda g, *x: None if isinstance(g, SymbolicZero) else gradient(g, *x)
 
     @unless_zero
-    def x_bar(g: jax.Array, x: jax.Array) -> jax.Array:
+    def x_bar(g, x):
         g = _as_matrix(g, outputs)
         axes = tuple(range(1 - matrix.ndim, 0)), tuple(range(1, matrix.ndim))
         return jnp.tensordot(g, matrix, axes).reshape(x.shape)
 
     @unless_zero
-    def kernel_bar(g: jax.Array, x: jax.Array) -> jax.Array:
+    def kernel_bar(g, x):
         g, x = _as_matrix(g, outputs), _as_matrix(x, 1)
         tokens = tuple(range(x.ndim - 1))
         product = jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=kernel.dtype)
         return product.reshape(kernel.shape)
 
     @unless_zero
-    def bias_bar(g: jax.Array) -> jax.Array:
+    def bias_bar(g):
         return g.sum(tuple(range(g.ndim - outputs)), dtype=kernel.dtype)
 
     return (
@@ -140,7 +141,7 @@ def _gathered_matrix(rule: str, x: Any, kernel: jax.Array) -> jax.Array:
     return _as_matrix(gathered(kernel, rule), kernel.ndim - 1)
 
 
-def _as_matrix(x: jax.Array, features: int) -> jax.Array:
+def _as_matrix(x: ArrayLike, features: int) -> ArrayLike:
     """Merges the last `features` axes into one, and all axes before them, on a single device.
 
     XLA makes a matrix of an operand with more axes itself, on a CPU by a transposed copy, into
