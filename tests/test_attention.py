@@ -12,8 +12,10 @@ import pytest
 import torch
 from test_costs import equations
 
+from timesformer_jax.errors import InputError
 from timesformer_jax.models import attention, schemes
 from timesformer_jax.models.attention import Tokens
+from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops.dot_product_attention import dot_product_attention
 from timesformer_jax.models.schemes import AttentionLayer
 
@@ -27,6 +29,9 @@ LAYERS = {
     "local": schemes.LOCAL,
     "global": schemes.GLOBAL,
 }
+# The attention that follows from the partition alone, as a layer of one's own has it.
+LAYERS |= {f"{name} by its partition": layer._replace(attention_fn=None)
+           for name, layer in LAYERS.items() if layer.attention_fn}  # fmt: skip
 # Frames, patches down, patches across: one of each, one patch, non-square, odd, even.
 SHAPES = [(1, 1, 1), (3, 1, 1), (1, 2, 3), (5, 3, 5), (2, 4, 2), (3, 1, 4)]
 HEADS, CHANNELS = 2, 3
@@ -51,7 +56,7 @@ def sequences(name: str, frames: int, height: int, width: int) -> list[list[tupl
         "global": lambda: [
             listed(t[f::2], h[y::2], w[x::2]) for f in (0, 1) for y in (0, 1) for x in (0, 1)
         ],
-    }[name.removesuffix("_with_token")]()
+    }[name.split(" ")[0].removesuffix("_with_token")]()
     return [sequence for sequence in out if sequence]
 
 
@@ -146,11 +151,43 @@ def jaxpr_sizes(layer: AttentionLayer, t: int, grid: tuple[int, int]) -> list[in
     return [v.aval.size for eqn in equations(jaxpr) for v in (*eqn.invars, *eqn.outvars)]
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "joint"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("joint")])
 @pytest.mark.parametrize(("t", "grid"), [(16, (16, 16)), (15, (15, 17))])
 def test_sparse_attention_holds_no_square_of_all_patches(name, t, grid):
     assert max(jaxpr_sizes(LAYERS[name], t, grid)) < (t * math.prod(grid)) ** 2 / 3
     assert max(jaxpr_sizes(schemes.JOINT, t, grid)) > (t * math.prod(grid)) ** 2
+
+
+def test_a_scheme_is_registered_once_and_checked():
+    alone = schemes.Scheme((schemes.LOCAL._replace(name="alone"),))
+    try:
+        assert schemes.register_scheme("alone", alone) is schemes.SCHEMES["alone"]
+        schemes.register_scheme("alone", alone)  # as when its module is imported again
+        assert TimeSformerConfig(attention="alone").scheme is alone
+        with pytest.raises(InputError, match="scheme 'alone' already"):
+            schemes.register_scheme("alone", schemes.SCHEMES["joint"])
+    finally:
+        del schemes.SCHEMES["alone"]
+
+
+def with_gaps(t, grid):
+    return 2 * schemes.by_frame(t, grid)
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ((schemes.SPATIAL, schemes.SPATIAL), "two layers of one name"),
+        ((schemes.TEMPORAL,), "no layer of scheme 'new' joins the classification token"),
+        ((AttentionLayer("gaps", with_gaps),), "without gaps"),
+        ((AttentionLayer("flat", lambda t, grid: np.zeros(t, int)),), "patches"),
+    ],
+)
+def test_a_scheme_that_cannot_work_is_refused_in_a_line(layers, says):
+    with pytest.raises(InputError, match=says) as raised:
+        schemes.register_scheme("new", schemes.Scheme(layers))
+    assert "\n" not in str(raised.value)
+    assert "new" not in schemes.SCHEMES
 
 
 def test_softmax_is_taken_in_float32_when_the_model_computes_in_bfloat16():

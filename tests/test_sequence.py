@@ -18,7 +18,7 @@ from meshes import (
     tiny,
     trained,
 )
-from test_attention import STEPS
+from test_attention import LAYERS
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed import sequence
@@ -115,17 +115,17 @@ def test_which_schemes_can_be_shared():
     assert set(SHARED) == set(SCHEMES) - {"joint", "local_global"}
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", LAYERS)
 @hypothesis.settings(deadline=None)
 @hypothesis.given(t=st.integers(1, 5), h=st.integers(1, 5), w=st.integers(1, 5))
 def test_a_step_says_what_its_sequences_lie_within(name, t, h, w):
-    step = STEPS[name]
-    number = step.sequences(t, (h, w))
+    layer = LAYERS[name]
+    number = layer.partition(t, (h, w))
     frame, position = np.indices(number.shape)
     for which in np.unique(number):
-        if step.within == "frame":
+        if layer.within == "frame":
             assert len(np.unique(frame[number == which])) == 1
-        if step.within == "position":
+        if layer.within == "position":
             assert len(np.unique(position[number == which])) == 1
 
 

@@ -112,8 +112,8 @@ OPERATIONS = {
     "translate_y": lambda clip, s, fill: translate(clip, [0.45 * s, 0], fill),
 }
 
-# The colour operations are Pillow's, which the papers use: factor 0 gives a degenerate clip, factor 1
-# the clip itself. (dm_pix adds to the brightness, computes contrast for each channel, and saturates
+# The colour operations are Pillow's, which the papers use: factor 0 gives a degenerate clip, factor
+# 1 the clip itself. (dm_pix adds to the brightness, computes contrast for each channel, and saturates
 # in HSV.)
 
 
@@ -191,8 +191,8 @@ def warp(clip: Clip, matrix: list, offset: list, fill: Float[Array, "3"]) -> Cli
 
     Args:
       clip: (T, H, W, 3).
-      matrix, offset: (2, 2) and (2,). The pixel with centre p = (y, x) of the result, in pixels from
-        the corner of the frame, is the value of the clip at matrix p + offset.
+      matrix, offset: (2, 2) and (2,). The pixel with centre p = (y, x) of the result, in pixels
+        from the corner of the frame, is the value of the clip at matrix p + offset.
       fill: (3,) colour of what lies outside the frame.
     """
     _, height, width, _ = clip.shape

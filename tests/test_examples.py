@@ -1,0 +1,40 @@
+"""The scripts of examples/ run, as their docstrings say."""
+
+import subprocess
+import sys
+
+from conftest import REPOSITORY, environment
+
+
+def run(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "examples" / name, *map(str, arguments)],
+        capture_output=True, text=True, env=environment() | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_scheme_registered_from_outside_the_package():
+    lines = run("custom_scheme.py").splitlines()
+    assert lines[0] == "logits (2, 8)"
+    # 8 frames of a 2 x 2 window and the token, then a frame and the token.
+    assert lines[2].split()[:2] == ["window", str(8 * 4 + 1 + 196 + 1)]
+
+
+def test_finetuned_from_python_and_then_predicted(demo_data, tmp_path):
+    # What its command line does, with fewer epochs.
+    code = "import finetune, sys; finetune.main(*sys.argv[1:], epochs=2)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, demo_data, tmp_path / "run"],
+        capture_output=True, text=True,
+        env=environment() | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'examples'}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "of 21 videos, step 16" in done.stdout
+    video = demo_data / "videos" / "train" / "00000.mp4"
+    lines = run("predict.py", tmp_path / "run", video).splitlines()
+    assert len(lines) == 5
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert shares == sorted(shares, reverse=True)
+    assert 50 < sum(shares) <= 100.1
