@@ -113,8 +113,8 @@ OPERATIONS = {
 }
 
 # The colour operations are Pillow's, which the papers use: factor 0 gives a degenerate clip, factor
-# 1 the clip itself. (dm_pix adds to the brightness, computes contrast for each channel, and saturates
-# in HSV.)
+# 1 the clip itself. (dm_pix adds to the brightness, computes contrast for each channel, and
+# saturates in HSV.)
 
 
 def brightness(clip: Clip, factor: Scalar) -> Clip:
