@@ -1,6 +1,7 @@
-"""Checkpoints: whole or not there, the newest and the best kept, damage told and got over."""
+"""Checkpoints: written whole or not at all, newest and best kept, damage reported and survived."""
 
 import contextlib
+import json
 import os
 import pathlib
 import random
@@ -23,12 +24,8 @@ from jax.sharding import PartitionSpec as P
 from walk import State, target
 
 from timesformer_jax.checkpoints import convert
-from timesformer_jax.checkpoints.store import (
-    CheckpointMetadata,
-    Checkpoints,
-    DamagedCheckpoint,
-    load_parameters,
-)
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.checkpoints.store import Checkpoints, DamagedCheckpoint, load_parameters
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
@@ -192,19 +189,19 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(damage, first, di
         return found.metadata(step), found.restore(step, target(first))
 
     with contextlib.closing(Checkpoints(directory)) as found:
-        step, (metadata, (state, progress)) = found.newest(read)
+        step, (metadata, (state, progress)) = found.read_newest(read)
         assert (step, metadata, progress) == (1, METADATA, {"position": 1})
         assert_equal(state, at(first, 1))
         lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         told = [line for line in lines if "2 cannot be restored" in line]
         assert len(told) == 1
-        assert told[0].endswith("step 1 before it is taken")
+        assert told[0].endswith("the earlier step 1 is taken")
         assert "\n" not in told[0]
         # Step 2 is free to be saved anew, and what was found there is not lost.
         found.set_aside_after(1)
         found.save(2, at(first, 2), {"position": 2}, METADATA)
         found.wait()
-        assert found.newest(read)[0] == 2
+        assert found.read_newest(read)[0] == 2
     assert (directory / "2.damaged").is_dir()
 
 
@@ -237,8 +234,45 @@ def test_where_all_are_damaged_nothing_is_changed(first, directory):
         load_parameters(directory)
     assert "\n" not in str(e.value)
     with contextlib.closing(Checkpoints(directory)) as found, pytest.raises(InputError):
-        found.newest(found.metadata)
+        found.read_newest(found.metadata)
     assert sorted(p.relative_to(directory) for p in directory.rglob("*")) == before
+
+
+def use_old_names(step):
+    """Makes the folder of a step look as before the first release."""
+    fields = json.loads((step / "metadata" / "metadata").read_text())
+    fields["clip"]["rate"] = fields["clip"].pop("frame_stride")
+    (step / "metadata" / "metadata").write_text(json.dumps(fields))
+    (step / "metadata").rename(step / "card")
+    (step / "checksums").rename(step / "digest")
+
+
+def test_a_checkpoint_saved_under_old_names_says_what_to_do(first, directory):
+    use_old_names(directory / "2")
+    message = r"2 was saved by an earlier version .*; run `timesformer convert .*2 model\.pyth"
+    for path in (directory, directory / "2"):
+        with pytest.raises(InputError, match=message) as e:
+            load_parameters(path)
+        assert "\n" not in str(e.value)
+    with contextlib.closing(Checkpoints(directory)) as found:
+        for read in (found.metadata, lambda step: found.restore(step, target(first))):
+            with pytest.raises(InputError, match=message):
+                found.read_newest(read)  # which does not take it for damaged
+    assert_equal(load_parameters(directory / "1")[1], at(first, 1).params)
+
+
+def test_metadata_with_fields_of_another_version_says_what_to_do(first, tmp_path):
+    class OldMetadata:
+        @staticmethod
+        def to_json():
+            fields = METADATA.to_json()
+            fields["clip"]["rate"] = fields["clip"].pop("frame_stride")
+            return fields
+
+    with contextlib.closing(Checkpoints(tmp_path)) as found:
+        found.save_model(1, first.params, OldMetadata)
+    with pytest.raises(InputError, match=r"1 was saved by an earlier version .*; run `timesformer"):
+        load_parameters(tmp_path)
 
 
 def test_killed_while_it_saves_it_goes_on_as_if_it_had_not_been(tmp_path):

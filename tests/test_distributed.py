@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import ONE, assert_same_training, mesh_of, optimizer, patch_bytes, tiny, trained
 
-from timesformer_jax.checkpoints.store import CheckpointMetadata, Checkpoints
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed.mesh import check_batch, check_model, make_mesh
 from timesformer_jax.distributed.sharding import shardings

@@ -319,10 +319,10 @@ def use_checkpoints(folder):
             found.record_validation(step, top1, 1.0)
     with contextlib.closing(Checkpoints(folder, keep=1, keep_best=1)) as found:
         seen += [found.steps(), found.best_step(), found.validation]
-        step, (restored, progress) = found.newest(lambda s: found.restore(s, walk.target(state)))
+        step, (restored, progress) = found.read_newest(lambda s: found.restore(s, walk.target(state)))
         seen += [step, progress, np.asarray(restored.params["a"]).tobytes()]
         (found.directory / "3" / "progress" / "metadata").write_text("{")
-        step, _ = found.newest(lambda s: found.restore(s, walk.target(state)))
+        step, _ = found.read_newest(lambda s: found.restore(s, walk.target(state)))
         found.set_aside_after(step)
         seen += [step, found.steps(), (found.directory / "3.damaged").exists()]
     try:

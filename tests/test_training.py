@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_one_line(demo_data, whole, tmp_path, timesforme
     done = timesformer(*arguments)
     told = [line for line in done.stderr.splitlines() if "cannot be restored" in line]
     assert len(told) == 1
-    assert told[0].endswith("step 115 before it is taken")
+    assert told[0].endswith("the earlier step 115 is taken")
     assert "Traceback" not in done.stderr
     assert "going on from step 115" in done.stderr
     assert_same_parameters(tmp_path / "run", whole)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from timesformer_jax.checkpoints.store import CheckpointMetadata, Checkpoints
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
@@ -38,7 +39,7 @@ def target(state):
 def main(directory):
     with contextlib.closing(Checkpoints(directory, keep=2)) as found:
         step, state = 0, start()
-        if last := found.newest(lambda step: found.restore(step, target(state))):
+        if last := found.read_newest(lambda step: found.restore(step, target(state))):
             step, (state, _) = last
         print("from", step, flush=True)
         while step < STEPS:

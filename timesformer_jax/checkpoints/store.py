@@ -1,103 +1,62 @@
-"""Checkpoints by Orbax, and what one carries: everything that predicting with it needs.
+"""Saves and restores checkpoints with Orbax.
 
-A checkpoint is a folder `<step>` with these items: `params` (plain nested dicts by layer), `ema`
-where training keeps a moving average of them, `optimizer`, `progress` (the data iterator's state),
-`metadata` (below) and `digest`, sums that tell when what is read is not what was saved: Orbax does not
-notice a changed byte in an array. Beside the steps lies `validation.json`, what was found of each
-that was evaluated: it tells the best.
+A checkpoint is a folder `<step>` with these items: `params` (nested dicts of arrays), `ema` if
+training keeps a moving average of them, `optimizer`, `progress` (the state of the data iterator),
+`metadata` (see metadata.py) and `checksums` of the other items. `validation.json` beside the
+folders holds the accuracy of every checkpoint that was evaluated; it tells which one is best.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from timesformer_jax import storage
-from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.checkpoints.checksums import array_checksums, json_checksum
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.checkpoints.orbax_extensions import KeepBest, handler_registry
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 
-FOLDER = "checkpoints"  # of a workdir
-BEST = "best"  # in place of a step: the one of the highest validation top-1
+FOLDER = "checkpoints"  # in a workdir
+BEST = "best"  # given in place of a step: the step with the highest validation top-1
 VALIDATION = "validation.json"
-DAMAGED = ".damaged"  # is put after the step of one that could not be read
+DAMAGED = ".damaged"  # suffix of the folder of a step that could not be read
 
-# Items that hold arrays, and the fields of a state that they are; a field that is None has none.
-_ARRAYS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}
-
-# How the reads end that Orbax has under way when one fails; the one is enough to tell.
-_AFTERWARDS = ("Event loop is closed", "Encountered error while reading array index")
+# Items that hold arrays, and the field of the training state that each comes from. A field that
+# is None has no item.
+_ARRAY_ITEMS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}
+_JSON_ITEMS = ("progress", "metadata", "checksums")
+_OLD_METADATA = "card"  # the name of the item `metadata` before the first release
 
 T = TypeVar("T")
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint that cannot be read, for all that is known through no fault of who asks."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointMetadata:
-    """What a checkpoint says of itself.
-
-    Attributes:
-      model: shape and scheme of the model.
-      clip: frames, size, sampling, normalisation and channel order that it was trained on.
-      labels: class names, in the order of the logits.
-      config: the whole training config, as nested dicts; empty for weights trained elsewhere.
-      license: of the weights, "" where none is known; it stays with what is trained from them.
-    """
-
-    model: TimeSformerConfig
-    clip: ClipSpec
-    labels: tuple[str, ...]
-    config: dict[str, Any]
-    license: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"labels": list(self.labels)}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> CheckpointMetadata:
-        return cls(
-            model=TimeSformerConfig(**fields["model"]),
-            clip=ClipSpec(**fields["clip"]),
-            labels=tuple(fields["labels"]),
-            config=fields["config"],
-            license=fields["license"],
-        )
-
-
-def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts as one, its keys "optimizer.name"; the names that --config.* flags have."""
-    return traverse_util.flatten_dict(config, sep=".")
+    """A checkpoint whose files cannot be read, or do not hold what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved asynchronously, the newest and the best kept.
+    """The checkpoints of one run: saves asynchronously, keeps the newest and the best.
 
     Args:
-      directory: where the folders `<step>` are or shall be, on a disk or gs://.
-      keep: how many of the newest stay.
-      keep_best: how many of the highest validation top-1 stay, besides.
-      read_only: refuse to write, and raise where there is nothing to read.
+      directory: holds the folders `<step>`, on a disk or gs://.
+      keep: number of newest checkpoints to keep.
+      keep_best: number of checkpoints with the highest validation top-1 to keep as well.
+      read_only: never write, and raise if the directory does not exist.
 
     Attributes:
-      validation: {step: {"top1": ..., "top5": ...}}, fractions, of what was evaluated.
+      validation: {step: {"top1": ..., "top5": ...}} of the evaluated steps, as fractions.
     """
 
     def __init__(
@@ -118,39 +77,43 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(None if read_only else keep), _Best(keep_best, self._best)]
+                    [
+                        policies.LatestN(None if read_only else keep),
+                        KeepBest(keep_best, self._rank),
+                    ]
                 ),
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
                 save_interval_steps=0 if read_only else 1,
             ),
+            handler_registry=handler_registry(_ARRAY_ITEMS, _JSON_ITEMS),
         )
 
     def steps(self) -> list[int]:
-        """Those that were saved, ascending."""
+        """The saved steps, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Of the steps that are there, that of the highest validation top-1; the later of equals.
+        """The saved step with the highest validation top-1; the later one of equals.
 
-        None if none was evaluated.
+        None if no saved step was evaluated.
         """
-        return next(iter(self._best(self.steps())), None)
+        return next(iter(self._rank(self.steps())), None)
 
-    def _best(self, steps: Sequence[int]) -> list[int]:
-        """The evaluated ones of `steps`, best first."""
+    def _rank(self, steps: Sequence[int]) -> list[int]:
+        """The steps that were evaluated, best first."""
         evaluated = [step for step in steps if step in self.validation]
         return sorted(evaluated, key=lambda s: (self.validation[s]["top1"], s), reverse=True)
 
     def record_validation(self, step: int, top1: float, top5: float) -> None:
-        """Notes how good the model of a step is; every host calls it, with the same numbers."""
+        """Writes the accuracy of a step; every host calls it, with the same numbers."""
         self.validation[step] = {"top1": top1, "top5": top5}
         if jax.process_index() == 0:
-            with _disk_errors(self.directory):
+            with _write_errors(self.directory):
                 content = json.dumps(self.validation, indent=2) + "\n"
                 storage.write_atomically(self.directory / VALIDATION, content.encode())
 
@@ -161,49 +124,47 @@ class Checkpoints:
 
         Args:
           step: training steps done.
-          state: has `params`, `opt_state` and, or None, `ema`, pytrees of arrays on any mesh.
-          progress: JSON values, the data iterator's state among them.
-          metadata: what the checkpoint says of itself.
+          state: has the fields `params`, `opt_state` and `ema`: pytrees of arrays on any mesh;
+            `ema` may be None.
+          progress: a dict of JSON values, with the state of the data iterator.
+          metadata: what the checkpoint says about itself.
         """
-        self._save(
-            step,
-            _arrays(state),
-            {"progress": progress, "metadata": metadata.to_json()},
-        )
+        values = {"progress": progress, "metadata": metadata.to_json()}
+        self._save(step, _array_items(state), values)
 
     def save_model(self, step: int, params: dict, metadata: CheckpointMetadata) -> None:
-        """`save` of a model that is not in training: no optimizer, no progress."""
+        """Saves a model without training state: no optimizer, no progress."""
         self._save(step, {"params": params}, {"metadata": metadata.to_json()})
 
     def _save(self, step: int, arrays: dict[str, Any], values: dict[str, Any]) -> None:
-        digest = {name: _digest(tree) for name, tree in arrays.items()}
-        digest |= {name: _crc(value) for name, value in values.items()}
-        values = values | {"digest": digest}
-        with _disk_errors(self.directory):
+        checksums = {name: array_checksums(tree) for name, tree in arrays.items()}
+        checksums |= {name: json_checksum(value) for name, value in values.items()}
+        values = values | {"checksums": checksums}
+        with _write_errors(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
+                    **{name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()},
                     **{name: ocp.args.JsonSave(value) for name, value in values.items()},
                 ),
             )
 
     def wait(self) -> None:
-        """Returns when what was started is on disk."""
-        with _disk_errors(self.directory):
+        """Waits until every save that was started is on disk."""
+        with _write_errors(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with _disk_errors(self.directory):
+        with _write_errors(self.directory):
             self._manager.close()
 
-    def newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
-        """The newest step that `read` can read, and what it gives; None if none was ever saved.
+    def read_newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
+        """The newest step that `read` can read, and what `read` returned for it.
 
-        Says, in a line each, which newer ones it could not read.
+        Returns None if there are no checkpoints. Logs a line for each newer step that is damaged.
 
         Raises:
-          InputError: if there are checkpoints and none can be read.
+          InputError: if there are checkpoints and all are damaged.
         """
         damages = []
         for step in reversed(self.steps()):
@@ -213,17 +174,20 @@ class Checkpoints:
                 damages.append(str(e))
                 continue
             for damage in damages:
-                logging.warning("%s: step %d before it is taken", damage, step)
+                logging.warning("%s: the earlier step %d is taken", damage, step)
             return step, found
         if damages:
             raise InputError(
-                f"no checkpoint can be read: {'; '.join(damages)}; nothing was changed: bring one "
-                "back, or begin in another --workdir"
+                f"no checkpoint can be read: {'; '.join(damages)}; nothing was changed: restore "
+                "one from a backup, or start in another --workdir"
             )
         return None
 
     def set_aside_after(self, step: int) -> None:
-        """Renames the steps after one, so that they can be saved anew; every host calls it."""
+        """Renames the folders of later steps to `<step>.damaged`; every host calls it.
+
+        Training can then save these steps again.
+        """
         later = [s for s in self.steps() if s > step]
         if not later:
             return
@@ -236,131 +200,112 @@ class Checkpoints:
         self._manager.reload()
 
     def metadata(self, step: int) -> CheckpointMetadata:
-        """What the checkpoint of `step` says of itself.
+        """What the checkpoint of `step` says about itself.
 
         Raises:
           DamagedCheckpoint: if it cannot be read.
+          InputError: if an earlier version of this package saved it.
         """
-        with self._reading(step):
-            return CheckpointMetadata.from_json(self._restore(step, {}, ["metadata"])["metadata"])
+        with self._read_errors(step):
+            fields = self._restore(step, {}, ["metadata"])["metadata"]
+        try:
+            return CheckpointMetadata.from_json(fields)
+        except (KeyError, TypeError):
+            raise self._saved_by_earlier_version(step) from None
+        except InputError as e:  # for example of a scheme that is not registered
+            raise InputError(f"{self.directory / str(step)}: {e}") from e
 
     def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
-        """The state and progress saved at `step`.
+        """The state and progress that were saved at `step`.
 
         Args:
-          step: one that was saved.
-          state: as saved, but of `jax.ShapeDtypeStruct`, whose shardings say where the arrays go:
-            any mesh, whichever they were saved from.
+          step: a saved step.
+          state: as saved, but of `jax.ShapeDtypeStruct`s. Their shardings say where the arrays go;
+            the mesh may differ from the one that they were saved from.
 
         Raises:
           DamagedCheckpoint: if it cannot be read.
+          InputError: if an earlier version of this package saved it.
         """
-        arrays = _arrays(state)
-        with self._reading(step):
+        arrays = _array_items(state)
+        with self._read_errors(step):
             items = self._restore(step, arrays, ["progress"])
-        return state._replace(**{_ARRAYS[name]: items[name] for name in arrays}), items["progress"]
+        fields = {_ARRAY_ITEMS[name]: items[name] for name in arrays}
+        return state._replace(**fields), items["progress"]
 
-    def restore_parameters(self, step: int, model: TimeSformerConfig, place: Sharding) -> dict:
-        """The parameters to predict with at `step`, each put where `place` says.
+    def restore_parameters(self, step: int, model: TimeSformerConfig, sharding: Sharding) -> dict:
+        """The parameters of `step` for prediction: their moving average if there is one.
 
-        They are the moving average where one was kept.
+        Args:
+          step: a saved step.
+          model: the config in the metadata of the step.
+          sharding: of every parameter.
 
         Raises:
           DamagedCheckpoint: if they cannot be read.
+          InputError: if an earlier version of this package saved them.
         """
         target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             parameters(abstract(model)),
         )
-        with self._reading(step):
-            name = "ema" if "ema" in self._restore(step, {}, [])["digest"] else "params"
+        with self._read_errors(step):
+            name = "ema" if "ema" in self._restore(step, {}, [])["checksums"] else "params"
             return self._restore(step, {name: target}, [])[name]
 
     def _restore(self, step: int, arrays: dict[str, Any], values: list[str]) -> ocp.args.Composite:
-        """Items by name: trees of arrays like those given, and JSON values."""
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardRestore(tree) for name, tree in arrays.items()},
-                **{name: ocp.args.JsonRestore() for name in [*values, "digest"]},
-            ),
-        )
-        found = {name: _digest(items[name]) for name in arrays}
-        found |= {name: _crc(items[name]) for name in values}
-        for name, digest in found.items():
-            if digest != items["digest"][name]:
+        """Restores items and compares their checksums.
+
+        Args:
+          arrays: trees of `jax.ShapeDtypeStruct` by the names of their items.
+          values: names of JSON items.
+        """
+        array_args = {
+            name: ocp.args.PyTreeRestore(
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+            )
+            for name, tree in arrays.items()
+        }
+        json_args = {name: ocp.args.JsonRestore() for name in [*values, "checksums"]}
+        args = ocp.args.Composite(**array_args, **json_args)
+        items = self._manager.restore(step, args=args)
+        found = {name: array_checksums(items[name]) for name in arrays}
+        found |= {name: json_checksum(items[name]) for name in values}
+        for name, checksum in found.items():
+            if checksum != items["checksums"][name]:
                 raise ValueError(f"{name} is not what was saved")
         return items
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Turns whatever a damaged file leads to into one line."""
-        before = sys.unraisablehook
-
-        def hook(unraisable) -> None:
-            # Of an array that cannot be read, Orbax leaves those beside it to end so, each.
-            if not str(unraisable.exc_value).startswith(_AFTERWARDS):
-                before(unraisable)
-
-        sys.unraisablehook = hook
+    def _read_errors(self, step: int) -> Iterator[None]:
+        """Turns any error that a damaged file causes into one line."""
         try:
             yield
         except Exception as e:  # Orbax raises Exception itself
+            path = self.directory / str(step)
+            if (path / _OLD_METADATA).is_dir() and not (path / "metadata").is_dir():
+                raise self._saved_by_earlier_version(step) from None
             lines = str(e).strip().splitlines() or [type(e).__name__]
-            raise DamagedCheckpoint(
-                f"{self.directory / str(step)} cannot be restored ({lines[0]})"
-            ) from e
-        sys.unraisablehook = before  # otherwise they are still to come
+            raise DamagedCheckpoint(f"{path} cannot be restored ({lines[0]})") from e
+
+    def _saved_by_earlier_version(self, step: int) -> InputError:
+        path = self.directory / str(step)
+        return InputError(
+            f"{path} was saved by an earlier version of timesformer_jax, which used other names; "
+            f"run `timesformer convert {path} model.pyth --to=release` with that version and use "
+            "model.pyth, or train again in another --workdir"
+        )
 
 
-@dataclasses.dataclass
-class _Best(ocp.checkpoint_managers.preservation_policy.PreservationPolicy):
-    """Keeps the best `count` checkpoints; `ranked` puts steps in order, best first.
-
-    Orbax's own BestN knows only what is known when a checkpoint is saved. Here it is evaluated
-    once it is saved, so that an evaluation that is cut off loses no training.
-    """
-
-    count: int
-    ranked: Callable[[Sequence[int]], list[int]]
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        kept = self.ranked([checkpoint.step for checkpoint in checkpoints])[: self.count]
-        return [checkpoint.step in kept for checkpoint in checkpoints]
-
-
-def _arrays(state: Any) -> dict[str, Any]:
-    items = {name: getattr(state, field) for name, field in _ARRAYS.items()}
+def _array_items(state: Any) -> dict[str, Any]:
+    items = {name: getattr(state, field) for name, field in _ARRAY_ITEMS.items()}
     return {name: tree for name, tree in items.items() if tree is not None}
-
-
-def _digest(tree: Any) -> dict[str, int]:
-    """The sum of every array's bits by its path: the same on any mesh, another if a bit changes."""
-    flat_tree, _ = jax.tree_util.tree_flatten_with_path(_sums(tree))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): int(value)
-        for path, value in flat_tree
-    }
-
-
-def _crc(value: Any) -> int:
-    """Of a JSON value; tuples are as lists."""
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-@jax.jit
-def _sums(tree: Any) -> Any:
-    def total(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-        return bits.sum(dtype=jnp.uint32)
-
-    return jax.tree.map(total, tree)
 
 
 def _check_storage(directory: epath.Path) -> None:
     if storage.is_remote(directory):
         try:
-            import google.cloud.storage  # noqa: F401 (Orbax's, which it imports late)
+            import google.cloud.storage  # noqa: F401 (Orbax imports it later)
         except ImportError:
             raise InputError(
                 f"checkpoints on {directory} need the package google-cloud-storage: "
@@ -376,66 +321,66 @@ def _read_validation(path: epath.Path) -> dict[int, dict[str, float]]:
         return {int(step): {k: float(v[k]) for k in ("top1", "top5")} for step, v in found}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(
-            f"{path} is damaged; remove it: training goes on without it, and forgets which "
-            "checkpoint was the best"
+            f"{path} is damaged; remove it: training then continues, but does not know which "
+            "checkpoint was best so far"
         ) from e
 
 
-def is_ours(path: str | os.PathLike) -> bool:
-    """Whether `load_parameters` is the one to ask for `path`: a directory, or the best of one."""
+def is_native(path: str | os.PathLike) -> bool:
+    """Whether `path` is one that `load_parameters` accepts: a directory, or one with `/best`."""
     path = storage.absolute(path)
     return path.is_dir() or (path.name == BEST and path.parent.is_dir())
 
 
 def load_parameters(
-    path: str | os.PathLike, place: Sharding | None = None
+    path: str | os.PathLike, sharding: Sharding | None = None
 ) -> tuple[CheckpointMetadata, dict]:
     """The metadata and parameters of a checkpoint.
 
     Args:
-      path: a workdir or its checkpoints folder, for the newest that can be read; either with
-        `/best` for the one of the highest validation top-1; or the folder of one step.
-      place: of every parameter; by default this process's first device.
+      path: a workdir or its checkpoints folder, for the newest checkpoint that can be read; either
+        with `/best`, for the one with the highest validation top-1; or the folder of one step.
+      sharding: of every parameter; by default, the first device of this process.
 
     Returns:
       The metadata, and nested dicts of arrays.
 
     Raises:
-      InputError: if there is none, or it cannot be read.
+      InputError: if there is no checkpoint, or it cannot be read.
     """
-    place = place or SingleDeviceSharding(jax.local_devices()[0])
+    sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+    checkpoints, step = _open(path)
 
     def read(step: int) -> tuple[CheckpointMetadata, dict]:
         metadata = checkpoints.metadata(step)
-        return metadata, checkpoints.restore_parameters(step, metadata.model, place)
+        return metadata, checkpoints.restore_parameters(step, metadata.model, sharding)
 
-    checkpoints, step = _find(path)
     with contextlib.closing(checkpoints):
-        step, found = (step, read(step)) if step is not None else checkpoints.newest(read)
+        step, found = checkpoints.read_newest(read) if step is None else (step, read(step))
         logging.info("parameters of step %d of %s", step, checkpoints.directory)
         return found
 
 
 def save_parameters(path: str | os.PathLike, params: dict, metadata: CheckpointMetadata) -> None:
-    """Writes a checkpoint without training state, step 0, which the loaders above read.
+    """Writes a checkpoint without training state, which `load_parameters` reads.
 
     Args:
-      path: its folder, which gets `0/params` and `0/metadata`.
-      params: plain nested dicts of arrays by layer.
-      metadata: what the checkpoint says of itself.
+      path: a directory; the checkpoint becomes its step 0.
+      params: nested dicts of arrays.
+      metadata: what the checkpoint says about itself.
     """
     with contextlib.closing(Checkpoints(path)) as checkpoints:
         checkpoints.save_model(0, params, metadata)
         checkpoints.wait()
 
 
-def _find(path: str | os.PathLike) -> tuple[Checkpoints, int | None]:
-    """The checkpoints that `path` is of, and the step if it names one or the best."""
+def _open(path: str | os.PathLike) -> tuple[Checkpoints, int | None]:
+    """The checkpoints at `path`, and the step if `path` names a step or the best one."""
     path = storage.absolute(path)
     best = path.name == BEST and not path.is_dir()
     path = path.parent if best else path
     path = path / FOLDER if (path / FOLDER).is_dir() else path
-    if (path / "metadata").is_dir():
+    if (path / "metadata").is_dir() or (path / _OLD_METADATA).is_dir():
         return Checkpoints(path.parent, read_only=True), int(path.name)
     checkpoints = Checkpoints(path, read_only=True)
     if not checkpoints.steps():
@@ -449,8 +394,8 @@ def _find(path: str | os.PathLike) -> tuple[Checkpoints, int | None]:
 
 
 @contextlib.contextmanager
-def _disk_errors(directory: epath.Path) -> Iterator[None]:
-    """Says in one line what failed when a checkpoint could not be written."""
+def _write_errors(directory: epath.Path) -> Iterator[None]:
+    """Turns the errors of writing a checkpoint into one line."""
     try:
         yield
     except (OSError, ValueError) as e:

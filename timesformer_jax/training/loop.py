@@ -25,6 +25,7 @@ import timesformer_jax
 from timesformer_jax import storage
 from timesformer_jax.checkpoints import convert
 from timesformer_jax.checkpoints import store as ckpt
+from timesformer_jax.checkpoints.metadata import flatten_config
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import pipeline, sampling
 from timesformer_jax.data.prepare import demo
@@ -269,7 +270,7 @@ def _check(config: ConfigDict) -> None:
         "accumulate_steps": 1, "ema": 0,
         "profile.start_step": 1, "profile.steps": 0,
     }  # fmt: skip
-    values = ckpt.flat(config.to_dict())
+    values = flatten_config(config.to_dict())
     for name, bound in least.items():
         if not bound <= values[name] < math.inf:
             raise InputError(f"--config.{name} must be at least {bound}, not {values[name]}")
@@ -330,7 +331,7 @@ def _restore(
         _check_same_run(checkpoints, metadata, saved)
         return saved, *checkpoints.restore(step, target)
 
-    found = checkpoints.newest(read)
+    found = checkpoints.read_newest(read)
     if found is None:
         return None, None, metadata
     step, (saved, state, progress) = found
@@ -367,7 +368,7 @@ def _changes(
     metadata: ckpt.CheckpointMetadata, saved: ckpt.CheckpointMetadata
 ) -> dict[str, tuple[Any, Any]]:
     """The fields of the config that differ, by name: now, and when it was saved."""
-    ours, theirs = ckpt.flat(metadata.config), ckpt.flat(saved.config)
+    ours, theirs = flatten_config(metadata.config), flatten_config(saved.config)
     return {k: (ours[k], theirs.get(k)) for k in ours if ours[k] != theirs.get(k)}
 
 

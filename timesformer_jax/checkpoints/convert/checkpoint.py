@@ -91,7 +91,7 @@ def read(path: str | os.PathLike, resize: str = "bicubic", **overrides: Any) -> 
     """
     path = os.fspath(path)
     _check_options(resize, overrides)
-    if checkpoints.is_ours(path) and not files.is_weights_directory(path):
+    if checkpoints.is_native(path) and not files.is_weights_directory(path):
         source = _read_ours(path)
     else:
         source = _read_foreign(path, overrides.get("num_heads"))

@@ -1,0 +1,72 @@
+"""What our checkpoints need beyond Orbax's defaults: reads that end, and the best steps kept."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class _ArrayHandler(ocp.type_handlers.ArrayHandler):
+    """Waits for every read before it raises the error of one.
+
+    Orbax reads arrays concurrently, raises the first error and closes the event loop. Reads that
+    are still running at that time end in further errors, which nobody can catch: Python prints
+    them with their tracebacks.
+    """
+
+    async def deserialize(self, infos, args=None):
+        before = asyncio.all_tasks()
+        try:
+            return await super().deserialize(infos, args)
+        except BaseException:
+            reads = asyncio.all_tasks() - before
+            await asyncio.gather(*reads, return_exceptions=True)
+            raise
+
+
+def handler_registry(
+    array_items: Iterable[str], json_items: Iterable[str]
+) -> ocp.handlers.CheckpointHandlerRegistry:
+    """The handlers of a checkpoint's items.
+
+    Args:
+      array_items: names of the items that are trees of arrays, for `ocp.args.PyTreeSave` and
+        `PyTreeRestore`.
+      json_items: names of the items that are JSON values, for `ocp.args.JsonSave` and
+        `JsonRestore`.
+    """
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for name in array_items:
+        handler = ocp.handlers.PyTreeCheckpointHandler(
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                (jax.Array, _ArrayHandler()), (np.ndarray, ocp.type_handlers.NumpyHandler())
+            )
+        )
+        registry.add(name, ocp.args.PyTreeSave, handler)
+        registry.add(name, ocp.args.PyTreeRestore, handler)
+    for name in json_items:
+        handler = ocp.handlers.JsonCheckpointHandler()
+        registry.add(name, ocp.args.JsonSave, handler)
+        registry.add(name, ocp.args.JsonRestore, handler)
+    return registry
+
+
+@dataclasses.dataclass
+class KeepBest(ocp.checkpoint_managers.preservation_policy.PreservationPolicy):
+    """Keeps the best `count` checkpoints; `rank` sorts steps, best first.
+
+    Orbax's BestN needs the accuracy when a checkpoint is saved. Here a checkpoint is evaluated
+    after it is saved, so that no training is lost when the evaluation is interrupted.
+    """
+
+    count: int
+    rank: Callable[[Sequence[int]], list[int]]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        kept = self.rank([checkpoint.step for checkpoint in checkpoints])[: self.count]
+        return [checkpoint.step in kept for checkpoint in checkpoints]
