@@ -30,7 +30,7 @@ def write(root, files):
 def clips(listing):
     """(id, path, label, what of it, split) of each clip."""
     return [
-        (clip.id, clip.path, clip.label, (clip.start, clip.end, clip.frames), clip.split)
+        (clip.id, clip.path, clip.label, (clip.start, clip.end, clip.frame_range), clip.split)
         for clip in listing.clips
     ]
 
@@ -436,11 +436,11 @@ def test_something_v2_by_frames(tmp_path):
         **{"train.csv": frame_list({"78687": 3, "100218": 2}), "val.csv": frame_list({"74225": 4})},
     )
     as_videos = read(videos, annotations, dataset="something_v2")
-    assert {clip.frames for clip in as_videos.clips} == {None}
+    assert {clip.frame_range for clip in as_videos.clips} == {None}
     images = tmp_path / "frames"
     touch(images, *(f"ssv2/78687/78687_{i:06d}.jpg" for i in (1, 2)), "ssv2/74225/74225_000001.jpg")
     listing = read(images, annotations, dataset="something_v2")
-    assert [(clip.id, clip.path, clip.frames) for clip in listing.clips] == [
+    assert [(clip.id, clip.path, clip.frame_range) for clip in listing.clips] == [
         ("100218", "100218", (0, 2)),
         ("74225", "ssv2/74225", (0, 4)),
         ("78687", "ssv2/78687", (0, 3)),
@@ -449,7 +449,7 @@ def test_something_v2_by_frames(tmp_path):
     (annotations / "train.csv").unlink()
     (annotations / "val.csv").unlink()
     unlisted = read(images, annotations, dataset="something_v2")
-    assert [(clip.path, clip.frames) for clip in unlisted.clips[1:]] == [
+    assert [(clip.path, clip.frame_range) for clip in unlisted.clips[1:]] == [
         ("ssv2/74225", None),
         ("ssv2/78687", None),
     ]

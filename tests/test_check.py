@@ -17,17 +17,21 @@ from hypothesis import strategies as st
 from videos import write_audio, write_video
 
 from timesformer_jax.data.annotations import Clip
-from timesformer_jax.data.check.check import check, is_chosen
-from timesformer_jax.data.check.prepared import check_prepared, histogram
-from timesformer_jax.data.check.videos import examine_all
+from timesformer_jax.data.check.check import check
+from timesformer_jax.data.check.prepared import check_prepared
+from timesformer_jax.data.check.prepared_summary import class_histogram
+from timesformer_jax.data.check.report import is_decoded
+from timesformer_jax.data.check.videos import check_clips
 from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.data.records import prepared as records
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
 
 SHARD = "tiny-train.tfrecord-00001-of-00003"
-REMAKE_SHARD = "; delete it and run `timesformer prepare` again .*: it makes only this shard anew"
-REMAKE_INDEX = "; delete dataset_info.json and run `timesformer prepare` again .*, and no shard"
+REWRITE_SHARD = (
+    "; delete it and run `timesformer prepare` again .*: it writes only this shard again"
+)
+REWRITE_INDEX = "; delete dataset_info.json and run `timesformer prepare` again .*, and no shard"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,7 @@ def problems_of(capsys, directory, **options):
 
 
 def test_a_good_directory(prepared, capsys):
-    check([prepared], decode=1.0, workers=2)
+    check([prepared], decode_fraction=1.0, workers=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{prepared}: every record is read, and the frames of 11 are decoded"
     megabytes = {
@@ -189,20 +193,20 @@ def set_length(directory, change):
 
 ID = r"\d\.mp4"
 DAMAGE = {
-    "a cut shard": (cut, rf"{SHARD} record 2 \({ID}\) is cut short, .* not read{REMAKE_SHARD}"),
+    "a cut shard": (cut, rf"{SHARD} record 2 \({ID}\) is truncated, .* not read{REWRITE_SHARD}"),
     "a record less": (
         cut_between_records,
-        rf"{SHARD} ends before record 2 \({ID}\): it has 2 of 3 records{REMAKE_SHARD}",
+        rf"{SHARD} ends before record 2 \({ID}\): it has 2 of 3 records{REWRITE_SHARD}",
     ),
     "an empty shard": (
         lambda d: (d / SHARD).write_bytes(b""),
-        rf"{SHARD} ends before record 0 \({ID}\): it has 0 of 3 records{REMAKE_SHARD}",
+        rf"{SHARD} ends before record 0 \({ID}\): it has 0 of 3 records{REWRITE_SHARD}",
     ),
-    "bytes at the end": (append, f"{SHARD} has 4 bytes after its 3 records{REMAKE_SHARD}"),
+    "bytes at the end": (append, f"{SHARD} has 4 bytes after its 3 records{REWRITE_SHARD}"),
     "no shard": (lambda d: (d / SHARD).unlink(), f"{SHARD} is missing; run .* only this shard"),
     "a rest": (
         lambda d: (d / f"{SHARD}.7.part").touch(),
-        f"{SHARD}.7.part is the rest of a run that was killed; delete it",
+        f"{SHARD}.7.part is a temporary file of a killed run; delete it",
     ),
     "a stray": (
         lambda d: (d / "tiny-train.tfrecord-00000-of-00009").touch(),
@@ -210,80 +214,82 @@ DAMAGE = {
     ),
     "a record of another name": (
         lambda d: rewrite(d, lambda content: content.replace(b".mp4", b".avi")),
-        rf"{SHARD} record 1 \({ID}\): id \d.avi where the index has {ID}{REMAKE_SHARD}",
+        rf"{SHARD} record 1 \({ID}\): id \d.avi where the index has {ID}{REWRITE_SHARD}",
     ),
     "no record": (
         lambda d: rewrite(d, lambda content: b"\xff" * len(content)),
-        rf"{SHARD} record 1 \({ID}\): it is not what `timesformer prepare` writes{REMAKE_SHARD}",
+        rf"{SHARD} record 1 \({ID}\): it has not the format that `timesformer prepare` writes"
+        rf"{REWRITE_SHARD}",
     ),
     "a frame that is no JPEG": (
         lambda d: rewrite(d, without_the_last_jpeg),
-        rf"{SHARD} record 1 \({ID}\): frame \d cannot be decoded{REMAKE_SHARD}",
+        rf"{SHARD} record 1 \({ID}\): frame \d cannot be decoded{REWRITE_SHARD}",
     ),
     "frames of another size": (
         lambda d: reindex(d, height=(0, 30)),
-        rf".* record 0 \({ID}\): frame 0 is of shape \(24, 32, 3\) where the index has"
-        rf" \(30, 32, 3\){REMAKE_SHARD}",
+        rf".* record 0 \({ID}\): frame 0 has shape \(24, 32, 3\) where the index has"
+        rf" \(30, 32, 3\){REWRITE_SHARD}",
     ),
     "another label in the index": (
         lambda d: reindex(d, label=(0, 2)),
-        rf".* record 0 \({ID}\): label [01] where the index has 2{REMAKE_SHARD}",
+        rf".* record 0 \({ID}\): label [01] where the index has 2{REWRITE_SHARD}",
     ),
     "other numbers in the index": (
         lambda d: reindex(d, num_frames=(0, 90), fps=(0, 12.5), stride=(0, 2), offset=(0, 5)),
         rf".* record 0 \({ID}\): offset 0 where the index has 5, num_frames \d+ where the index has"
         rf" 90, fps \d+.0 where the index has 12.5, stride 3 where the index has 2, stored frames"
-        rf" \d+ where the index has 45{REMAKE_SHARD}",
+        rf" \d+ where the index has 45{REWRITE_SHARD}",
     ),
     "a class that there is not": (
         lambda d: reindex(d, label=(0, 3)),
-        rf"the index of train has {ID} with label 3 of 3{REMAKE_INDEX}",
-        rf".* record 0 .* label [01] where the index has 3{REMAKE_SHARD}",
+        rf"the index of train has {ID} with label 3 of 3{REWRITE_INDEX}",
+        rf".* record 0 .* label [01] where the index has 3{REWRITE_SHARD}",
     ),
     "a cut index": (
         lambda d: os.truncate(d / "train.index.npz", 400),
-        rf"the index of train or the labels cannot be read \(.*\){REMAKE_INDEX}",
+        rf"the index of train or the labels cannot be read \(.*\){REWRITE_INDEX}",
     ),
     "no index": (
         lambda d: (d / "train.index.npz").unlink(),
-        f"the split train has no index, only its dataset_info.json{REMAKE_INDEX}",
+        f"the split train has no index, only its dataset_info.json{REWRITE_INDEX}",
     ),
     "no label map": (
         lambda d: (d / "labels.txt").unlink(),
-        rf"the index of train or the labels cannot be read \(.*labels.txt.*\){REMAKE_INDEX}",
-        rf"the index of validation or the labels cannot be read \(.*\){REMAKE_INDEX}",
+        rf"the index of train or the labels cannot be read \(.*labels.txt.*\){REWRITE_INDEX}",
+        rf"the index of validation or the labels cannot be read \(.*\){REWRITE_INDEX}",
     ),
     "another label map": (
         lambda d: (d / "labels.txt").write_text("a\nc\nunseen\n"),
-        f"TFDS has other label names than labels.txt{REMAKE_INDEX}",
+        f"TFDS has other label names than labels.txt{REWRITE_INDEX}",
     ),
     "a cut description": (
         lambda d: os.truncate(d / "dataset_info.json", 100),
-        rf"TFDS cannot open .* \(.*\){REMAKE_INDEX}",
+        rf"TFDS cannot open .* \(.*\){REWRITE_INDEX}",
     ),
     "another count": (
         lambda d: set_length(d, lambda train: train.update(shardLengths=["2", "2", "3"])),
-        f"dataset_info.json has 2 records in {SHARD} where the index has 3{REMAKE_INDEX}",
+        f"dataset_info.json has 2 records in {SHARD} where the index has 3{REWRITE_INDEX}",
     ),
     "fewer shards": (
         lambda d: set_length(d, lambda train: train.update(shardLengths=["3", "3"])),
-        f"dataset_info.json has 2 shards of train where the index has 3{REMAKE_INDEX}",
+        f"dataset_info.json has 2 shards of train where the index has 3{REWRITE_INDEX}",
     ),
     "other bytes": (
         lambda d: set_length(d, lambda train: train.update(numBytes="5")),
-        rf"dataset_info.json has 5 bytes of train where the shards have \d+{REMAKE_INDEX}",
+        rf"dataset_info.json has 5 bytes of train where the shards have \d+{REWRITE_INDEX}",
     ),
     "no manifest": (
         lambda d: (d / "manifests" / f"{SHARD}.json").unlink(),
-        rf"{SHARD} has no manifest that can be read \(.*\){REMAKE_SHARD}",
+        rf"{SHARD} has no readable manifest \(.*\){REWRITE_SHARD}",
     ),
     "a manifest of another size": (
         lambda d: edit_json(d / "manifests" / f"{SHARD}.json", lambda m: m.update(bytes=5)),
-        rf"{SHARD} has \d+ bytes where its manifest has 5{REMAKE_SHARD}",
+        rf"{SHARD} has \d+ bytes where its manifest has 5{REWRITE_SHARD}",
     ),
     "a manifest of fewer records": (
         lambda d: edit_json(d / "manifests" / f"{SHARD}.json", lambda m: m["records"].pop()),
-        rf"{SHARD} has other records than its manifest \(3, and 2 there\){REMAKE_SHARD}",
+        rf"{SHARD} has other records than its manifest \(3 records, and 2 in the manifest\)"
+        rf"{REWRITE_SHARD}",
     ),
 }
 
@@ -292,7 +298,7 @@ DAMAGE = {
 def test_damage_is_named_with_what_to_do(damaged, capsys, name):
     damage, *expected = DAMAGE[name]
     damage(damaged)
-    problems = problems_of(capsys, damaged, decode=1.0)
+    problems = problems_of(capsys, damaged, decode_fraction=1.0)
     assert len(problems) == len(expected), problems
     for problem, pattern in zip(problems, expected):
         assert re.fullmatch(pattern, problem)
@@ -300,20 +306,20 @@ def test_damage_is_named_with_what_to_do(damaged, capsys, name):
 
 def test_frames_are_decoded_of_the_share_asked_for(damaged):
     rewrite(damaged, without_the_last_jpeg)
-    check([damaged], decode=0.0)
+    check([damaged], decode_fraction=0.0)
     with pytest.raises(InputError, match="1 problem in"):
-        check([damaged], decode=1.0)
+        check([damaged], decode_fraction=1.0)
 
 
 @given(share=st.floats(0, 1), more=st.floats(0, 1))
 def test_a_larger_share_holds_the_smaller(share, more):
     share, more = sorted((share, more))
     ids = [f"{i}.mp4" for i in range(400)]
-    chosen = {clip for clip in ids if is_chosen(clip, share)}
-    assert chosen <= {clip for clip in ids if is_chosen(clip, more)}
+    chosen = {clip for clip in ids if is_decoded(clip, share)}
+    assert chosen <= {clip for clip in ids if is_decoded(clip, more)}
     assert abs(len(chosen) - 400 * share) <= 5 * 10  # 5 standard deviations, at most 10 each
-    assert not any(is_chosen(clip, 0.0) for clip in ids)
-    assert all(is_chosen(clip, 1.0) for clip in ids)
+    assert not any(is_decoded(clip, 0.0) for clip in ids)
+    assert all(is_decoded(clip, 1.0) for clip in ids)
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +342,7 @@ def test_any_flipped_bit_is_found_in_its_record(flippable, data):
         flip(flippable / SHARD, position, bit)
     assert len(problems) == 1
     where = f"{SHARD} record {record} ({ids[record]}) "
-    assert problems[0].startswith((f"{where}has a wrong checksum", f"{where}is cut short"))
+    assert problems[0].startswith((f"{where}has a wrong checksum", f"{where}is truncated"))
 
 
 def digests(directory):
@@ -385,10 +391,10 @@ def follow(problems, directory):
 
 def test_a_directory_prepared_in_part_is_one_line(damaged, tmp_path):
     (damaged / "dataset_info.json").unlink()
-    with pytest.raises(InputError, match=r"in part: 5 shards are done, .* run `timesformer"):
+    with pytest.raises(InputError, match=r"is incomplete: 5 shards are done, .* run `timesformer"):
         check([damaged])
     (tmp_path / "dataset_info.json").touch()
-    with pytest.raises(InputError, match="was not made by `timesformer prepare`"):
+    with pytest.raises(InputError, match="was not written by `timesformer prepare`"):
         check([tmp_path])
 
 
@@ -416,7 +422,7 @@ def test_many_classes_are_shown_by_their_ends(prepared, tmp_path, capsys):
         label_names=(*counts, "unseen"),
         label=np.array([[*counts].index(label) for label in labels]),
     )
-    lines = histogram(many).splitlines()
+    lines = class_histogram(many).splitlines()
     assert lines[:2] == ["train: 60 of 61 classes have clips", "  no clip of: unseen"]
     assert [line.split(maxsplit=1) for line in lines[2:7]] == [
         ["30", "class 58"], ["30", "class 59"], ["29", "class 56"], ["29", "class 57"],
@@ -447,7 +453,10 @@ def test_on_a_bucket_from_the_command_line(prepared, gcs, timesformer, monkeypat
         ({}, "give prepared directories to check, or the folder of --videos"),
         ({"directories": ["a"], "videos": "b"}, "give prepared directories to check, or"),
         ({"directories": ["a"], "output": "b.csv"}, "go with --videos only"),
-        ({"directories": ["a"], "decode": 1.5}, "decode is 1.5; give the share"),
+        (
+            {"directories": ["a"], "decode_fraction": 1.5},
+            "decode_fraction is 1.5; give the fraction",
+        ),
         ({"directories": ["a"], "workers": -1}, "workers is -1; give 1 or more"),
         ({"videos": "/nowhere"}, "there is no folder /nowhere"),
         ({"directories": ["/nowhere"]}, "there is no folder /nowhere"),
@@ -467,7 +476,7 @@ def test_videos_are_as_preparing_finds_them(source_of_all_kinds, tmp_path, capsy
     capsys.readouterr()
     listed = {"annotations": source / "clips.csv", "labels": source / "labels.txt"}
     with pytest.raises(InputError, match=f"6 problems in {source}"):
-        check(videos=source, **listed, decode=1.0, workers=2, output=tmp_path / "bad.csv")
+        check(videos=source, **listed, decode_fraction=1.0, workers=2, output=tmp_path / "bad.csv")
     assert (tmp_path / "bad.csv").read_text() == (tmp_path / "prepared/failures.csv").read_text()
 
     lines = capsys.readouterr().out.splitlines()
@@ -493,7 +502,7 @@ def test_videos_are_as_preparing_finds_them(source_of_all_kinds, tmp_path, capsy
 
 
 def test_an_output_that_cannot_be_written_is_told_first(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("timesformer_jax.data.check.videos.examine_all", None)
+    monkeypatch.setattr("timesformer_jax.data.check.videos.check_clips", None)
     arguments = {"annotations": source / "clips.csv", "labels": source / "labels.txt"}
     with pytest.raises(InputError, match=r"cannot write .*bad.csv"):
         check(videos=source, **arguments, output=tmp_path / "nowhere" / "bad.csv")
@@ -528,7 +537,7 @@ def test_a_video_that_crashes_the_decoder(source_of_all_kinds, tmp_path, monkeyp
     names = ["0.mp4", "noise.mp4", "text.mp4"]
     clips = [Clip(name, "a", None, None, "train") for name in names]
     clips[1:1] = [crashing.Crashing("0.mp4", "a", None, None, "train", name="bad")]
-    found = examine_all(str(source_of_all_kinds), clips, share=0.0, processes=1)
+    found = check_clips(str(source_of_all_kinds), clips, decode_fraction=0.0, processes=1)
     reasons = {clip: of_clip.reason for clip, of_clip in found.items()}
     assert reasons.pop("bad") == "the decoder crashes: SIGSEGV"
     assert [name for name in names if reasons[name]] == ["text.mp4"]

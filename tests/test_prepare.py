@@ -264,9 +264,9 @@ def test_a_full_disk_in_a_shard(source, tmp_path):
     shard = shards.Shard(os.fspath(tmp_path / "shard"), "train", (clip,))
     temporary = tmp_path / f"shard.{os.getpid()}.part"
     temporary.symlink_to("/dev/full")
-    options = shards.Options("tiny", 24, 90, 1, None, None, 3)
+    options = shards.ShardOptions("tiny", 24, 90, 1, None, None, 3)
     with pytest.raises(OSError, match="No space left") as error:
-        shards.write(shard, os.fspath(source), ("a",), options)
+        shards.write_shard(shard, os.fspath(source), ("a",), options)
     assert error.value.errno == errno.ENOSPC
     assert not (tmp_path / "shard").exists()
     assert not os.path.lexists(temporary)
@@ -359,7 +359,7 @@ def test_a_clip_that_crashes_the_decoder_is_left_out(source, prepared, tmp_path,
     assert len(crashed) == 1
     assert failures[next(iter(crashed))] == "the decoder crashes: SIGSEGV"
     assert sum(summary.clips.values()) == sum(SPLITS.values()) - len(crashed - bad(prepared))
-    assert "crashed the decoder (SIGSEGV); going on without it" in capsys.readouterr().err
+    assert "crashed a worker process (SIGSEGV); continuing without it" in capsys.readouterr().err
 
 
 def bad(prepared):
@@ -500,7 +500,7 @@ def test_an_output_of_other_clips_is_refused(source, prepared, tmp_path):
 
 def test_another_data_set_is_not_written_over(source, tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(InputError, match="not made here"):
+    with pytest.raises(InputError, match="did not write"):
         prepare(**arguments(source, tmp_path))
 
 

@@ -1,47 +1,213 @@
-"""A pool of processes that ends with its parent, and says which of them crashed."""
+"""Worker processes that end with their parent, and tasks that survive the crash of a worker."""
 
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from timesformer_jax.errors import InputError
 
-# TensorFlow does not survive a fork, and some decoders do not either.
-CONTEXT = multiprocessing.get_context("spawn")
+# TensorFlow does not survive a fork, and neither do some decoders.
+SPAWN = multiprocessing.get_context("spawn")
 
-# How a process ends that its own code killed; SIGKILL comes from outside.
-CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+# Signals that end a process because of its own code. SIGKILL comes from outside.
+CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+
+# Seconds between two updates of the progress.
+POLL_SECONDS = 0.2
 
 
 class WorkerCrash(Exception):
-    """Worker processes ended themselves. crashed: the signal's name, by process id."""
+    """Worker processes crashed. signals: the signal's name, by process id."""
 
-    def __init__(self, crashed: dict[int, str]):
-        super().__init__(crashed)
-        self.crashed = crashed
+    def __init__(self, signals: dict[int, str]):
+        super().__init__(signals)
+        self.signals = signals
+
+
+@contextmanager
+def worker_pool(processes: int, reports=None) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes that are terminated if anything goes wrong.
+
+    Args:
+      processes: how many.
+      reports: a SimpleQueue of SPAWN that receives what workers pass to `report_progress`; None:
+        reports are dropped.
+
+    Raises:
+      WorkerCrash: a worker crashed, for example by a segmentation fault.
+      InputError: a worker was killed.
+    """
+    pool = _Pool(processes, initializer=_start_worker, initargs=(reports,))
+    try:
+        yield pool
+        pool.shutdown()
+    except BrokenProcessPool as error:
+        pool.terminate()
+        names = {-number: number.name for number in CRASH_SIGNALS}
+        exit_codes = {process.pid: process.exitcode for process in pool.started}
+        if signals := {pid: names[code] for pid, code in exit_codes.items() if code in names}:
+            raise WorkerCrash(signals) from error
+        raise InputError(
+            "a worker process was killed (out of memory?); run the same command again, with"
+            " fewer workers if it recurs: finished shards are kept"
+        ) from error
+    except BaseException:
+        pool.terminate()
+        raise
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    tasks: Mapping[str, tuple],
+    processes: int,
+    on_progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Runs tasks in worker processes. A crash costs one item of a task, not the run.
+
+    A task handles its items one by one, and calls `report_progress` before each and after the
+    last. If a worker crashes, the item that it reported last is noted, and all unfinished tasks
+    run again; they must skip the noted items.
+
+    Args:
+      function: called as function(*arguments, crashed) in a worker. crashed: {item: name of the
+        signal} of the items to skip.
+      tasks: the arguments of each task, by its name.
+      processes: at most.
+      on_progress: called with the numbers of finished items and of failed ones among them, in all
+        tasks. What it raises ends the run.
+
+    Returns:
+      What the function returned for each task, by the task's name.
+
+    Raises:
+      InputError: a worker was killed, or crashed while it handled no item.
+    """
+    results, crashed, log = {}, {}, _ProgressLog()
+    while len(results) < len(tasks):
+        remaining = [name for name in tasks if name not in results]
+        reports = SPAWN.SimpleQueue()
+        try:
+            with worker_pool(min(processes, len(remaining)), reports) as pool:
+                futures = {pool.submit(function, *tasks[name], crashed): name for name in remaining}
+                while futures:
+                    done, _ = wait(futures, POLL_SECONDS, return_when=FIRST_COMPLETED)
+                    log.receive(reports)
+                    on_progress(log.finished, log.failed)
+                    for future in done:
+                        results[futures.pop(future)] = future.result()
+        except WorkerCrash as crash:
+            log.receive(reports)
+            for process, how in crash.signals.items():
+                item = log.current_item(process)
+                crashed[item] = how
+                message = f"{item} crashed a worker process ({how}); continuing without it"
+                tqdm.write(message, sys.stderr)
+            log.forget_processes()
+    return results
+
+
+class _Report(NamedTuple):
+    """What a worker does: see `report_progress`."""
+
+    process: int
+    task: str
+    item: str | None
+    finished: int
+    failed: int
+
+
+class _ProgressLog:
+    """The last report of each worker and of each task."""
+
+    def __init__(self):
+        self._by_process: dict[int, _Report] = {}
+        self._by_task: dict[str, _Report] = {}
+
+    def receive(self, reports) -> None:
+        """Takes all reports that are in the queue."""
+        while not reports.empty():
+            report = reports.get()
+            self._by_process[report.process] = self._by_task[report.task] = report
+
+    def forget_processes(self) -> None:
+        """For a new pool, whose processes may get ids of the old one's."""
+        self._by_process.clear()
+
+    @property
+    def finished(self) -> int:
+        return sum(report.finished for report in self._by_task.values())
+
+    @property
+    def failed(self) -> int:
+        return sum(report.failed for report in self._by_task.values())
+
+    def current_item(self, process: int) -> str:
+        report = self._by_process.get(process)
+        if report is None or report.item is None:
+            raise InputError(
+                "a worker crashed while it handled no clip; run the same command again"
+            )
+        return report.item
+
+
+# ---- in a worker --------------------------------------------------------------------------------
+
+_reports = None
+
+
+def report_progress(task: str, item: str | None, finished: int, failed: int = 0) -> None:
+    """Reports to the parent process what this worker does.
+
+    Args:
+      task: name of the task.
+      item: the item that comes next; None after the last one.
+      finished: items of the task that are finished.
+      failed: how many of the finished ones failed.
+    """
+    if _reports is not None:
+        _reports.put(_Report(os.getpid(), task, item, finished, failed))
+
+
+def _start_worker(reports) -> None:
+    global _reports
+    _reports = reports
+    # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Workers use TensorFlow to write files only, and it must not reserve the accelerator's memory.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Waits for the end of the parent: a parent killed with SIGKILL cannot end its workers."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 class _Pool(ProcessPoolExecutor):
-    """An executor that remembers its processes, so that their exit codes can be asked for."""
+    """An executor that keeps its processes, so that their exit codes can be read."""
 
-    def __init__(self, workers: int, **options: Any):
+    def __init__(self, processes: int, **options: Any):
         self._others = set(multiprocessing.active_children())
         self.started = set()
-        super().__init__(workers, mp_context=CONTEXT, **options)
+        super().__init__(processes, mp_context=SPAWN, **options)
 
     def submit(self, *arguments: Any, **options: Any) -> Future:
         future = super().submit(*arguments, **options)
         self.started |= set(multiprocessing.active_children()) - self._others
         return future
 
-    def end(self) -> None:
+    def terminate(self) -> None:
         for process in self.started:
             process.terminate()
         self.shutdown(cancel_futures=True)
@@ -49,64 +215,8 @@ class _Pool(ProcessPoolExecutor):
             process.join()
 
 
-@contextmanager
-def worker_pool(workers: int, events=None) -> Iterator[ProcessPoolExecutor]:
-    """A pool that is gone as soon as anything goes wrong: what is half done is done again.
-
-    Args:
-      workers: processes.
-      events: a SimpleQueue of CONTEXT that gets what the workers `tell`; None: nobody listens.
-
-    Raises:
-      WorkerCrash: a worker ended itself, by a segmentation fault, say.
-      InputError: a worker was killed.
-    """
-    pool = _Pool(workers, initializer=_start_worker, initargs=(events,))
-    try:
-        yield pool
-        pool.shutdown()
-    except BrokenProcessPool as error:
-        pool.end()
-        names = {-number: number.name for number in CRASHES}
-        ends = {process.pid: process.exitcode for process in pool.started}
-        if crashed := {pid: names[code] for pid, code in ends.items() if code in names}:
-            raise WorkerCrash(crashed) from error
-        raise InputError(
-            "a worker process was killed (out of memory?); run the same command again, with"
-            " fewer workers if it recurs: finished shards are kept"
-        ) from error
-    except BaseException:
-        pool.end()
-        raise
-
-
-_events = None
-
-
-def tell(*event: Any) -> None:
-    """Tells the parent, with this process's id, if it listens."""
-    if _events is not None:
-        _events.put((os.getpid(), *event))
-
-
-def _start_worker(events) -> None:
-    global _events
-    _events = events
-    # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # TensorFlow is here to write files; it would take the accelerator's memory all the same.
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent killed with -9 cannot tell its workers, who would go on writing."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
 def available_cores() -> int:
-    """How many processors this process may use."""
+    """The number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 
 from timesformer_jax.data.records import wire
-from timesformer_jax.workers import CONTEXT, available_cores
+from timesformer_jax.workers import SPAWN, available_cores
 
 
 class Clip(NamedTuple):
@@ -40,7 +40,7 @@ def batches(plans: Iterator[Sequence[Clip]], crop: int) -> Iterator[None]:
       crop: side of the clips in pixels.
     """
     waiting = collections.deque()
-    with ProcessPoolExecutor(available_cores(), mp_context=CONTEXT) as pool:
+    with ProcessPoolExecutor(available_cores(), mp_context=SPAWN) as pool:
         for plan in plans:
             waiting.append(pool.submit(_discard, plan, crop))
             if len(waiting) > 2 * available_cores():

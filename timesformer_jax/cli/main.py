@@ -144,7 +144,7 @@ COMMANDS = {
             _string("annotations", None, "of the videos, as prepare takes them"),
             _string("dataset", None, "of the videos, as prepare takes it"),
             _string("labels", None, "of the videos, as prepare takes them"),
-            _fraction("decode", 0.05, "share of the clips whose frames are decoded too"),
+            _fraction("decode_fraction", 0.05, "of the clips, whose frames are decoded too"),
             _integer("workers", 0, "threads, or for videos processes; 0 for one a core"),
             _string("output", None, "csv file for the videos that cannot be used, and why"),
         ),

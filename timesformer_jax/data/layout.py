@@ -1,4 +1,4 @@
-"""What the files of a prepared directory are called, and the columns of its indices."""
+"""The file names of a prepared directory, and the columns of its indices."""
 
 import os
 
@@ -12,10 +12,7 @@ FAILURES_FILE = "failures.csv"
 UNLISTED_FILE = "unlisted.txt"
 MANIFESTS = "manifests"
 
-# The reason in failures.csv of a video file that is not there.
-MISSING = "missing file"
-
-# The columns of an index, beside `id`.
+# The columns of an index, except `id`.
 INDEX_DTYPES = {
     "shard": np.int32,
     "offset": np.int64,

@@ -8,7 +8,7 @@ from timesformer_jax.data.annotations.clips import (
     SPLIT_NAMES,
     Clip,
     assign_splits,
-    hash_of,
+    clip_hash,
     label_names,
 )
 from timesformer_jax.data.annotations.datasets import DATASETS, Dataset, published_dataset, read
@@ -24,7 +24,7 @@ __all__ = [
     "Dataset",
     "Listing",
     "assign_splits",
-    "hash_of",
+    "clip_hash",
     "label_names",
     "published_dataset",
     "read",

@@ -28,8 +28,8 @@ class Clip:
       with forward slashes.
     start, end: seconds from the beginning of the video, [start, end); None: no bound.
     split: `train`, `validation` or `test`; empty until `read` has assigned one.
-    frames: [first, last) frames of the video, counted from 0; None: all. Of a folder of frames,
-      (0, how many images it must hold); None where nothing says how many.
+    frame_range: [first, last) frames of the video, counted from 0; None: all. For a folder of
+      images, (0, the number it must hold); None if that number is unknown.
     name: the id, where the publisher of the data set has one.
     """
 
@@ -38,7 +38,7 @@ class Clip:
     start: float | None
     end: float | None
     split: str
-    frames: tuple[int, int] | None = None
+    frame_range: tuple[int, int] | None = None
     name: str = ""
 
     @property
@@ -49,8 +49,8 @@ class Clip:
         trimmed = self.path
         if self.start is not None or self.end is not None:
             trimmed += f"#{_seconds(self.start)}-{_seconds(self.end)}"
-        if self.frames is not None:
-            trimmed += "#f{}-{}".format(*self.frames)
+        if self.frame_range is not None:
+            trimmed += "#f{}-{}".format(*self.frame_range)
         return trimmed
 
 
@@ -58,7 +58,7 @@ class Clip:
 Row = tuple[str, Clip]
 
 
-class Found(NamedTuple):
+class ParsedAnnotations(NamedTuple):
     """What the reader of a data set found.
 
     rows: of every clip with a label. labels: names in class order, where the publisher gives one.
@@ -117,7 +117,7 @@ def assign_splits(clips: Sequence[Clip], validation_fraction: float) -> list[Cli
         share = round(validation_fraction * len(ids))
         if validation_fraction > 0:
             share = min(max(share, 1), len(ids) - 1)
-        validation.update(sorted(ids, key=hash_of)[:share])
+        validation.update(sorted(ids, key=clip_hash)[:share])
     return [
         clip
         if clip.split
@@ -126,7 +126,7 @@ def assign_splits(clips: Sequence[Clip], validation_fraction: float) -> list[Cli
     ]
 
 
-def hash_of(clip_id: str) -> bytes:
+def clip_hash(clip_id: str) -> bytes:
     """An order for clips that is the same everywhere and has nothing to do with their names."""
     return hashlib.sha256(clip_id.encode()).digest()
 

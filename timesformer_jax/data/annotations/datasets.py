@@ -11,14 +11,20 @@ from timesformer_jax.data.annotations import (
     something_v2,
     ucf_hmdb,
 )
-from timesformer_jax.data.annotations.clips import Clip, Found, Row, assign_splits, label_names
+from timesformer_jax.data.annotations.clips import (
+    Clip,
+    ParsedAnnotations,
+    Row,
+    assign_splits,
+    label_names,
+)
 from timesformer_jax.data.annotations.files import AnnotationFiles, Location, annotation_files
 from timesformer_jax.data.annotations.listing import Listing
 from timesformer_jax.data.annotations.videos import VideoFolder, walk
 from timesformer_jax.errors import InputError, did_you_mean
 
 # From the folder of videos, the annotations and the label names given, if any.
-Reader = Callable[[VideoFolder, AnnotationFiles, Sequence[str] | None], Found]
+Reader = Callable[[VideoFolder, AnnotationFiles, Sequence[str] | None], ParsedAnnotations]
 
 
 class Dataset(NamedTuple):
@@ -156,7 +162,7 @@ def published_dataset(name: str | None) -> Dataset | None:
     return DATASETS[name]
 
 
-def _found(dataset, known, folder, files, labels) -> Found:
+def _found(dataset, known, folder, files, labels) -> ParsedAnnotations:
     if known is None:
         return own.read_folders(folder) if files is None else own.read_csv(files)
     if files is None:
@@ -167,7 +173,7 @@ def _found(dataset, known, folder, files, labels) -> Found:
     return found
 
 
-def _counts(found: Found, known: Dataset | None) -> Mapping[str, int]:
+def _counts(found: ParsedAnnotations, known: Dataset | None) -> Mapping[str, int]:
     if found.published is not None:
         return found.published
     return known.published if known else {}

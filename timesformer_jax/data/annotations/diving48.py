@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from timesformer_jax.data.annotations.clips import Clip, Found, name_classes
+from timesformer_jax.data.annotations.clips import Clip, ParsedAnnotations, name_classes
 from timesformer_jax.data.annotations.files import AnnotationFiles, field, integer, read_json
 from timesformer_jax.data.annotations.videos import VideoFolder
 from timesformer_jax.errors import InputError
 
 
-def read(folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None) -> Found:
+def read(
+    folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None
+) -> ParsedAnnotations:
     """Reads Diving48_V2_{train,test}.json, or where they are not there the lists of version 1.
 
     The classes are named by `labels`, by Diving48_vocab.json (the four parts of a dive, joined) or
@@ -35,7 +37,7 @@ def read(folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str
             rows.append((where, Clip(file, str(label), None, None, split, (first, last), name)))
     if not rows:
         raise annotations.lacks(*_list_names("train"), *_list_names("test"))
-    return Found(*name_classes(rows, labels))
+    return ParsedAnnotations(*name_classes(rows, labels))
 
 
 def _list_names(split: str) -> tuple[str, ...]:

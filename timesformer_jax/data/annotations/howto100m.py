@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from timesformer_jax.data.annotations.clips import Clip, Found, hash_of
+from timesformer_jax.data.annotations.clips import Clip, ParsedAnnotations, clip_hash
 from timesformer_jax.data.annotations.files import (
     AnnotationFiles,
     full_lines,
@@ -26,7 +26,9 @@ _COLUMNS = ("video_id", "rank", "task_id")
 _SAYS = "give the publisher's HowTo100M_v1.csv"
 
 
-def read(folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None) -> Found:
+def read(
+    folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None
+) -> ParsedAnnotations:
     """Reads HowTo100M_v1.csv, and where they are there task_ids.csv (names) and split.csv.
 
     A video that was found for several tasks is of the one that ranks it best. split.csv (video_id,
@@ -53,7 +55,7 @@ def read(folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str
         where, task = tasks[name]
         file = folder.find(name) or f"{name}.mp4"
         rows.append((where, Clip(file, names[task], None, None, split, name=name)))
-    return Found(rows, notes=notes)
+    return ParsedAnnotations(rows, notes=notes)
 
 
 def _best_tasks(path: epath.Path) -> dict[str, tuple[str, int]]:
@@ -100,5 +102,5 @@ def _splits(path: epath.Path | None, tasks: dict) -> dict[str, str] | None:
 
 
 def _split(name: str) -> str:
-    draw = int.from_bytes(hash_of(name)[:8]) % (TRAIN_SHARE + TEST_SHARE)
+    draw = int.from_bytes(clip_hash(name)[:8]) % (TRAIN_SHARE + TEST_SHARE)
     return "test" if draw < TEST_SHARE else "train"

@@ -10,7 +10,13 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from timesformer_jax.data.annotations.clips import SPLIT_NAMES, Clip, Found, Row, name_classes
+from timesformer_jax.data.annotations.clips import (
+    SPLIT_NAMES,
+    Clip,
+    ParsedAnnotations,
+    Row,
+    name_classes,
+)
 from timesformer_jax.data.annotations.files import (
     AnnotationFiles,
     csv_rows,
@@ -34,7 +40,9 @@ _PATH_AND_LABEL = re.compile(
 )
 
 
-def read(folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None) -> Found:
+def read(
+    folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None
+) -> ParsedAnnotations:
     """Reads train.csv, val.csv (validate.csv) and test.csv, those that are there.
 
     Either with the header label, youtube_id, time_start, time_end[, split], or without a header a
@@ -52,8 +60,8 @@ def read(folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str
                 raise InputError(f"{where} has no label; add it or remove the line")
     notes = (f"test clips without a label, left out: {held_out:,}",) if held_out else ()
     if not all(clip.label.isdecimal() for _, clip in rows):
-        return Found(rows, None, notes)
-    return Found(*name_classes(rows, labels), notes)
+        return ParsedAnnotations(rows, None, notes)
+    return ParsedAnnotations(*name_classes(rows, labels), notes)
 
 
 def _split_files(annotations: AnnotationFiles) -> list[epath.Path]:

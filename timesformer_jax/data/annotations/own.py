@@ -3,13 +3,13 @@
 import posixpath
 from collections import defaultdict
 
-from timesformer_jax.data.annotations.clips import SPLIT_NAMES, Clip, Found
+from timesformer_jax.data.annotations.clips import SPLIT_NAMES, Clip, ParsedAnnotations
 from timesformer_jax.data.annotations.files import AnnotationFiles, named_split, seconds, table
 from timesformer_jax.data.annotations.videos import VideoFolder
 from timesformer_jax.errors import InputError
 
 
-def read_folders(folder: VideoFolder) -> Found:
+def read_folders(folder: VideoFolder) -> ParsedAnnotations:
     """Reads `label/x.mp4`, or `{train,validation,test}/label/x.mp4`, from where videos lie."""
     if not folder.videos:
         raise InputError(f"{folder.root} holds no video file; give a folder with a folder a class")
@@ -25,10 +25,10 @@ def read_folders(folder: VideoFolder) -> Found:
         for path in folder.videos:
             split, label = path.split("/")[:2]
             clips.append(_folder_clip(path, label, SPLIT_NAMES[split.lower()]))
-    return Found([(clip.path, clip) for clip in clips])
+    return ParsedAnnotations([(clip.path, clip) for clip in clips])
 
 
-def read_csv(annotations: AnnotationFiles) -> Found:
+def read_csv(annotations: AnnotationFiles) -> ParsedAnnotations:
     """Reads a csv with a header and the columns path, label[, start, end (seconds)][, split]."""
     if len(annotations.given) != 1:
         raise InputError(
@@ -40,7 +40,7 @@ def read_csv(annotations: AnnotationFiles) -> Found:
     rows = [(where, _csv_clip(where, row)) for where, row in table(path, ("path", "label"), says)]
     if not rows:
         raise InputError(f"{path} lists no clip below its header; add a row a clip")
-    return Found(rows)
+    return ParsedAnnotations(rows)
 
 
 def _folder_clip(path: str, label: str, split: str) -> Clip:

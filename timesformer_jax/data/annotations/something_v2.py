@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
 
-from timesformer_jax.data.annotations.clips import Clip, Found
+from timesformer_jax.data.annotations.clips import Clip, ParsedAnnotations
 from timesformer_jax.data.annotations.files import (
     AnnotationFiles,
     csv_rows,
@@ -22,7 +22,9 @@ from timesformer_jax.errors import InputError
 _FRAME_LIST = ["original_vido_id", "video_id", "frame_id", "path", "labels"]
 
 
-def read(folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None) -> Found:
+def read(
+    folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None
+) -> ParsedAnnotations:
     """Reads labels.json and {train,validation,test}.json, also by their names at publication.
 
     A video is `ID.webm`, or any other video named so. Where the folder holds frames as images
@@ -50,7 +52,7 @@ def read(folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str
                 raise InputError(f"{where}: '{label}' is not in the labels file; check both files")
             file, frames = locate(name)
             rows.append((where, Clip(file, label, None, None, split, frames, name)))
-    return Found(rows, names, notes)
+    return ParsedAnnotations(rows, names, notes)
 
 
 def _json_names(what: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from timesformer_jax.data.annotations.clips import Clip, Found
+from timesformer_jax.data.annotations.clips import Clip, ParsedAnnotations
 from timesformer_jax.data.annotations.files import AnnotationFiles, full_lines, integer
 from timesformer_jax.data.annotations.videos import VideoFolder, stem
 from timesformer_jax.errors import InputError
@@ -14,7 +14,7 @@ from timesformer_jax.errors import InputError
 
 def read_ucf101(
     folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None
-) -> Found:
+) -> ParsedAnnotations:
     """Reads classInd.txt, trainlist01.txt and testlist01.txt.
 
     Split 02 or 03 is chosen by giving one of its files instead of the folder.
@@ -37,12 +37,12 @@ def read_ucf101(
             file = videos.get(name.lower(), listed)
             rows.append((where, Clip(file, label, None, None, split, name=name)))
     # What is published is of split 01.
-    return Found(rows, names, published=None if number == "01" else {})
+    return ParsedAnnotations(rows, names, published=None if number == "01" else {})
 
 
 def read_hmdb51(
     folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None
-) -> Found:
+) -> ParsedAnnotations:
     """Reads LABEL_test_split1.txt of every label: 1 is for training, 2 for testing, 0 for neither.
 
     Split 2 or 3 is chosen by giving one of its files instead of the folder.
@@ -70,7 +70,7 @@ def read_hmdb51(
             file = _in_class(folder, stem(listed), label, lists) or f"{label}/{listed}"
             rows.append((where, Clip(file, label, None, None, splits[part], name=name)))
     notes = (f"videos in neither part of split {number}: {neither:,}",) if neither else ()
-    return Found(rows, notes=notes)
+    return ParsedAnnotations(rows, notes=notes)
 
 
 def _number(annotations: AnnotationFiles, pattern: str, default: str) -> str:

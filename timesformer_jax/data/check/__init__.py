@@ -1,1 +1,1 @@
-"""Checks of raw videos and of prepared data sets."""
+"""Checks of videos and of prepared directories."""

@@ -1,17 +1,17 @@
-"""Checks data before they are trained on: prepared directories, or raw videos before that.
+"""Checks data before training: prepared directories, or videos before they are prepared.
 
-What is wrong is listed, a line each; nothing is changed.
+Every problem is printed as one line; no file is changed.
 """
 
 import os
 from collections.abc import Sequence
 
-from timesformer_jax.data.annotations import hash_of
-from timesformer_jax.data.prepare.shards import import_records
+from timesformer_jax.data.check.videos import check_videos
+from timesformer_jax.data.records.quiet_import import import_prepared
 from timesformer_jax.errors import InputError
 
-# Problems shown of each source, the first; their number is always said.
-MOST_LINES = 200
+# Problems printed of each source; their total number is always printed.
+MAX_LINES = 200
 
 
 def check(
@@ -20,30 +20,33 @@ def check(
     annotations: str | os.PathLike | None = None,
     dataset: str | None = None,
     labels: str | os.PathLike | None = None,
-    decode: float = 0.05,
+    decode_fraction: float = 0.05,
     workers: int = 0,
     output: str | os.PathLike | None = None,
 ) -> None:
-    """Prints what prepared directories hold, or raw videos are, and what is wrong with them.
+    """Prints the content of prepared directories or the properties of videos, and all problems.
 
-    Of a prepared directory every record is read with its checksums and compared with the index,
-    and the counts with TFDS's description and with what `prepare` noted of each shard. Of raw
-    videos the packets of every clip are read. All paths may be on gs://.
+    In a prepared directory every record is read, its checksums are verified, and it is compared
+    with the index; the counts are compared with TFDS's description and with the manifest of each
+    shard. Of videos the packets of every clip are read. All paths may be on gs://.
 
     Args:
       directories: prepared ones; none if `videos` is given.
       videos: the folder that holds the video files.
-      annotations, dataset, labels: of the videos, as `prepare.prepare` takes them.
-      decode: share of the clips whose frames are decoded; which ones follows from their ids.
-      workers: threads, or for videos processes; 0: as many as there are processors.
-      output: a csv for the videos that cannot be used, of the columns of failures.csv.
+      annotations, dataset, labels: of the videos; see `prepare.prepare`.
+      decode_fraction: fraction of the clips whose frames are decoded. Which ones follows from
+        their ids.
+      workers: threads, or for videos processes; 0: one for each processor.
+      output: a csv for the videos that cannot be used, with the columns of failures.csv.
 
     Raises:
-      InputError: nothing to check, or what cannot be; and, after all is printed, that there are
+      InputError: the arguments cannot be used, or, after everything is printed, there are
         problems.
     """
-    if not 0 <= decode <= 1:
-        raise InputError(f"decode is {decode}; give the share of the clips, from 0 to 1")
+    if not 0 <= decode_fraction <= 1:
+        raise InputError(
+            f"decode_fraction is {decode_fraction}; give the fraction of the clips, from 0 to 1"
+        )
     if workers < 0:
         raise InputError(f"workers is {workers}; give 1 or more, or 0 for all processors")
     if bool(directories) == bool(videos):
@@ -51,39 +54,27 @@ def check(
     if not videos and (annotations or dataset or labels or output):
         raise InputError("annotations, dataset, labels and output go with --videos only")
     if videos:
-        from timesformer_jax.data.check.videos import check_videos
-
-        found = check_videos(videos, annotations, dataset, labels, decode, workers, output)
-        bad = [_print(videos, *found)]
+        result = check_videos(
+            videos, annotations, dataset, labels, decode_fraction, workers, output
+        )
+        counts = [_print(videos, *result)]
     else:
-        import_records()  # TensorFlow, which raw videos are checked without
+        import_prepared()  # TensorFlow, which the check of videos does not need
         from timesformer_jax.data.check.prepared import check_prepared
 
-        bad = [_print(path, *check_prepared(path, decode, workers)) for path in directories]
-    if any(bad):
-        raise InputError(", ".join(filter(None, bad)))
+        counts = [
+            _print(path, *check_prepared(path, decode_fraction, workers)) for path in directories
+        ]
+    if any(counts):
+        raise InputError(", ".join(filter(None, counts)))
 
 
 def _print(source: str | os.PathLike, summary: str, problems: Sequence[str]) -> str:
-    """Prints what was found; returns how much of it is wrong, empty for nothing."""
+    """Prints the result of a check; returns the number of problems as text, empty for none."""
     print(summary)
-    print("\n".join(problems[:MOST_LINES]) or "no problems")
-    if len(problems) > MOST_LINES:
-        print(f"... and {len(problems) - MOST_LINES} more")
+    print("\n".join(problems[:MAX_LINES]) or "no problems")
+    if len(problems) > MAX_LINES:
+        print(f"... and {len(problems) - MAX_LINES} more")
     if not problems:
         return ""
     return f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}"
-
-
-def is_chosen(clip: str, share: float) -> bool:
-    """Whether a clip, by its id, is of the share that is decoded: the same on every machine."""
-    return int.from_bytes(hash_of(clip)[:8]) < share * 2**64
-
-
-def table(rows: Sequence[Sequence[object]]) -> str:
-    """Lines of columns, the first aligned left, the others right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
-    )

@@ -1,10 +1,9 @@
 """Checks a prepared directory: every byte of its shards, and each file against the others.
 
-`prepare` takes a shard for done if it has the size that its manifest says. So what this finds
-damaged is to be deleted; `prepare` then makes that shard again, and the descriptions of all.
+`prepare` considers a shard done if its size equals the one in its manifest. So a damaged shard must
+be deleted; `prepare` then writes it again, together with the files that describe all shards.
 """
 
-import csv
 import json
 import os
 import re
@@ -21,9 +20,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
-from timesformer_jax.data.check.check import is_chosen, table
+from timesformer_jax.data.check.prepared_summary import summarize
+from timesformer_jax.data.check.report import is_decoded
 from timesformer_jax.data.layout import (
-    FAILURES_FILE,
     INDEX_DTYPES,
     INFO_FILE,
     LABELS_FILE,
@@ -37,84 +36,81 @@ from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 from timesformer_jax.workers import available_cores
 
-AGAIN = "run `timesformer prepare` again with the arguments it had"
-REMAKE_SHARD = f"delete it and {AGAIN}: it makes only this shard anew"
-REMAKE_INDEX = f"delete {INFO_FILE} and {AGAIN}: it writes what describes the shards, and no shard"
-
-# A label histogram of more classes is shown by its ends.
-MOST_CLASSES = 50
-ENDS = 5
+RUN_AGAIN = "run `timesformer prepare` again with the arguments it had"
+REWRITE_SHARD = f"delete it and {RUN_AGAIN}: it writes only this shard again"
+REWRITE_INDEX = f"delete {INFO_FILE} and {RUN_AGAIN}: it writes the indices again, and no shard"
 
 READ_AHEAD_BYTES = 8 << 20
 
-# What reading a file that is not there, not allowed or not what it should be raises.
+# Errors of reading a file that is missing, not readable or of another format.
 UNREADABLE = (OSError, EOFError, KeyError, ValueError, BadZipFile, tf.errors.OpError)
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """A shard as its split's index has it.
+class IndexedShard:
+    """A shard as the index of its split describes it.
 
-    path: of the file. manifest: of what `prepare` noted of it; None if there are no manifests.
-    rows: of its records, in order: `id` and the columns of INDEX_DTYPES.
+    path: the file. manifest_path: None if the directory has no manifests. rows: of its records in
+    order, with `id` and the columns of INDEX_DTYPES.
     """
 
     path: epath.Path
-    manifest: epath.Path | None
+    manifest_path: epath.Path | None
     rows: Sequence[Mapping]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What there is of a shard. num_bytes: its size, 0 if it is missing."""
+class ShardResult:
+    """What was found of a shard. num_bytes: its size, 0 if it is missing."""
 
     num_bytes: int
     problems: Sequence[str]
 
 
 def check_prepared(
-    directory: str | os.PathLike, share: float, workers: int
+    directory: str | os.PathLike, decode_fraction: float, workers: int
 ) -> tuple[str, list[str]]:
     """Checks a prepared directory.
 
     Args:
-      directory: on gs:// too.
-      share: of the records, whose frames are decoded.
-      workers: threads; 0: as many as there are processors.
+      directory: may be on gs://.
+      decode_fraction: fraction of the records whose frames are decoded.
+      workers: threads; 0: one for each processor.
 
     Returns:
-      What the directory holds, and a line a problem.
+      A summary of the directory, and a line for each problem.
 
     Raises:
-      InputError: no such folder, or not a (wholly) prepared one.
+      InputError: there is no such folder, or `prepare` did not write or complete it.
     """
     root = epath.Path(directory)
     _require_prepared(root)
     splits, problems = _open_splits(root)
     for split in splits:
         problems += _check_index(split)
-    shards = [shard for split in splits for shard in _shards(root, split)]
-    found = _check_shards(shards, share, workers)
-    problems += _check_description(root, splits, found)
-    # An index that cannot be read names no shard, and what it does not name is no stray then.
-    problems += _strays(root, known=None if problems else found.keys())
-    problems += (problem for shard in found.values() for problem in shard.problems)
-    return _summary(root, splits, found, share), problems
+    shards = [shard for split in splits for shard in _indexed_shards(root, split)]
+    results = _check_shards(shards, decode_fraction, workers)
+    problems += _check_description(root, splits, results)
+    # If an index cannot be read, it is unknown which shards belong to the data set.
+    problems += _unexpected_files(root, expected=None if problems else results.keys())
+    problems += (problem for result in results.values() for problem in result.problems)
+    num_bytes = {name: result.num_bytes for name, result in results.items()}
+    return summarize(root, splits, num_bytes, decode_fraction), problems
 
 
 def _require_prepared(root: epath.Path) -> None:
     if not root.is_dir():
-        raise InputError(f"there is no folder {root}; give one that `timesformer prepare` made")
+        raise InputError(f"there is no folder {root}; give one that `timesformer prepare` wrote")
     if not (root / OPTIONS_FILE).exists() and not records.split_names(os.fspath(root)):
         raise InputError(
-            f"{root} was not made by `timesformer prepare`, and only what it makes can be checked"
+            f"{root} was not written by `timesformer prepare`; only its output can be checked"
         )
     if not (root / INFO_FILE).exists():
         manifests = root / MANIFESTS
         done = len(list(manifests.glob("*.json"))) if manifests.is_dir() else 0
         raise InputError(
-            f"{root} is prepared in part: {done} shards are done, and {INFO_FILE}, which is written"
-            f" last, is not there; {AGAIN}: it goes on where it was"
+            f"{root} is incomplete: {done} shards are done, and {INFO_FILE}, which is written"
+            f" last, is missing; {RUN_AGAIN}: it continues where it stopped"
         )
 
 
@@ -122,7 +118,7 @@ def _require_prepared(root: epath.Path) -> None:
 
 
 def _open_splits(root: epath.Path) -> tuple[list[Split], list[str]]:
-    """The splits, and a problem for each that cannot be opened."""
+    """Opens the splits; returns a problem for each that cannot be opened."""
     splits, problems = [], []
     for name in records.split_names(os.fspath(root)):
         try:
@@ -132,7 +128,7 @@ def _open_splits(root: epath.Path) -> tuple[list[Split], list[str]]:
         except UNREADABLE as error:
             problems.append(
                 f"the index of {name} or the labels cannot be read ({_reason(error)});"
-                f" {REMAKE_INDEX}"
+                f" {REWRITE_INDEX}"
             )
     return splits, problems
 
@@ -143,14 +139,14 @@ def _check_index(split: Split) -> Iterator[str]:
         for i in np.flatnonzero((values < 0) | (values >= count)):
             yield (
                 f"the index of {split.name} has {split.ids[i]} with {column} {values[i]} of"
-                f" {count}; {REMAKE_INDEX}"
+                f" {count}; {REWRITE_INDEX}"
             )
     for clip, count in Counter(split.ids.tolist()).items():
         if count > 1:
-            yield f"the index of {split.name} has {clip} {count} times; {REMAKE_INDEX}"
+            yield f"the index of {split.name} has {clip} {count} times; {REWRITE_INDEX}"
 
 
-def _shards(root: epath.Path, split: Split) -> list[_Shard]:
+def _indexed_shards(root: epath.Path, split: Split) -> list[IndexedShard]:
     manifests = root / MANIFESTS if (root / MANIFESTS).is_dir() else None
     rows = [[] for _ in split.files]
     columns = (getattr(split, column).tolist() for column in INDEX_DTYPES)
@@ -159,8 +155,8 @@ def _shards(root: epath.Path, split: Split) -> list[_Shard]:
         if 0 <= row["shard"] < len(rows):
             rows[row["shard"]].append(row)
     return [
-        _Shard(root / name, manifests and manifests / f"{name}.json", of_shard)
-        for name, of_shard in zip(_file_names(split), rows)
+        IndexedShard(root / name, manifests and manifests / f"{name}.json", shard_rows)
+        for name, shard_rows in zip(_file_names(split), rows)
     ]
 
 
@@ -171,37 +167,41 @@ def _file_names(split: Split) -> list[str]:
 # ---- a shard ------------------------------------------------------------------------------------
 
 
-def _check_shards(shards: Sequence[_Shard], share: float, workers: int) -> dict[str, _Found]:
-    """Reads all shards; returns what there is of each, by name.
+def _check_shards(
+    shards: Sequence[IndexedShard], decode_fraction: float, workers: int
+) -> dict[str, ShardResult]:
+    """Reads all shards; returns the result of each by its name.
 
-    In threads: what takes time is done by TensorFlow, outside of Python's lock.
+    Threads suffice: the time is spent in TensorFlow, without Python's lock.
     """
-    found = {}
+    check_shard = partial(_check_shard, decode_fraction=decode_fraction)
+    results = {}
     with (
         tqdm(total=sum(len(shard.rows) for shard in shards), unit="record", desc="reading") as bar,
         ThreadPool(workers or available_cores()) as pool,
     ):
-        for shard, of_shard in zip(shards, pool.imap(partial(_check_shard, share=share), shards)):
-            found[shard.path.name] = of_shard
+        for shard, result in zip(shards, pool.imap(check_shard, shards)):
+            results[shard.path.name] = result
             bar.update(len(shard.rows))
-    return found
+    return results
 
 
-def _check_shard(shard: _Shard, share: float) -> _Found:
+def _check_shard(shard: IndexedShard, decode_fraction: float) -> ShardResult:
     name = shard.path.name
     try:
         if not shard.path.exists():
-            return _Found(0, [f"{name} is missing; {AGAIN}: it makes only this shard"])
+            return ShardResult(0, [f"{name} is missing; {RUN_AGAIN}: it writes only this shard"])
         num_bytes = shard.path.stat().length
-        faults = list(_faults(shard, num_bytes, share)) or list(_check_manifest(shard, num_bytes))
+        faults = list(_check_records(shard, num_bytes, decode_fraction))
+        faults = faults or list(_check_manifest(shard, num_bytes))
     except (OSError, tf.errors.OpError) as error:
-        problem = f"{name} cannot be read ({_reason(error)}); see to that and check again"
-        return _Found(0, [problem])
-    return _Found(num_bytes, [f"{name} {fault}; {REMAKE_SHARD}" for fault in faults])
+        problem = f"{name} cannot be read ({_reason(error)}); make it readable and check again"
+        return ShardResult(0, [problem])
+    return ShardResult(num_bytes, [f"{name} {fault}; {REWRITE_SHARD}" for fault in faults])
 
 
-def _faults(shard: _Shard, num_bytes: int, share: float) -> Iterator[str]:
-    """Reads the records one after the other; the reader compares both checksums of each."""
+def _check_records(shard: IndexedShard, num_bytes: int, decode_fraction: float) -> Iterator[str]:
+    """Reads the records in order; the reader verifies both checksums of each."""
     dataset = iter(tf.data.TFRecordDataset(os.fspath(shard.path), buffer_size=READ_AHEAD_BYTES))
     position = 0
     for number, row in enumerate(shard.rows):
@@ -209,29 +209,32 @@ def _faults(shard: _Shard, num_bytes: int, share: float) -> Iterator[str]:
         try:
             serialized = next(dataset, None)
         except tf.errors.DataLossError as error:
-            what = "is cut short" if "truncated" in error.message else "has a wrong checksum"
-            yield f"{where} {what}, and those after it were not read"
+            fault = "is truncated" if "truncated" in error.message else "has a wrong checksum"
+            yield f"{where} {fault}, and the records after it were not read"
             return
         if serialized is None:
             yield f"ends before {where}: it has {number} of {len(shard.rows)} records"
             return
-        if differences := list(_differences(serialized, position, row, share)):
+        if differences := list(_differences(serialized, position, row, decode_fraction)):
             yield f"{where}: {', '.join(differences)}"
         position += len(serialized.numpy()) + RECORD_OVERHEAD_BYTES
     if position < num_bytes:
         yield f"has {num_bytes - position} bytes after its {len(shard.rows)} records"
 
 
-def _differences(serialized: tf.Tensor, position: int, row: Mapping, share: float) -> Iterator[str]:
-    """What a record holds that is not what the index says of it."""
+def _differences(
+    serialized: tf.Tensor, position: int, row: Mapping, decode_fraction: float
+) -> Iterator[str]:
+    """The differences between a record and its row in the index."""
     try:
         record = records.parse(serialized)
-    # TensorFlow's message has the record's bytes in it, which may be no text.
+    # TensorFlow's message contains the record's bytes, which may be no text.
     except (tf.errors.InvalidArgumentError, UnicodeDecodeError):
-        yield "it is not what `timesformer prepare` writes"
+        yield "it has not the format that `timesformer prepare` writes"
         return
-    # A stride of 0 is not what any record has, and reported as that.
-    stored = -(-row["num_frames"] // max(row["stride"], 1))
+    # No record has a stride of 0, so it is reported as a difference.
+    stored_frames = -(-row["num_frames"] // max(row["stride"], 1))
+    expected = {**row, "stored frames": stored_frames}
     found = {
         "id": record["id"].numpy().decode(errors="replace"),
         "offset": position,
@@ -240,14 +243,14 @@ def _differences(serialized: tf.Tensor, position: int, row: Mapping, share: floa
         "stored frames": len(record["video"]),
     }
     for name, value in found.items():
-        expected = {**row, "stored frames": stored}[name]
-        if value != expected:
-            yield f"{name} {value} where the index has {expected}"
-    if is_chosen(row["id"], share):
+        if value != expected[name]:
+            yield f"{name} {value} where the index has {expected[name]}"
+    if is_decoded(row["id"], decode_fraction):
         yield from _check_frames(record["video"], (row["height"], row["width"], 3))
 
 
 def _check_frames(jpegs: tf.Tensor, expected: tuple[int, int, int]) -> Iterator[str]:
+    """Decodes frames; reports the first that cannot be decoded or has another shape."""
     for i, jpeg in enumerate(jpegs):
         try:
             shape = tuple(tf.io.decode_jpeg(jpeg).shape)
@@ -255,136 +258,84 @@ def _check_frames(jpegs: tf.Tensor, expected: tuple[int, int, int]) -> Iterator[
             yield f"frame {i} cannot be decoded"
             return
         if shape != expected:
-            yield f"frame {i} is of shape {shape} where the index has {expected}"
+            yield f"frame {i} has shape {shape} where the index has {expected}"
             return
 
 
-def _check_manifest(shard: _Shard, num_bytes: int) -> Iterator[str]:
-    """Without it, or by it, `prepare` makes the shard again."""
-    if shard.manifest is None:  # left behind by who copied what training needs
+def _check_manifest(shard: IndexedShard, num_bytes: int) -> Iterator[str]:
+    """Compares a shard with its manifest, by which `prepare` decides whether the shard is done."""
+    if shard.manifest_path is None:  # training does not need them, so a copy may lack them
         return
     try:
-        manifest = json.loads(shard.manifest.read_text())
-        noted = manifest["bytes"], [row["id"] for row in manifest["records"]]
+        manifest = json.loads(shard.manifest_path.read_text())
+        manifest_bytes = manifest["bytes"]
+        manifest_ids = [row["id"] for row in manifest["records"]]
     except UNREADABLE as error:
-        yield f"has no manifest that can be read ({_reason(error)})"
+        yield f"has no readable manifest ({_reason(error)})"
         return
+    if manifest_bytes != num_bytes:
+        yield f"has {num_bytes} bytes where its manifest has {manifest_bytes}"
     ids = [row["id"] for row in shard.rows]
-    if noted[0] != num_bytes:
-        yield f"has {num_bytes} bytes where its manifest has {noted[0]}"
-    if noted[1] != ids:
-        yield f"has other records than its manifest ({len(ids)}, and {len(noted[1])} there)"
+    if manifest_ids != ids:
+        yield (
+            f"has other records than its manifest ({len(ids)} records, and {len(manifest_ids)} in"
+            " the manifest)"
+        )
 
 
 # ---- the files beside the shards ----------------------------------------------------------------
 
 
 def _check_description(
-    root: epath.Path, splits: Sequence[Split], found: Mapping[str, _Found]
+    root: epath.Path, splits: Sequence[Split], results: Mapping[str, ShardResult]
 ) -> Iterator[str]:
-    """Compares what TFDS makes of the directory with the indices, and with the shards' sizes."""
+    """Compares what TFDS reads of the directory with the indices and with the shards' sizes."""
     try:
         info = tfds.builder_from_directory(root).info
         label_names = tuple(info.features["label"].names)
-    except Exception as error:  # TFDS's own are of every kind
-        yield f"TFDS cannot open {root} ({_reason(error)}); {REMAKE_INDEX}"
+    except Exception as error:  # TFDS raises errors of many kinds
+        yield f"TFDS cannot open {root} ({_reason(error)}); {REWRITE_INDEX}"
         return
     for name in sorted(set(info.splits) ^ set(records.split_names(os.fspath(root)))):
         has, lacks = (INFO_FILE, "index") if name in info.splits else ("index", INFO_FILE)
-        yield f"the split {name} has no {lacks}, only its {has}; {REMAKE_INDEX}"
+        yield f"the split {name} has no {lacks}, only its {has}; {REWRITE_INDEX}"
     if splits and label_names != splits[0].label_names:
-        yield f"TFDS has other label names than {LABELS_FILE}; {REMAKE_INDEX}"
+        yield f"TFDS has other label names than {LABELS_FILE}; {REWRITE_INDEX}"
     for split in splits:
         if split.name in info.splits:
-            of_split = {name: found[name] for name in _file_names(split)}
-            for what in _misdescribed(info.splits[split.name], split, of_split):
-                yield f"{INFO_FILE} has {what}; {REMAKE_INDEX}"
+            of_split = {name: results[name] for name in _file_names(split)}
+            for difference in _check_split_info(info.splits[split.name], split, of_split):
+                yield f"{INFO_FILE} has {difference}; {REWRITE_INDEX}"
 
 
-def _misdescribed(
-    described: tfds.core.SplitInfo, split: Split, found: Mapping[str, _Found]
+def _check_split_info(
+    info: tfds.core.SplitInfo, split: Split, results: Mapping[str, ShardResult]
 ) -> Iterator[str]:
-    if sorted(described.filenames) != sorted(found):
-        yield f"{len(described.filenames)} shards of {split.name} where the index has {len(found)}"
+    """The differences between TFDS's description of a split, its index and its shards."""
+    if sorted(info.filenames) != sorted(results):
+        yield f"{len(info.filenames)} shards of {split.name} where the index has {len(results)}"
         return
     indexed = Counter(split.shard.tolist())
-    for i, (name, length) in enumerate(zip(found, described.shard_lengths)):
+    for i, (name, length) in enumerate(zip(results, info.shard_lengths)):
         if length != indexed[i]:
             yield f"{length} records in {name} where the index has {indexed[i]}"
-    num_bytes = sum(shard.num_bytes for shard in found.values())
-    # A shard of another size than it had is reported as that.
-    if described.num_bytes != num_bytes and not any(shard.problems for shard in found.values()):
-        yield f"{int(described.num_bytes)} bytes of {split.name} where the shards have {num_bytes}"
+    num_bytes = sum(result.num_bytes for result in results.values())
+    # A damaged shard changes the sum, and has its own problem.
+    damaged = any(result.problems for result in results.values())
+    if info.num_bytes != num_bytes and not damaged:
+        yield f"{int(info.num_bytes)} bytes of {split.name} where the shards have {num_bytes}"
 
 
-def _strays(root: epath.Path, known: Collection[str] | None) -> Iterator[str]:
-    """Files that belong to nothing. known: names of the shards; None: they are not known."""
+def _unexpected_files(root: epath.Path, expected: Collection[str] | None) -> Iterator[str]:
+    """Files that belong to no data set. expected: names of the shards; None: they are unknown."""
     for path in sorted((*root.glob("*.part"), *(root / MANIFESTS).glob("*.part"))):
-        yield f"{path.relative_to(root)} is the rest of a run that was killed; delete it"
+        yield f"{path.relative_to(root)} is a temporary file of a killed run; delete it"
     for path in sorted(root.glob("*.tfrecord-*")):
-        if known is not None and path.suffix != ".part" and path.name not in known:
+        if expected is not None and path.suffix != ".part" and path.name not in expected:
             yield f"{path.name} is in no index; delete it"
 
 
-# ---- what there is ------------------------------------------------------------------------------
-
-
-def _summary(
-    root: epath.Path, splits: Sequence[Split], found: Mapping[str, _Found], share: float
-) -> str:
-    failed = _failures(root)
-    rows = [("split", "clips", "records", "shards", "MB", "frames", "short side", "fps", "failed")]
-    for split in splits:
-        rows.append(
-            (
-                split.name,
-                len(np.unique(split.video)),
-                len(split),
-                len(split.files),
-                f"{sum(found[name].num_bytes for name in _file_names(split)) / 1e6:.1f}",
-                int(np.sum(-(-split.num_frames // np.maximum(split.stride, 1)))),
-                _span(np.minimum(split.height, split.width)),
-                _span(split.fps),
-                "?" if failed is None else failed[split.name],
-            )
-        )
-    decoded = sum(is_chosen(clip, share) for split in splits for clip in split.ids.tolist())
-    read = f"{root}: every record is read, and the frames of {decoded} are decoded"
-    return "\n".join([read, table(rows), *map(histogram, splits)])
-
-
-def _failures(root: epath.Path) -> Counter | None:
-    """How many clips of each split `prepare` could not decode; None where it left no word."""
-    path = root / FAILURES_FILE
-    if not path.exists():
-        return None
-    return Counter(row["split"] for row in csv.DictReader(path.read_text().splitlines()))
-
-
-def _span(values: np.ndarray) -> str:
-    low, high = values.min(), values.max()
-    return f"{low:.4g}" if low == high else f"{low:.4g}-{high:.4g}"
-
-
-def histogram(split: Split) -> str:
-    """How many clips each class has, most first; of many classes the first and the last."""
-    counts = Counter({name: 0 for name in split.label_names})
-    counts.update(
-        split.label_names[label] for label in split.label if 0 <= label < len(split.label_names)
-    )
-    ranked = counts.most_common()
-    there = [(name, count) for name, count in ranked if count]
-    empty = [name for name, count in ranked if not count]
-    lines = [f"{split.name}: {len(there)} of {len(ranked)} classes have clips"]
-    if empty:
-        lines.append(f"  no clip of: {', '.join(empty)}")
-    shown = [f"{count:>8} {name}" for name, count in there]
-    if len(shown) > MOST_CLASSES:
-        shown[ENDS:-ENDS] = ["     ..."]
-    return "\n".join(lines + shown)
-
-
 def _reason(error: Exception) -> str:
-    """What an error says, in a line, without TensorFlow's name of the operation."""
+    """The message of an error, in one line, without TensorFlow's name of the operation."""
     text = re.sub(r"^\{\{.*?\}\} | \[Op:.*", "", str(error), flags=re.DOTALL).strip()
     return text.splitlines()[0] if text else type(error).__name__

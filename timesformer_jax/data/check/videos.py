@@ -1,36 +1,33 @@
-"""Checks raw videos before they are prepared: each is opened, and its packets are read."""
+"""Checks videos before they are prepared: opens each file and reads the packets of its clips."""
 
-import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from timesformer_jax import workers as workers_lib
 from timesformer_jax.data import annotations as annotations_lib
 from timesformer_jax.data.annotations import Clip, Listing
-from timesformer_jax.data.check.check import is_chosen, table
-from timesformer_jax.data.decode import VideoError, VideoFile, VideoInfo
-from timesformer_jax.data.layout import MISSING
-from timesformer_jax.errors import InputError
-from timesformer_jax.storage import absolute, disk_errors, write_atomically
+from timesformer_jax.data.check.report import format_table, is_decoded
+from timesformer_jax.data.decode import MISSING_FILE, VideoError, VideoFile, VideoInfo
+from timesformer_jax.data.failures import crash_reason, failure, write_failures
+from timesformer_jax.storage import absolute, disk_errors
+from timesformer_jax.workers import available_cores, report_progress, run_tasks
 
-# Clips that a worker gets at a time: few enough to be done again when one crashes the decoder.
+# Clips of a task. Few, because a task starts again if one of its clips crashes the decoder.
 CLIPS_PER_TASK = 32
 
-# Most values of a property that are shown, the commonest.
-MOST_VALUES = 8
+# Values shown of each property, the most frequent ones.
+MAX_VALUES = 8
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What there is of a clip. reason: why it cannot be decoded, empty if it can.
+class ClipResult:
+    """What was found of a clip.
 
-    info: of its file. seconds: of the clip. Both are only there if it can.
+    reason: why it cannot be decoded; empty if it can. info: of its file, and seconds: of the clip;
+    both are set only if it can be decoded.
     """
 
     reason: str
@@ -43,20 +40,21 @@ def check_videos(
     annotations: str | os.PathLike | None,
     dataset: str | None,
     labels: str | os.PathLike | None,
-    share: float,
+    decode_fraction: float,
     workers: int,
     output: str | os.PathLike | None,
 ) -> tuple[str, list[str]]:
     """Checks the videos of a data set.
 
     Args:
-      videos, annotations, dataset, labels: as `prepare.prepare` takes them.
-      share: of the clips, which are decoded.
-      workers: processes; 0: as many as there are processors.
-      output: a csv for the clips that cannot be used, of the columns of failures.csv; None: none.
+      videos, annotations, dataset, labels: see `prepare.prepare`.
+      decode_fraction: fraction of the clips that are decoded.
+      workers: processes; 0: one for each processor.
+      output: a csv for the clips that cannot be used, with the columns of failures.csv; None: none.
 
     Returns:
-      What the videos are, and a line a problem: a clip that is missing or cannot be decoded.
+      A summary of the videos, and a line for each problem: a clip that is missing or cannot be
+      decoded.
 
     Raises:
       InputError: annotations or labels that cannot be used, an output that cannot be written, a
@@ -64,144 +62,119 @@ def check_videos(
     """
     names = None if labels is None else annotations_lib.read_labels(labels)
     listing = annotations_lib.read(videos, annotations, names, dataset=dataset)
-    _write(output, [], {})  # one that cannot be written is not to be met after hours
+    _write_output(output, {}, ())  # fails now rather than after hours if it cannot be written
     missing = frozenset(listing.missing)
-    there = [clip for clip in listing.clips if clip.id not in missing]
-    found = dict.fromkeys(missing, _Found(MISSING)) | examine_all(
-        os.fspath(absolute(videos)), there, share, workers or workers_lib.available_cores()
+    present = [clip for clip in listing.clips if clip.id not in missing]
+    results = dict.fromkeys(missing, ClipResult(MISSING_FILE)) | check_clips(
+        os.fspath(absolute(videos)), present, decode_fraction, workers or available_cores()
     )
-    bad = [clip for clip in listing.clips if found[clip.id].reason]
-    _write(output, bad, found)
-    # The missing ones last: there may be very many, and no file to look at.
+    bad = [clip for clip in listing.clips if results[clip.id].reason]
+    _write_output(output, results, bad)
+    # Missing files come last: there may be many of them.
     problems = [
-        f"{clip.id}: {found[clip.id].reason}"
+        f"{clip.id}: {results[clip.id].reason}"
         for clip in sorted(bad, key=lambda clip: clip.id in missing)
     ]
-    return _summary(listing, found, share), problems
+    return _summary(listing, results, decode_fraction), problems
 
 
-# ---- in processes -------------------------------------------------------------------------------
+def _write_output(
+    output: str | os.PathLike | None, results: Mapping[str, ClipResult], bad: Sequence[Clip]
+) -> None:
+    if output is not None:
+        with disk_errors(output):
+            rows = [failure(clip, results[clip.id].reason) for clip in bad]
+            write_failures(absolute(output), rows)
 
 
-def examine_all(
-    videos: str, clips: Sequence[Clip], share: float, processes: int
-) -> dict[str, _Found]:
-    """What there is of each clip, by id, also of one that crashes the decoder."""
-    todo = {
-        first: list(clips[first : first + CLIPS_PER_TASK])
-        for first in range(0, len(clips), CLIPS_PER_TASK)
-    }
-    found = {}
+# ---- clips --------------------------------------------------------------------------------------
+
+
+def check_clips(
+    videos: str, clips: Sequence[Clip], decode_fraction: float, processes: int
+) -> dict[str, ClipResult]:
+    """Checks clips in processes.
+
+    Args:
+      videos: the folder that the clips' paths are relative to.
+
+    Returns:
+      The result of each clip by its id, also of one that crashes the decoder.
+    """
+    tasks = {}
+    for first in range(0, len(clips), CLIPS_PER_TASK):
+        batch = clips[first : first + CLIPS_PER_TASK]
+        tasks[str(first)] = (str(first), videos, batch, decode_fraction)
     with tqdm(total=len(clips), unit="clip", desc="checking") as bar:
-        while todo:
-            events, begun = workers_lib.CONTEXT.SimpleQueue(), {}
-            try:
-                with workers_lib.worker_pool(min(processes, len(todo)), events) as pool:
-                    tasks = {
-                        pool.submit(_examine_some, videos, batch, share): first
-                        for first, batch in todo.items()
-                    }
-                    while tasks:
-                        done, _ = wait(tasks, timeout=0.2, return_when=FIRST_COMPLETED)
-                        begun |= _told(events)
-                        for task in done:
-                            found |= task.result()
-                            del todo[tasks.pop(task)]
-                        bar.update(len(found) - bar.n)
-            except workers_lib.WorkerCrash as crash:
-                begun |= _told(events)
-                found |= _crashed(begun, crash)
-                todo = {
-                    first: [clip for clip in batch if clip.id not in found]
-                    for first, batch in todo.items()
-                }
-    return found
+        results = run_tasks(
+            _check_batch, tasks, processes, lambda finished, _: bar.update(finished - bar.n)
+        )
+    return {clip_id: result for batch in results.values() for clip_id, result in batch.items()}
 
 
-def _told(events) -> dict[int, str]:
-    """The clip that each worker, by process id, said last that it begins."""
-    told = {}
-    while not events.empty():
-        process, clip = events.get()
-        told[process] = clip
-    return told
+def _check_batch(
+    task: str,
+    videos: str,
+    clips: Sequence[Clip],
+    decode_fraction: float,
+    crashed: Mapping[str, str],
+) -> dict[str, ClipResult]:
+    """Checks clips one by one; those in `crashed` crash the decoder (see `workers.run_tasks`)."""
+    results = {}
+    for finished, clip in enumerate(clips):
+        report_progress(task, clip.id, finished)
+        if clip.id in crashed:
+            results[clip.id] = ClipResult(crash_reason(crashed[clip.id]))
+        else:
+            results[clip.id] = _check_clip(videos, clip, is_decoded(clip.id, decode_fraction))
+    report_progress(task, None, len(clips))
+    return results
 
 
-def _crashed(begun: Mapping[int, str], crash: workers_lib.WorkerCrash) -> dict[str, _Found]:
-    if not crash.crashed.keys() <= begun.keys():
-        raise InputError("a worker crashed before its first clip; run the same command again")
-    return {
-        begun[process]: _Found(f"the decoder crashes: {how}")
-        for process, how in crash.crashed.items()
-    }
-
-
-def _examine_some(videos: str, clips: Sequence[Clip], share: float) -> dict[str, _Found]:
-    found = {}
-    for clip in clips:
-        workers_lib.tell(clip.id)
-        found[clip.id] = _examine(videos, clip, is_chosen(clip.id, share))
-    return found
-
-
-def _examine(videos: str, clip: Clip, decode: bool) -> _Found:
-    """Reads a clip's packets as preparing it would, and decodes them if asked to."""
+def _check_clip(videos: str, clip: Clip, decode: bool) -> ClipResult:
+    """Reads a clip's packets as `prepare` would, and decodes them if `decode` is set."""
     try:
         with VideoFile(os.path.join(videos, clip.path)) as video:
-            timeline = video.timeline(clip.start, clip.end, frame_range=clip.frames)
+            timeline = video.timeline(clip.start, clip.end, frame_range=clip.frame_range)
             if decode:
                 for _ in video.frames_at(timeline, range(len(timeline))):
                     pass
-            return _Found("", video.info, len(timeline) / timeline.fps)
+            return ClipResult("", video.info, len(timeline) / timeline.fps)
     except VideoError as error:
-        return _Found(str(error))
+        return ClipResult(str(error))
 
 
-# ---- what there is ------------------------------------------------------------------------------
+# ---- summary ------------------------------------------------------------------------------------
 
 
-def _summary(listing: Listing, found: Mapping[str, _Found], share: float) -> str:
-    clips = [clip for clip in listing.clips if found[clip.id].reason != MISSING]
-    decoded = sum(is_chosen(clip.id, share) for clip in clips)
+def _summary(listing: Listing, results: Mapping[str, ClipResult], decode_fraction: float) -> str:
+    clips = [clip for clip in listing.clips if results[clip.id].reason != MISSING_FILE]
+    decoded = sum(is_decoded(clip.id, decode_fraction) for clip in clips)
     read = f"the packets of {len(clips)} clips are read, and {decoded} of them are decoded"
     rows = [("split", "clips", "hours", "bad")]
     for split in dict.fromkeys(clip.split for clip in clips):
-        of_split = [found[clip.id] for clip in clips if clip.split == split]
-        hours = sum(clip.seconds for clip in of_split) / 3600
-        bad = sum(bool(clip.reason) for clip in of_split)
+        of_split = [results[clip.id] for clip in clips if clip.split == split]
+        hours = sum(result.seconds for result in of_split) / 3600
+        bad = sum(bool(result.reason) for result in of_split)
         rows.append((split, len(of_split), f"{hours:.2f}", bad))
-    infos = {clip.path: found[clip.id].info for clip in clips if not found[clip.id].reason}
-    return "\n".join([listing.report(), read, table(rows), table(_properties(infos.values()))])
+    infos = {clip.path: results[clip.id].info for clip in clips if not results[clip.id].reason}
+    properties = _property_counts(infos.values())
+    return "\n".join([listing.report(), read, format_table(rows), format_table(properties)])
 
 
-def _properties(infos: Iterable[VideoInfo]) -> list[tuple[str, str, str]]:
-    """The commonest containers, codecs, sizes and frame rates, with how many videos have each."""
+def _property_counts(infos: Iterable[VideoInfo]) -> list[tuple[object, ...]]:
+    """A table of the most frequent containers, codecs, sizes and frame rates."""
     infos = list(infos)
-    values = {
+    properties = {
         "container": [info.container for info in infos],
         "codec": [info.codec for info in infos],
         "size": [f"{info.width}x{info.height}" for info in infos],
         "fps": [f"{info.fps:.4g}" for info in infos],
     }
     rows = [("property", "value", "videos")]
-    for name, of_all in values.items():
-        ranked = Counter(of_all).most_common()
-        rows += [(name, value, count) for value, count in ranked[:MOST_VALUES]]
-        if rest := ranked[MOST_VALUES:]:
+    for name, values in properties.items():
+        ranked = Counter(values).most_common()
+        rows += [(name, value, count) for value, count in ranked[:MAX_VALUES]]
+        if rest := ranked[MAX_VALUES:]:
             rows.append((name, f"{len(rest)} others", sum(count for _, count in rest)))
     return rows
-
-
-def _write(
-    output: str | os.PathLike | None, clips: Sequence[Clip], found: Mapping[str, _Found]
-) -> None:
-    if output is None:
-        return
-    text = io.StringIO()
-    columns = ["id", *(field.name for field in fields(Clip) if field.name != "name"), "reason"]
-    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    for clip in clips:
-        writer.writerow({"id": clip.id, **asdict(clip), "reason": found[clip.id].reason})
-    with disk_errors(output):
-        write_atomically(absolute(output), text.getvalue().encode())

@@ -21,6 +21,9 @@ IMAGES_FPS = 30
 
 READ_BUFFER_BYTES = 1 << 20
 
+# The message of the VideoError of a file that does not exist.
+MISSING_FILE = "missing file"
+
 
 class VideoError(Exception):
     """A video that cannot be decoded. The message is the reason: one line, without the path."""
@@ -60,7 +63,7 @@ def open_container(path: str) -> av.container.InputContainer:
     options = {"metadata_errors": "replace"}
     if is_remote(path):
         if not (file := epath.Path(path)).exists():
-            raise VideoError("missing file")
+            raise VideoError(MISSING_FILE)
         if file.stat().length == 0:
             raise VideoError("empty file")
         # FFmpeg makes small reads at scattered places, and a request takes as long as 1 MiB does.
@@ -69,7 +72,7 @@ def open_container(path: str) -> av.container.InputContainer:
         images = {"pattern_type": "glob", "framerate": str(IMAGES_FPS)}
         return av.open(_image_pattern(path), format="image2", container_options=images, **options)
     if not os.path.isfile(path):
-        raise VideoError("missing file")
+        raise VideoError(MISSING_FILE)
     if os.path.getsize(path) == 0:
         raise VideoError("empty file")
     return av.open(path, **options)

@@ -1,1 +1,1 @@
-"""From video files to TFRecord shards."""
+"""Prepares data sets: video files become TFRecord shards."""

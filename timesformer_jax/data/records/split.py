@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from timesformer_jax.data.annotations import hash_of
+from timesformer_jax.data.annotations import clip_hash
 from timesformer_jax.data.layout import INDEX_DTYPES
 from timesformer_jax.data.records.wire import encoded_frames
 from timesformer_jax.errors import InputError
@@ -76,7 +76,7 @@ def take_fraction(split: Split, fraction: float) -> Split:
     labels = split.label[first]
     for label in np.unique(labels):
         videos = np.flatnonzero(labels == label)
-        ranked = sorted(videos, key=lambda v: hash_of(str(split.ids[first[v]])))
+        ranked = sorted(videos, key=lambda v: clip_hash(str(split.ids[first[v]])))
         kept[ranked[: max(round(fraction * len(ranked)), 1)]] = True
     rows = kept[video]
     columns = {column: getattr(split, column)[rows] for column in ("ids", *INDEX_DTYPES)}

@@ -1,0 +1,103 @@
+"""What describes the shards of a prepared directory: indices, label names, TFDS's files, a summary.
+
+All of it follows from the manifests of the shards.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from etils import epath
+
+from timesformer_jax.data.layout import FAILURES_FILE
+from timesformer_jax.data.prepare.shards import Shard
+from timesformer_jax.data.records.quiet_import import import_prepared
+from timesformer_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a prepared directory holds.
+
+    output: the directory. clips, records: how many each split has; a long clip may be cut into
+    several records. classes: number of labels. failures: number of clips that are missing or could
+    not be decoded; failures.csv lists them. num_bytes: size of all shards.
+    """
+
+    output: str
+    clips: dict[str, int]
+    records: dict[str, int]
+    classes: int
+    failures: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.output}: {self.classes} classes, {self.num_bytes / 1e6:.1f} MB"]
+        for split, count in self.clips.items():
+            records = self.records[split]
+            cut = f" in {records} records" if records != count else ""
+            lines.append(f"  {split}: {count} clips{cut}")
+        if "validation" not in self.clips and "test" not in self.clips:
+            lines.append("  no clip is for validation: training cannot measure its accuracy")
+        if self.failures:
+            listed = os.path.join(self.output, FAILURES_FILE)
+            lines.append(
+                f"  {self.failures} clips are missing or not decoded; see the reasons in {listed}"
+            )
+        return "\n".join(lines)
+
+
+def write_description(
+    output: epath.Path, name: str, shards: Sequence[Shard], label_names: Sequence[str]
+) -> None:
+    """Writes the index of each split, the label names and TFDS's description.
+
+    Args:
+      name: of the data set.
+
+    Raises:
+      InputError: no clip of a split could be decoded.
+    """
+    by_split = defaultdict(dict)
+    for shard in shards:
+        by_split[shard.split][shard.name] = shard.read_manifest()
+    for split, manifests in by_split.items():
+        _require_records(output, split, list(manifests.values()))
+    prepared = import_prepared()
+    for split, manifests in by_split.items():
+        rows = _index_rows(list(manifests.values()))
+        prepared.write_index(os.fspath(output), split, list(manifests), rows)
+    lengths, sizes = {}, {}
+    for split, manifests in by_split.items():
+        lengths[split] = [len(manifest["records"]) for manifest in manifests.values()]
+        sizes[split] = sum(manifest["bytes"] for manifest in manifests.values())
+    prepared.write_metadata(os.fspath(output), name, label_names, lengths, sizes)
+
+
+def _require_records(output: epath.Path, split: str, manifests: Sequence[Mapping]) -> None:
+    if not any(manifest["records"] for manifest in manifests):
+        first = manifests[0]["failures"][0]
+        raise InputError(
+            f"none of the clips of {split} could be decoded (first: {first['path']}:"
+            f" {first['reason']}); see {output / FAILURES_FILE}"
+        )
+
+
+def _index_rows(manifests: Sequence[Mapping]) -> list[dict]:
+    """The rows of a split's index, with the shard and the video by number."""
+    rows = [{**row, "shard": i} for i, m in enumerate(manifests) for row in m["records"]]
+    numbers = {video: i for i, video in enumerate(dict.fromkeys(row["video"] for row in rows))}
+    return [{**row, "video": numbers[row["video"]]} for row in rows]
+
+
+def summarize(output: epath.Path, shards: Sequence[Shard], num_classes: int) -> Summary:
+    """Counts what is in the shards."""
+    clips, records, failures, num_bytes = defaultdict(int), defaultdict(int), 0, 0
+    for shard in shards:
+        manifest = shard.read_manifest()
+        clips[shard.split] += len({row["video"] for row in manifest["records"]})
+        records[shard.split] += len(manifest["records"])
+        failures += len(manifest["failures"])
+        num_bytes += manifest["bytes"]
+    return Summary(os.fspath(output), dict(clips), dict(records), num_classes, failures, num_bytes)
