@@ -182,7 +182,7 @@ def test_evaluating_on_other_labels_is_refused(trained, tmp_path, refusal):
     from timesformer_jax.data.prepare import demo
     from timesformer_jax.data.prepare.prepare import prepare
 
-    demo.make(tmp_path / "videos", train=2, validation=2)
+    demo.make_videos(tmp_path / "videos", train=2, validation=2)
     annotations = tmp_path / "videos" / "annotations.csv"
     annotations.write_text(annotations.read_text().replace("down-right", "sideways"))
     prepare(tmp_path / "videos", tmp_path / "data", annotations=annotations, short_side=40)

@@ -30,7 +30,7 @@ def unit(direction):
 def paths(direction, count=4000, seed=0):
     """(count, FRAMES - 1, 2): where the patch's upper left corner is, but for the last frame."""
     rng = np.random.default_rng((seed, direction))
-    return np.stack([demo.positions(rng, direction, 12)[:-1] for _ in range(count)])
+    return np.stack([demo.patch_positions(rng, direction, 12)[:-1] for _ in range(count)])
 
 
 # ---- what is drawn ------------------------------------------------------------------------------
@@ -109,7 +109,9 @@ def test_only_the_patch_changes_and_it_stands_out():
 def test_the_splits_share_no_part_of_a_photograph():
     (_, train), (validation, _) = demo.REGIONS["train"], demo.REGIONS["validation"]
     assert train < validation
-    for left, right in zip(demo.regions("train"), demo.regions("validation"), strict=True):
+    for left, right in zip(
+        demo.load_photographs("train"), demo.load_photographs("validation"), strict=True
+    ):
         assert left.height == right.height
         whole = left.width / train
         assert left.width + right.width < whole
@@ -167,7 +169,7 @@ def test_interrupted_it_goes_on_to_the_same_videos(made, tmp_path):
     lost = ["train/00003.mp4", "validation/00000.mp4"]
     for file in ["annotations.csv", *lost]:
         (videos / file).unlink()
-    demo.make(videos, **COUNTS)
+    demo.make_videos(videos, **COUNTS)
     assert files == {path.relative_to(videos) for path in videos.rglob("*") if path.is_file()}
     assert (videos / "annotations.csv").read_bytes() == (whole / "annotations.csv").read_bytes()
     for file in lost:
@@ -176,12 +178,12 @@ def test_interrupted_it_goes_on_to_the_same_videos(made, tmp_path):
 
 
 def test_other_settings_are_refused(made):
-    with pytest.raises(InputError, match="made otherwise"):
+    with pytest.raises(InputError, match="of other settings"):
         demo.prepare_demo(made, **COUNTS, seed=1)
 
 
 def test_without_scikit_image_it_says_so(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    demo.regions.cache_clear()
+    demo.load_photographs.cache_clear()
     with pytest.raises(InputError, match="pip install scikit-image"):
-        demo.regions("train")
+        demo.load_photographs("train")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, on a disk or on gs://."""
+"""Reads and writes files on a disk or on gs://. A written file is complete or does not exist."""
 
 import errno
 import fcntl
@@ -14,16 +14,16 @@ from timesformer_jax.errors import InputError
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is on gs:// or the like."""
+    """Whether a path is on remote storage such as gs://."""
     return "://" in os.fspath(path)
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on gs:// to read, as Python's own are, which TensorFlow's are not quite.
+    """A file on gs://, opened for reading, with the interface of Python's own binary files.
 
     Raises:
-      InputError: on reading, the storage does not answer: not the file's fault, who reads it must
-        not take it for damaged.
+      InputError: on any access, if the storage fails. It is not an OSError, by which a reader would
+        consider the file itself damaged.
     """
 
     def __init__(self, path: str):
@@ -48,7 +48,7 @@ class RemoteFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with _storage_errors(self.name):
             origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._size}
-        if offset + origin[whence] < 0:  # what a damaged file asks for is its own fault
+        if offset + origin[whence] < 0:  # a damaged file may ask for this; the storage did not fail
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         with _storage_errors(self.name):
             self._file.seek(offset + origin[whence])
@@ -63,23 +63,25 @@ class RemoteFile(io.RawIOBase):
 def _storage_errors(path: str) -> Iterator[None]:
     try:
         yield
-    # TensorFlow's errors and those of other back ends have no base in common but this.
+    # The errors of TensorFlow and of other back ends have no other base class in common.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"cannot read {path}: {reason}; run the same command again: what is finished is kept"
+            f"cannot read {path}: {reason}; run the same command again: finished work is kept"
         ) from error
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
+    """The absolute path of a local path; a remote path as it is."""
     return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 @contextmanager
 def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
-    """Yields where to write a file, such that `path` is there whole or not, even if the power goes.
+    """Yields a temporary path to write to. `path` is then complete or unchanged, at any power loss.
 
-    That is a temporary file, beside it on a disk, renamed at the end; or on a disk here, sent.
+    On a disk the temporary file is in the same folder, and is renamed at the end. For gs:// it is a
+    local file, and is uploaded at the end.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +89,7 @@ def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
             yield temporary
             temporary.copy(path, overwrite=True)
         return
-    # Named by process, so that a straggler of a run before cannot spoil what is written here.
+    # The process id keeps a worker left over from an earlier run from writing to the same file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -102,16 +104,19 @@ def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def write_atomically(path: epath.Path, content: bytes) -> None:
-    """Writes a file such that it is there whole or not at all."""
+    """Writes a file, so that at any moment it is complete or does not exist."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def locked(directory: epath.Path) -> Iterator[None]:
-    """Keeps a second run out of a directory; the system drops the lock with the process.
+    """Locks a directory against a second run. The lock ends with the process.
 
-    On gs:// there are no locks: two runs there do the same work twice, and write the same bytes.
+    gs:// has no locks: two runs do the same work twice there, and write the same bytes.
+
+    Raises:
+      InputError: another process has the lock.
     """
     if is_remote(directory):
         yield
@@ -122,7 +127,7 @@ def locked(directory: epath.Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"another run is preparing {directory}; wait for it, or end it"
+                f"another run is preparing {directory}; wait for its end, or stop it"
             ) from error
         yield
     finally:
@@ -131,7 +136,7 @@ def locked(directory: epath.Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(output: str | os.PathLike) -> Iterator[None]:
-    """Turns what goes wrong with writing into one line; what is finished stays."""
+    """Raises an OSError of writing as an InputError."""
     try:
         yield
     except OSError as error:

@@ -42,7 +42,7 @@ def make(directory: str | os.PathLike, videos: int = 64) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         if missing:
-            demo.regions("train")  # so that a missing photograph is an error of this process
+            demo.load_photographs("train")  # a missing photograph is then an error of this process
             with worker_pool(min(available_cores(), len(missing))) as pool:
                 made = pool.map(partial(_write, paths), missing)
                 for _ in tqdm(made, total=len(missing), unit="video", desc="making videos"):
@@ -66,7 +66,7 @@ def _write(paths: list[Path], number: int) -> None:
 def frames(number: int) -> Iterator[np.ndarray]:
     """Draws a video's frames, in order, as (HEIGHT, WIDTH, 3) uint8 RGB."""
     rng = np.random.default_rng(number)
-    photographs = demo.regions("train")
+    photographs = demo.load_photographs("train")
     photograph = photographs[number % len(photographs)]
     largest = min(photograph.width / WIDTH, photograph.height / HEIGHT)
     # From one place and scale to another, at a constant speed.

@@ -1,16 +1,16 @@
-"""The embedded data set: real H.264 videos in which only the order of the frames tells the class.
+"""The demo data set: H.264 videos whose class depends only on the order of the frames.
 
-A patch of one photograph moves across another in one of 8 directions. By construction:
+A patch of one photograph moves across another in one of 8 directions, which is the class:
 
-- A frame picked at random says nothing of the class: the path is the chord, in the direction of
-  the class, through a point drawn uniformly from a disc. Whatever the direction, positions along
-  such chords are uniform in the disc, and the disc itself lies anywhere that keeps the patch in
-  the frame.
-- The frames without their order cannot tell a direction from its opposite: a video is, in
-  distribution, its opposite's run backwards. A model blind to time is right half the time at best.
+- A single random frame is independent of the class. The patch moves along a chord of a disc, in the
+  direction of the class, through a point drawn uniformly from the disc. In any direction the
+  positions on such chords are uniform in the disc. The disc is placed at random in the frame.
+- The set of frames, without their order, does not separate a direction from the opposite one: a
+  video played backwards has the distribution of the opposite class. So a model that ignores time
+  reaches at most 50% accuracy between the two.
 
-The photographs come with scikit-image. Training takes its crops from their left part, validation
-from their right part.
+The photographs are part of scikit-image. Training uses crops of their left part, validation crops
+of their right part.
 """
 
 import csv
@@ -33,7 +33,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.storage import disk_errors, write_atomically
 from timesformer_jax.workers import available_cores, worker_pool
 
-# Clockwise from right, 45 degrees apart, in the frame's coordinates (y points down).
+# Clockwise from the right in steps of 45 degrees, in image coordinates (y points down).
 DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
 
 WIDTH, HEIGHT = 48, 40
@@ -46,7 +46,7 @@ PHOTOGRAPHS = (
     *("motorcycle_left.png", "retina.jpg", "rocket.jpg"),
 )
 
-# Which part of a photograph's width a split takes its crops from; the gap keeps them apart.
+# The part of a photograph's width that each split uses; the gap keeps the crops apart.
 REGIONS = {"train": (0.0, 0.7), "validation": (0.72, 1.0)}
 
 ANNOTATIONS = "annotations.csv"
@@ -56,15 +56,15 @@ SETTINGS = "demo.json"
 def prepare_demo(
     directory: str | os.PathLike, train: int = 3200, validation: int = 800, seed: int = 0
 ) -> None:
-    """Makes the videos in `directory`/videos and prepares `directory` from them.
+    """Makes the videos in `directory`/videos, and prepares `directory` from them.
 
-    What is there already is not made again. See `make` for the arguments.
+    Existing files are kept. See `make_videos` for the arguments.
 
     Raises:
-      InputError: the directory holds something else, or the disk is full.
+      InputError: the directory holds another data set, or the disk is full.
     """
     videos = Path(directory) / "videos"
-    make(videos, train, validation, seed)
+    make_videos(videos, train, validation, seed)
     prepare(
         videos,
         directory,
@@ -76,28 +76,28 @@ def prepare_demo(
     )
 
 
-def make(
+def make_videos(
     directory: str | os.PathLike, train: int = 3200, validation: int = 800, seed: int = 0
 ) -> None:
-    """Writes the videos and, when all are there, annotations.csv (path, label, split).
+    """Writes the videos and, after all of them, annotations.csv (path, label, split).
 
-    Interrupted, it goes on where it was. The frames of each video follow from (seed, split, its
-    number) alone.
+    An interrupted call is continued by the next one. The frames of a video depend only on the seed,
+    the split and the video's number.
 
     Args:
-      directory: for the videos, `train/00000.mp4` and so on.
-      train, validation: how many videos; the labels take turns.
-      seed: of all that varies.
+      directory: for the videos `train/00000.mp4` and so on.
+      train, validation: numbers of videos; video i has class i modulo 8.
+      seed: of all random choices.
 
     Raises:
-      InputError: the directory holds videos of other settings, or scikit-image is not there.
+      InputError: the directory holds videos of other settings, or scikit-image is not installed.
     """
     directory = Path(directory)
     counts = {"train": train, "validation": validation}
     with disk_errors(directory):
         for split in counts:
             (directory / split).mkdir(parents=True, exist_ok=True)
-        _claim(directory, {**counts, "seed": seed})
+        _check_settings(directory, {**counts, "seed": seed})
         if (directory / ANNOTATIONS).exists():
             return
         names = [(split, i) for split, count in counts.items() for i in range(count)]
@@ -114,14 +114,15 @@ def _label(index: int) -> str:
     return DIRECTIONS[index % len(DIRECTIONS)]
 
 
-def _claim(directory: Path, settings: dict) -> None:
+def _check_settings(directory: Path, settings: dict) -> None:
+    """Writes the settings, or compares them with those of an earlier call."""
     path = directory / SETTINGS
     if not path.exists():
         write_atomically(path, json.dumps(settings).encode())
     elif json.loads(path.read_text()) != settings:
         raise InputError(
-            f"{directory} holds the demo's videos made otherwise ({path.read_text()});"
-            " remove it or choose another directory"
+            f"{directory} holds demo videos of other settings ({path.read_text()});"
+            " remove it, or choose another directory"
         )
 
 
@@ -136,7 +137,7 @@ def _annotations(names: list[tuple[str, int]]) -> bytes:
 def _write_videos(directory: Path, names: list[tuple[str, int]], seed: int) -> None:
     if not names:
         return
-    regions("train")  # here too, so that a missing photograph is an error of this process
+    load_photographs("train")  # so that a missing photograph is an error of this process
     with (
         tqdm(total=len(names), unit="video", desc="making the demo's videos") as progress,
         worker_pool(available_cores()) as pool,
@@ -156,10 +157,10 @@ def frames(split: str, index: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Draws the frames of a video, in order, as (HEIGHT, WIDTH, 3) uint8 RGB."""
     rng = np.random.default_rng((seed, list(REGIONS).index(split), index))
     size = int(rng.integers(11, 16))
-    path = positions(rng, index % len(DIRECTIONS), size)
-    photographs = regions(split)
+    path = patch_positions(rng, index % len(DIRECTIONS), size)
+    photographs = load_photographs(split)
     below, above = rng.choice(len(photographs), 2, replace=False)
-    # Told apart by brightness, either way round: no colour or texture means anything.
+    # Only brightness separates patch and background, and either may be the brighter one.
     level = rng.uniform(90, 165)
     step = rng.uniform(55, 80) * (1 if level < 128 else -1)
     background = _crop(rng, photographs[below], WIDTH, HEIGHT, level)
@@ -168,14 +169,15 @@ def frames(split: str, index: int, seed: int = 0) -> Iterator[np.ndarray]:
         yield _paste(background, patch, x, y)
 
 
-def positions(rng: np.random.Generator, direction: int, size: int) -> np.ndarray:
-    """Draws where the patch's upper left corner is, frame by frame.
+def patch_positions(rng: np.random.Generator, direction: int, size: int) -> np.ndarray:
+    """Draws the positions of the patch's upper left corner in all frames.
 
     Args:
-      direction: index in DIRECTIONS. size: the patch's side in pixels.
+      direction: index in DIRECTIONS.
+      size: the patch's side in pixels.
 
     Returns:
-      (FRAMES, 2) float64 x, y in pixels, within the frame, evenly spaced.
+      (FRAMES, 2) float64 x, y in pixels: evenly spaced, with the patch inside the frame.
     """
     radius = rng.uniform(7, 11)
     room = (np.array([WIDTH, HEIGHT]) - size) / 2 - radius
@@ -183,19 +185,19 @@ def positions(rng: np.random.Generator, direction: int, size: int) -> np.ndarray
     angle = 2 * math.pi * direction / len(DIRECTIONS)
     along = np.array([math.cos(angle), math.sin(angle)])
     across = np.array([-along[1], along[0]])
-    # How far a uniform point of a disc is off the diameter along the direction.
+    # The distance of a uniform point of the disc from the diameter in this direction.
     offset = radius * math.sqrt(rng.uniform()) * math.cos(rng.uniform(0, 2 * math.pi))
     half = math.sqrt(radius**2 - offset**2)
-    # Sampled frames are truncated to whole ones, so that the last frame is never met: the frames
-    # before it are the set that has to be the same backwards.
+    # Clip sampling truncates to whole frames and never uses the last one. So the frames before it
+    # are the ones that must be symmetric in time.
     time = (2 * np.arange(FRAMES) + 2) / FRAMES - 1
     return middle + offset * across + half * time[:, None] * along
 
 
 def _crop(rng, photograph: Image.Image, width: int, height: int, level: float) -> np.ndarray:
-    """A random piece of a photograph at a random scale, as (height, width, 3) float32.
+    """A random crop of a photograph at a random scale, as (height, width, 3) float32.
 
-    Its mean is `level`, its standard deviation 15 to 30 of 255.
+    Its mean is `level`; its standard deviation is 15 to 30, of 255.
     """
     largest = min(photograph.width / width, photograph.height / height, 6)
     scale = rng.uniform(0.4, 1) * largest
@@ -209,28 +211,28 @@ def _crop(rng, photograph: Image.Image, width: int, height: int, level: float) -
 
 
 def _paste(background: np.ndarray, patch: np.ndarray, x: float, y: float) -> np.ndarray:
-    """The background with the patch at a place between pixels, interpolated linearly."""
+    """The background with the patch at a fractional position, by linear interpolation."""
     column, row = math.floor(x), math.floor(y)
     opaque = np.ones((*patch.shape[:2], 1), np.float32)
-    moved = _move(np.concatenate([patch, opaque], axis=2), x - column, y - row)
+    moved = _shift(np.concatenate([patch, opaque], axis=2), x - column, y - row)
     frame = np.pad(background, ((0, 1), (0, 1), (0, 0)))
     region = frame[row : row + len(moved), column : column + len(moved)]
     region[:] = moved[..., :3] + (1 - moved[..., 3:]) * region
     return np.clip(np.rint(frame[:-1, :-1]), 0, 255).astype(np.uint8)
 
 
-def _move(image: np.ndarray, x: float, y: float) -> np.ndarray:
-    """Moves an image right and down by fractions of a pixel; it grows by a row and a column."""
+def _shift(image: np.ndarray, x: float, y: float) -> np.ndarray:
+    """Shifts an image right and down by fractions of a pixel; adds a row and a column."""
     image = np.pad(image, ((1, 1), (1, 1), (0, 0)))
     image = (1 - y) * image[1:] + y * image[:-1]
     return (1 - x) * image[:, 1:] + x * image[:, :-1]
 
 
 def _encode(images: Iterator[np.ndarray]) -> bytes:
-    """H.264 in MP4, with B-frames and several key frames as a camera's file would have.
+    """Encodes frames as H.264 in MP4, with B-frames and several key frames like a camera's file.
 
-    Little is lost (crf 12), so that what compression leaves behind a moving patch does not give
-    its direction away. x264 now and then codes the same frames otherwise, in bits nobody sees.
+    The quality is high (crf 12), so that compression artefacts behind the patch do not reveal its
+    direction. x264 is not deterministic: the decoded frames may differ slightly.
     """
     buffer = io.BytesIO()
     options = {"crf": "12", "preset": "veryfast", "g": "12", "bf": "2", "threads": "1"}
@@ -244,11 +246,13 @@ def _encode(images: Iterator[np.ndarray]) -> bytes:
 
 
 @cache
-def regions(split: str) -> tuple[Image.Image, ...]:
-    """The part of each of PHOTOGRAPHS that a split may show; read as files, importing nothing."""
+def load_photographs(split: str) -> tuple[Image.Image, ...]:
+    """Loads the part of each of PHOTOGRAPHS that a split uses, without importing scikit-image."""
     package = importlib.util.find_spec("skimage")
     if package is None:
-        raise InputError("the demo's photographs come with scikit-image; pip install scikit-image")
+        raise InputError(
+            "the demo's photographs are part of scikit-image; pip install scikit-image"
+        )
     folder = Path(package.origin).parent / "data"
     images = []
     for name in PHOTOGRAPHS:
@@ -258,6 +262,6 @@ def regions(split: str) -> tuple[Image.Image, ...]:
                 images.append(image.convert("RGB").crop((left, 0, right, image.height)))
         except OSError as error:
             raise InputError(
-                f"cannot read {folder / name}, a photograph of the demo; install scikit-image anew"
+                f"cannot read {folder / name}, a photograph of the demo; reinstall scikit-image"
             ) from error
     return tuple(images)
