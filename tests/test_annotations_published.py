@@ -236,7 +236,7 @@ def test_missing_and_unlisted_are_what_is_not_there_and_what_is_left(dataset, tm
     here = {os.path.relpath(path, videos) for path in videos.rglob("*.*") if path.is_file()}
     assert listing.missing == tuple(c.id for c in listing.clips if c.path not in here)
     assert set(listing.unlisted) == here - {c.path for c in listing.clips}
-    assert listing.published == DATASETS[dataset].published
+    assert listing.published_counts == DATASETS[dataset].published_counts
     for split, count in Counter(clip.split for clip in listing.clips).items():
         present = sum(c.split == split and c.path in here for c in listing.clips)
         said = f"{split}: {present} of {count} listed are here ({100 * present / count:.1f}%)"
@@ -368,9 +368,9 @@ HEADER = "label,youtube_id,time_start,time_end,split\n"
         ("train.csv", f"{HEADER}x,aaaaaaaaaaa,0,10,trian\n", "line 2: split 'trian' is not one"),
         ("train.csv", f"{HEADER},aaaaaaaaaaa,0,10,train\n", "line 2 has no label"),
         ("all.csv", "label,youtube_id,time_start,time_end\nx,a,0,10\n", "line 2 has no split"),
-        ("all.csv", "aaaaaaaaaaa 0\n", "tells no split by its name; name it train.csv"),
+        ("all.csv", "aaaaaaaaaaa 0\n", "has no split in its name; name it train.csv"),
         ("train.csv", f"{HEADER}x,a,0,10,train\ny,a,0,10,train\n", "line 3: .* is listed twice"),
-        ("train.csv", "path,label\naaaaaaaaaaa,x\n", "has the header of a csv of one's own"),
+        ("train.csv", "path,label\naaaaaaaaaaa,x\n", "has the header of a custom csv"),
         ("train.csv", "aaaaaaaaaaa,x,y\n", "line 1 has 3 fields"),
         ("train.csv", "aaaaaaaaaaa.mp4 0 -1\n", "line 1: '0 -1' is not one class"),
         ("train.csv", "aaaaaaaaaaa.mp4 -1\n", "line 1: '-1' is not one class"),
@@ -585,7 +585,7 @@ def test_howto100m_tasks_of_one_title(tmp_path):
         ("HowTo100M_v1.csv", "video_id,rank,task_id\na,1,x\n", "line 2: task_id 'x' is not"),
         ("HowTo100M_v1.csv", "video_id,rank,task_id\n,1,1\n", "line 2 has no video_id"),
         ("HowTo100M_v1.csv", "video_id,rank,task_id\na,1,1\n", "lists no clip with a label"),
-        ("task_ids.csv", "7 Build a Saw\n10 Make Tea\n", "line 2 is not an id and a name"),
+        ("task_ids.csv", "7 Build a Saw\n10 Make Tea\n", "line 2 is not an id, a tab and a name"),
         ("split.csv", "video_id\na\n", "no column 'split' in its header"),
         ("split.csv", "video_id,split\na,train\n", "line 2: HowTo100M_v1.csv has no video 'a'"),
         ("split.csv", "video_id,split\nboth0000000,dev\n", "line 2: split 'dev' is not one of"),
@@ -619,7 +619,7 @@ def test_ucf101(tmp_path):
         ("HandstandPushups", "train"),
     ]
     assert second.labels == ("HandstandPushups", "Archery")  # as given
-    assert second.published == {}
+    assert second.published_counts == {}
 
 
 def test_hmdb51(tmp_path):

@@ -153,7 +153,7 @@ def test_the_published_recipes(name):
     assert config.clip.channel_order == "rgb"
     # What `prepare` calls the split to evaluate on.
     dataset = {"k400": "kinetics400", "k600": "kinetics600", "ssv2": "something_v2"}.get(data, data)
-    assert config.data.eval_split in DATASETS[dataset].published
+    assert config.data.eval_split in DATASETS[dataset].published_counts
     if count:
         assert parameter_count(TimeSformerConfig(**config.model)) == count
 

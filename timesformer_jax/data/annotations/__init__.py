@@ -1,7 +1,7 @@
-"""Which clips a data set has: its publisher's files, a folder a class or a csv, to one list.
+"""Reads the list of a data set's clips from its publisher's files, class folders or a csv.
 
-Every reader gives the same list on every machine: sorted by id, with splits that depend on
-nothing but the ids and the annotations.
+The list is the same on every machine: it is sorted by id, and the splits depend only on the ids and
+the annotations.
 """
 
 from timesformer_jax.data.annotations.clips import (

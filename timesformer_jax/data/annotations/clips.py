@@ -1,4 +1,4 @@
-"""A clip of a video, and rules on lists of clips that follow from their ids alone."""
+"""A clip of a video, and functions on lists of clips that depend only on the clips' ids."""
 
 import hashlib
 from collections import defaultdict
@@ -22,15 +22,15 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Clip:
-    """A piece of a video file, and what it shows.
+    """A part of a video file, with its label.
 
-    path: of the video file, or of a folder of its frames as images, relative to the videos folder,
+    path: of the video file, or of a folder of its frames as images; relative to the videos folder,
       with forward slashes.
     start, end: seconds from the beginning of the video, [start, end); None: no bound.
     split: `train`, `validation` or `test`; empty until `read` has assigned one.
     frame_range: [first, last) frames of the video, counted from 0; None: all. For a folder of
       images, (0, the number it must hold); None if that number is unknown.
-    name: the id, where the publisher of the data set has one.
+    name: the publisher's id of the clip; empty if there is none.
     """
 
     path: str
@@ -43,50 +43,51 @@ class Clip:
 
     @property
     def id(self) -> str:
-        """The name, or else the path and what of it: `cats/a.mp4`, `b.mp4#2-4.5`, `b.mp4#f0-90`."""
+        """The name, or else path and range: `cats/a.mp4`, `b.mp4#2-4.5` (s), `b.mp4#f0-90`."""
         if self.name:
             return self.name
-        trimmed = self.path
+        identifier = self.path
         if self.start is not None or self.end is not None:
-            trimmed += f"#{_seconds(self.start)}-{_seconds(self.end)}"
+            identifier += f"#{_seconds(self.start)}-{_seconds(self.end)}"
         if self.frame_range is not None:
-            trimmed += "#f{}-{}".format(*self.frame_range)
-        return trimmed
+            identifier += "#f{}-{}".format(*self.frame_range)
+        return identifier
 
 
-# A row is where a clip was read from, for messages (`clips.csv line 7`), and the clip.
+# The place that a clip was read from, for messages (`clips.csv line 7`), and the clip.
 Row = tuple[str, Clip]
 
 
 class ParsedAnnotations(NamedTuple):
-    """What the reader of a data set found.
+    """What the reader of a data set returns.
 
-    rows: of every clip with a label. labels: names in class order, where the publisher gives one.
-    notes: what a person should know of the list, a line each.
-    published: count of each split that the publisher states, where it is not the data set's usual.
+    rows: all clips with a label. labels: names in class order, if the publisher defines an order.
+    notes: remarks on the list for the user, one line each.
+    published_counts: clips of each split that the publisher states, if they differ from the data
+    set's in DATASETS.
     """
 
     rows: Sequence[Row]
     labels: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
-    published: Mapping[str, int] | None = None
+    published_counts: Mapping[str, int] | None = None
 
 
 def label_names(clips: Sequence[Clip]) -> tuple[str, ...]:
-    """The label map when none is given: the distinct labels, sorted; the class is the position."""
+    """The default label map: the distinct labels, sorted. The class is the position."""
     return tuple(sorted({clip.label for clip in clips}))
 
 
 def name_classes(
     rows: Sequence[Row], names: Sequence[str] | None
 ) -> tuple[list[Row], tuple[str, ...]]:
-    """Names classes that rows give by number, as text: by `names`, or else by the number itself.
+    """Replaces labels that are class numbers, as text, by `names`, or keeps them if that is None.
 
     Returns:
-      The rows, and the names of all classes in order, also of those that no row is of.
+      The rows, and the names of all classes in order, also of classes without a row.
 
     Raises:
-      InputError: a number that `names` does not reach.
+      InputError: a class number that `names` does not have.
     """
     if names is None:
         names = tuple(map(str, range(1 + max((int(clip.label) for _, clip in rows), default=-1))))
@@ -102,11 +103,11 @@ def name_classes(
 
 
 def assign_splits(clips: Sequence[Clip], validation_fraction: float) -> list[Clip]:
-    """Gives clips without a split one: train, or for a fixed share of each label validation.
+    """Assigns clips without a split to validation, a fixed fraction of each label, or to train.
 
-    Each label's clips are put in the order of a hash of their id, and the first
-    round(fraction * n) are for validation: at least one and not all, if there are two or more.
-    So the choice is the same on every machine and does not follow the order of the names.
+    The n clips of a label are sorted by a hash of their ids, and the first round(fraction * n) are
+    for validation: of two or more clips at least one, and not all. So the result is the same on
+    every machine, and independent of the order of the names.
     """
     unassigned = defaultdict(list)
     for clip in clips:
@@ -127,7 +128,7 @@ def assign_splits(clips: Sequence[Clip], validation_fraction: float) -> list[Cli
 
 
 def clip_hash(clip_id: str) -> bytes:
-    """An order for clips that is the same everywhere and has nothing to do with their names."""
+    """The SHA-256 of a clip's id: a sort key that is the same everywhere and shuffles the names."""
     return hashlib.sha256(clip_id.encode()).digest()
 
 

@@ -1,13 +1,13 @@
-"""The data sets that can be read, and the one function that reads them."""
+"""The known published data sets, and the function that reads the clips of any data set."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from timesformer_jax.data.annotations import (
+    custom,
     diving48,
     howto100m,
     kinetics,
-    own,
     something_v2,
     ucf_hmdb,
 )
@@ -23,26 +23,26 @@ from timesformer_jax.data.annotations.listing import Listing
 from timesformer_jax.data.annotations.videos import VideoFolder, walk
 from timesformer_jax.errors import InputError, did_you_mean
 
-# From the folder of videos, the annotations and the label names given, if any.
+# Arguments: the folder of videos, the annotations, and the label names or None.
 Reader = Callable[[VideoFolder, AnnotationFiles, Sequence[str] | None], ParsedAnnotations]
 
 
 class Dataset(NamedTuple):
     """A published data set.
 
-    read: its reader. published: clips of each split, as its publisher states.
-    store_stride: every how many frames one is worth storing, for the clips it is trained with.
-    segment_seconds: length of the pieces that its videos are cut into; None: not cut.
+    read: its reader. published_counts: clips of each split, as its publisher states.
+    store_stride: default of `prepare.prepare`, suited to the clips that the paper trains with.
+    segment_seconds: length of the segments that its videos are cut into; None: they are not cut.
     """
 
     read: Reader
-    published: Mapping[str, int]
+    published_counts: Mapping[str, int]
     store_stride: int = 1
     segment_seconds: float | None = None
 
 
-# Every fourth frame serves the paper's recipes on Kinetics and HowTo100M, which sample one of 4 to
-# one of 32. On the other data sets a clip is spread over a short video: any frame may be wanted.
+# On Kinetics and HowTo100M the paper's recipes sample every 4th to every 32nd frame. On the other
+# data sets a clip spans the whole of a short video, and may need any frame.
 _STRIDE = 4
 
 DATASETS = {
@@ -73,7 +73,7 @@ DATASETS = {
         # The TimeSformer paper, section 4.6, which rounds.
         {"train": 85_000, "test": 35_000},
         store_stride=_STRIDE,
-        # What a clip of 8 frames at 1/32 covers, of a video at 30 frames a second.
+        # The span of a clip of 8 frames with stride 32, at 30 frames per second.
         segment_seconds=8 * 32 / 30,
     ),
     "ucf101": Dataset(
@@ -96,25 +96,23 @@ def read(
     validation_fraction: float = 0.1,
     dataset: str | None = None,
 ) -> Listing:
-    """Lists the clips of a data set.
+    """Lists the clips of a data set. Clips whose file is missing are listed too.
 
     Args:
       videos: the folder that holds the video files, local or on gs://.
-      annotations: of a published data set, the folder of its annotation files (or files in it). Of
-        one's own data, a csv with a header and the columns path (relative to `videos`) and label,
-        and optionally start, end (seconds) and split. None: a folder a class,
-        `VIDEOS/label/x.mp4`, or `VIDEOS/{train,validation,test}/label/x.mp4`; files of other
-        extensions than VIDEO_EXTENSIONS are passed over.
-      labels: the only labels allowed, in class order. None: the order that the publisher gives, or
-        the labels met, sorted; but one that training never sees is refused.
-      validation_fraction: share of the clips without a split that goes to validation, label by
-        label; the rest goes to train.
-      dataset: one of DATASETS, whose annotations these are; None: one's own data.
-
-    Listed files that are missing are still listed: preparing them records the failure.
+      annotations: for a published data set, the folder of its annotation files, or files in it. For
+        custom data, a csv with a header and the columns path (relative to `videos`) and label, and
+        optionally start, end (seconds) and split. None: one folder per class,
+        `VIDEOS/label/x.mp4` or `VIDEOS/{train,validation,test}/label/x.mp4`, in which files
+        without one of VIDEO_EXTENSIONS are ignored.
+      labels: the allowed labels in class order. None: the publisher's, or the labels that occur,
+        sorted; a label that occurs outside of train only is an error then.
+      validation_fraction: share of the clips of each label without a split that is used for
+        validation; the others are used for training.
+      dataset: one of DATASETS; None: custom data.
 
     Raises:
-      InputError: nothing there, a row that cannot be read, a label not allowed, a clip twice.
+      InputError: no clips, an invalid row, a label that is not allowed, a clip listed twice.
     """
     if not 0 <= validation_fraction < 1:
         raise InputError(
@@ -123,10 +121,10 @@ def read(
     known = published_dataset(dataset)
     folder = walk(videos)
     files = None if annotations is None else annotation_files(annotations)
-    found = _found(dataset, known, folder, files, labels)
-    order = found.labels if labels is None else tuple(labels)
-    clips = sorted(_checked(found.rows, labels), key=lambda clip: clip.id)
-    missing = tuple(clip.id for clip in clips if not folder.holds(clip.path))
+    parsed = _parse(dataset, known, folder, files, labels)
+    order = parsed.labels if labels is None else tuple(labels)
+    clips = sorted(_valid_clips(parsed.rows, labels), key=lambda clip: clip.id)
+    missing = tuple(clip.id for clip in clips if not folder.contains(clip.path))
     if len(missing) == len(clips):
         raise InputError(
             f"none of the {len(clips)} clips of {files.where} is in {videos} (first:"
@@ -141,13 +139,13 @@ def read(
         labels=order or label_names(clips),
         missing=missing,
         unlisted=tuple(path for path in folder.videos if path not in used),
-        published=_counts(found, known),
-        notes=found.notes,
+        published_counts=_published_counts(parsed, known),
+        notes=parsed.notes,
     )
 
 
 def published_dataset(name: str | None) -> Dataset | None:
-    """The data set of a name; None for None, one's own data.
+    """The data set of this name; None for None, which means custom data.
 
     Raises:
       InputError: there is no such data set.
@@ -162,24 +160,30 @@ def published_dataset(name: str | None) -> Dataset | None:
     return DATASETS[name]
 
 
-def _found(dataset, known, folder, files, labels) -> ParsedAnnotations:
+def _parse(
+    dataset: str | None,
+    known: Dataset | None,
+    folder: VideoFolder,
+    files: AnnotationFiles | None,
+    labels: Sequence[str] | None,
+) -> ParsedAnnotations:
     if known is None:
-        return own.read_folders(folder) if files is None else own.read_csv(files)
+        return custom.read_folders(folder) if files is None else custom.read_csv(files)
     if files is None:
         raise InputError(f"{dataset} needs its annotations; give the folder of its files")
-    found = known.read(folder, files, labels)
-    if not found.rows:
-        raise InputError(f"{files.where} lists no clip with a label; give the whole annotations")
-    return found
+    parsed = known.read(folder, files, labels)
+    if not parsed.rows:
+        raise InputError(f"{files.where} lists no clip with a label; give the complete annotations")
+    return parsed
 
 
-def _counts(found: ParsedAnnotations, known: Dataset | None) -> Mapping[str, int]:
-    if found.published is not None:
-        return found.published
-    return known.published if known else {}
+def _published_counts(parsed: ParsedAnnotations, known: Dataset | None) -> Mapping[str, int]:
+    if parsed.published_counts is not None:
+        return parsed.published_counts
+    return known.published_counts if known else {}
 
 
-def _checked(rows: Sequence[Row], labels: Sequence[str] | None) -> list[Clip]:
+def _valid_clips(rows: Sequence[Row], labels: Sequence[str] | None) -> list[Clip]:
     allowed = None if labels is None else frozenset(labels)
     seen = {}
     for where, clip in rows:
@@ -196,7 +200,7 @@ def _checked(rows: Sequence[Row], labels: Sequence[str] | None) -> list[Clip]:
 
 
 def _require_trained_labels(clips: Sequence[Clip]) -> None:
-    """A label met only in validation is a typing error far more often than it is meant."""
+    """Refuses a label that occurs outside of train only: it is probably misspelt."""
     trained = {clip.label for clip in clips if clip.split == "train"}
     for clip in clips:
         if trained and clip.label not in trained:

@@ -1,11 +1,16 @@
-"""Diving-48: JSON lists of clips by frames."""
+"""Diving-48: JSON lists of clips with frame ranges."""
 
 from collections.abc import Sequence
 
 from etils import epath
 
 from timesformer_jax.data.annotations.clips import Clip, ParsedAnnotations, name_classes
-from timesformer_jax.data.annotations.files import AnnotationFiles, field, integer, read_json
+from timesformer_jax.data.annotations.files import (
+    AnnotationFiles,
+    parse_integer,
+    read_json,
+    text_field,
+)
 from timesformer_jax.data.annotations.videos import VideoFolder
 from timesformer_jax.errors import InputError
 
@@ -13,22 +18,22 @@ from timesformer_jax.errors import InputError
 def read(
     folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None
 ) -> ParsedAnnotations:
-    """Reads Diving48_V2_{train,test}.json, or where they are not there the lists of version 1.
+    """Reads Diving48_V2_{train,test}.json, or the lists of version 1 if there are no others.
 
-    The classes are named by `labels`, by Diving48_vocab.json (the four parts of a dive, joined) or
-    by their numbers. `end_frame` counts as the first frame that is not of the clip.
+    The class names are `labels`, those of Diving48_vocab.json (the four parts of a dive, joined) or
+    the class numbers. `end_frame` is taken as exclusive.
     """
-    vocabulary = annotations.first("Diving48_vocab.json", "vocab.json")
+    vocabulary = annotations.find("Diving48_vocab.json", "vocab.json")
     if labels is None and vocabulary:
         labels = _class_names(vocabulary)
     rows = []
     for split in ("train", "test"):
-        path = annotations.first(*_list_names(split))
+        path = annotations.find(*_list_names(split))
         for number, entry in enumerate(read_json(path, list, "a list of clips") if path else ()):
             where = f"{path} entry {number}"
-            name = field(where, entry, "vid_name")
+            name = text_field(where, entry, "vid_name")
             label, first, last = (
-                integer(where, key, field(where, entry, key))
+                parse_integer(where, key, text_field(where, entry, key))
                 for key in ("label", "start_frame", "end_frame")
             )
             if last <= first:
@@ -36,7 +41,7 @@ def read(
             file = folder.find(name) or f"{name}.mp4"
             rows.append((where, Clip(file, str(label), None, None, split, (first, last), name)))
     if not rows:
-        raise annotations.lacks(*_list_names("train"), *_list_names("test"))
+        raise annotations.missing_error(*_list_names("train"), *_list_names("test"))
     return ParsedAnnotations(*name_classes(rows, labels))
 
 

@@ -1,7 +1,4 @@
-"""Annotation files: found, and read with one line of error that says where.
-
-They may be on gs:// as well, which etils.epath reads.
-"""
+"""Finds and reads annotation files, local or on gs://. Errors name the file and the line."""
 
 import csv
 import json
@@ -24,10 +21,10 @@ Location = str | os.PathLike
 
 @dataclass(frozen=True)
 class AnnotationFiles:
-    """Where annotations were said to be.
+    """The location of annotations.
 
-    where: as given, for messages. given: the files themselves, if files were given and not a
-    folder. folders: the folder, or those that the files are in.
+    where: as given by the user, for messages. given: the files, if files were given instead of a
+    folder. folders: the folder, or the folders of the files.
     """
 
     where: str
@@ -36,33 +33,33 @@ class AnnotationFiles:
 
     @cached_property
     def by_name(self) -> dict[str, epath.Path]:
-        """Every file of the folders."""
+        """All files in the folders."""
         found = {}
         for folder in self.folders:
-            with reading(folder):
+            with read_errors(folder):
                 found |= {path.name: path for path in folder.iterdir()}
         return found
 
-    def first(self, *names: str) -> epath.Path | None:
-        """The file of the first of these names that is there."""
+    def find(self, *names: str) -> epath.Path | None:
+        """The file of the first of these names that exists."""
         return next((self.by_name[name] for name in names if name in self.by_name), None)
 
     def require(self, *names: str) -> epath.Path:
-        """As `first`; none is an InputError that says what was looked for."""
-        path = self.first(*names)
+        """As `find`, but raises an InputError if none exists."""
+        path = self.find(*names)
         if path is None:
-            raise self.lacks(*names)
+            raise self.missing_error(*names)
         return path
 
-    def lacks(self, *names: str) -> InputError:
+    def missing_error(self, *names: str) -> InputError:
         return InputError(
             f"{self.where} has no {' or '.join(names)}; give the folder of the annotation files"
-            " as their publisher ships them"
+            " as their publisher provides them"
         )
 
 
 def annotation_files(annotations: Location | Sequence[Location]) -> AnnotationFiles:
-    """Finds the annotation files in a folder, or those given themselves and what lies beside them.
+    """Finds annotation files: those of a folder, or given files and the others in their folders.
 
     Raises:
       InputError: there is no such file or folder.
@@ -71,20 +68,20 @@ def annotation_files(annotations: Location | Sequence[Location]) -> AnnotationFi
     paths = [epath.Path(path) for path in (annotations if many else [annotations])]
     given, folders = [], []
     for path in paths:
-        with reading(path):
+        with read_errors(path):
             if path.is_dir():
                 folders.append(path)
             else:
-                path.stat()  # a missing file is told of here
+                path.stat()  # raises if the file is missing
                 given.append(path)
                 folders.append(path.parent)
     return AnnotationFiles(", ".join(map(os.fspath, paths)), tuple(given), tuple(folders))
 
 
 def lines(path: epath.Path) -> Iterator[str]:
-    """The lines of a text file in UTF-8, one at a time: a list of frames has tens of millions."""
+    """Yields the lines of a UTF-8 file. It is not read whole: frame lists have 10^7 lines."""
     encoding = "utf-8-sig"
-    with reading(path), path.open("rb") as file:
+    with read_errors(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield line.decode(encoding)
@@ -95,43 +92,43 @@ def lines(path: epath.Path) -> Iterator[str]:
             encoding = "utf-8"
 
 
-def full_lines(path: epath.Path) -> Iterator[tuple[str, str]]:
-    """Where each line that is not blank stands (`a.txt line 3`), and the line, stripped."""
+def nonblank_lines(path: epath.Path) -> Iterator[tuple[str, str]]:
+    """Yields the place of each nonblank line (`a.txt line 3`), and the line, stripped."""
     for number, line in enumerate(lines(path), start=1):
         if line.strip():
             yield f"{path} line {number}", line.strip()
 
 
 def read_labels(path: Location) -> tuple[str, ...]:
-    """Reads a label map: a name a line, the class is the line's position (from 0)."""
-    names = [name for _, name in full_lines(epath.Path(path))]
+    """Reads a label map: one name per line. The class is the position of the line, from 0."""
+    names = [name for _, name in nonblank_lines(epath.Path(path))]
     if not names:
-        raise InputError(f"{path} holds no label; give a file with a label name a line")
+        raise InputError(f"{path} holds no label; give a file with one label name per line")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"{path} names the label '{repeated[0]}' twice; leave one")
+        raise InputError(f"{path} names the label '{repeated[0]}' twice; remove one")
     return tuple(names)
 
 
-def table(
-    path: epath.Path, needed: Sequence[str], says: str, delimiter: str = ","
+def read_table(
+    path: epath.Path, needed: Sequence[str], hint: str, delimiter: str = ","
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a csv with a header: where each stands, and its fields, stripped.
+    """Yields the rows of a csv with a header: the place of each, and its fields, stripped.
 
     Args:
-      needed: columns that must be there, in any order and among others.
-      says: what to do where one is not, for the message.
+      needed: columns that must exist, in any order; there may be others.
+      hint: what to do if one is missing, for the message.
 
     Raises:
-      InputError: a column is lacking, a row has more fields than the header, broken quotes.
+      InputError: a column is missing, a row has more fields than the header, unclosed quotes.
     """
     reader = csv.reader(lines(path), delimiter=delimiter, strict=True)
-    rows = _csv_rows(path, reader)
+    rows = _parse_rows(path, reader)
     _, header = next(rows, ("", []))
     for column in needed:
         if column not in header:
             found = ", ".join(header) or "none"
             raise InputError(
-                f"{path} has no column '{column}' in its header (found: {found}); {says}"
+                f"{path} has no column '{column}' in its header (found: {found}); {hint}"
             )
     for where, row in rows:
         if len(row) > len(header):
@@ -139,35 +136,35 @@ def table(
         yield where, dict(zip(header, row + [""] * (len(header) - len(row))))
 
 
-def csv_rows(path: epath.Path, delimiter: str = ",") -> Iterator[tuple[str, list[str]]]:
-    """The rows of a csv without a header, as `table` reads one."""
-    return _csv_rows(path, csv.reader(lines(path), delimiter=delimiter, strict=True))
+def read_rows(path: epath.Path, delimiter: str = ",") -> Iterator[tuple[str, list[str]]]:
+    """Yields the rows of a csv without a header; see `read_table`."""
+    return _parse_rows(path, csv.reader(lines(path), delimiter=delimiter, strict=True))
 
 
-def _csv_rows(path: epath.Path, reader) -> Iterator[tuple[str, list[str]]]:
-    whole = 0
+def _parse_rows(path: epath.Path, reader) -> Iterator[tuple[str, list[str]]]:
+    last_line = 0
     while True:
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            # An open quote runs to the end of the file: the line before it is what is known.
-            where = f"{path} after line {whole}"
-            raise InputError(f"{where}: {error}; mend the quotes there") from error
-        whole = reader.line_num
+            # An unclosed quote extends to the end of the file; only the row before it is known.
+            where = f"{path} after line {last_line}"
+            raise InputError(f"{where}: {error}; correct the quotes there") from error
+        last_line = reader.line_num
         if any(row):
-            yield f"{path} line {whole}", [field.strip() for field in row]
+            yield f"{path} line {last_line}", [field.strip() for field in row]
 
 
-def read_json(path: epath.Path, kind: type, says: str) -> Any:
-    """Reads a JSON file whose outermost value is of a kind (list or dict).
+def read_json(path: epath.Path, kind: type, content: str) -> Any:
+    """Reads a JSON file whose outermost value has type `kind` (list or dict).
 
     Args:
-      says: what the file holds, for the message.
+      content: what the file holds, for the message.
     """
     try:
-        with reading(path):
+        with read_errors(path):
             value = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise InputError(
@@ -176,15 +173,15 @@ def read_json(path: epath.Path, kind: type, says: str) -> Any:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not text in UTF-8; save it as UTF-8") from error
     if not isinstance(value, kind):
-        raise InputError(f"{path} is not {says}; download it again")
+        raise InputError(f"{path} is not {content}; download it again")
     return value
 
 
-def field(where: str, entry: Any, name: str) -> str:
-    """A field of a JSON object, text or a number, as text.
+def text_field(where: str, entry: Any, name: str) -> str:
+    """A field of a JSON object as text; it may be text or a whole number.
 
     Raises:
-      InputError: no object, or no such field.
+      InputError: `entry` is no object, or has no such field.
     """
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, str | int):
@@ -192,15 +189,15 @@ def field(where: str, entry: Any, name: str) -> str:
     return str(value)
 
 
-def integer(where: str, name: str, text: str) -> int:
-    """A whole number, 0 or more."""
+def parse_integer(where: str, name: str, text: str) -> int:
+    """Parses a whole number, 0 or more."""
     if not text.isdecimal():
         raise InputError(f"{where}: {name} '{text}' is not a whole number, 0 or more; correct it")
     return int(text)
 
 
-def seconds(where: str, name: str, text: str) -> float | None:
-    """A time in seconds; None where nothing is written."""
+def parse_seconds(where: str, name: str, text: str) -> float | None:
+    """Parses a time in seconds; None for an empty text."""
     if not text:
         return None
     try:
@@ -212,16 +209,16 @@ def seconds(where: str, name: str, text: str) -> float | None:
     return value
 
 
-def named_split(where: str, text: str) -> str:
-    """The split that is meant by one of SPLIT_NAMES."""
+def parse_split(where: str, text: str) -> str:
+    """The split of one of SPLIT_NAMES."""
     if text.lower() not in SPLIT_NAMES:
         raise InputError(f"{where}: split '{text}' is not one of {', '.join(SPLIT_NAMES)}")
     return SPLIT_NAMES[text.lower()]
 
 
 @contextmanager
-def reading(path: epath.Path) -> Iterator[None]:
-    """What goes wrong in reading a file or folder, as an InputError."""
+def read_errors(path: epath.Path) -> Iterator[None]:
+    """Raises errors of reading a file or folder as an InputError."""
     try:
         yield
     except InputError:
@@ -229,7 +226,7 @@ def reading(path: epath.Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {_reason(error)}; check the path") from error
     except Exception as error:
-        # What reads gs:// has errors of its own.
+        # The back ends of gs:// raise errors of their own kinds.
         if "://" not in os.fspath(path):
             raise
         raise InputError(f"cannot read {path}: {_reason(error)}; check the path") from error

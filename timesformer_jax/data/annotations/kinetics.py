@@ -1,7 +1,7 @@
-"""Kinetics-400 and -600: the publisher's csv, or the lines `path label` that others train from.
+"""Kinetics-400 and -600: the publisher's csv, or lists of `path label` that other projects use.
 
-Videos are found by name, wherever they lie: `ID_000012_000022.mp4` is the clip from 12 s to 22 s;
-`ID.mp4` is the whole video, which the times of the csv then trim. Any extension will do.
+Videos are found by name, in any subfolder and with any extension: `ID_000012_000022.mp4` is the
+clip from 12 s to 22 s; `ID.mp4` is the whole video, which is trimmed to the times in the csv.
 """
 
 import re
@@ -19,12 +19,12 @@ from timesformer_jax.data.annotations.clips import (
 )
 from timesformer_jax.data.annotations.files import (
     AnnotationFiles,
-    csv_rows,
-    full_lines,
-    integer,
     lines,
-    named_split,
-    table,
+    nonblank_lines,
+    parse_integer,
+    parse_split,
+    read_rows,
+    read_table,
 )
 from timesformer_jax.data.annotations.videos import VIDEO_EXTENSIONS, VideoFolder, is_video, stem
 from timesformer_jax.errors import InputError
@@ -32,8 +32,8 @@ from timesformer_jax.errors import InputError
 _COLUMNS = ("youtube_id", "time_start", "time_end")
 _TRIMMED = re.compile(r"(.+)_\d{6}_\d{6}")
 
-# A path may hold spaces, and so may a label: an extension tells where the path ends, or else a
-# whole number where the label begins.
+# Paths and labels may contain spaces. The path ends with a known extension, or before a label that
+# is a whole number, or at the first space.
 _EXTENSIONS = "|".join(map(re.escape, VIDEO_EXTENSIONS))
 _PATH_AND_LABEL = re.compile(
     rf"(.*?(?:{_EXTENSIONS})|.+(?=\s-?\d+$)|\S+)(?:\s+(.*))?", re.IGNORECASE
@@ -43,11 +43,11 @@ _PATH_AND_LABEL = re.compile(
 def read(
     folder: VideoFolder, annotations: AnnotationFiles, labels: Sequence[str] | None
 ) -> ParsedAnnotations:
-    """Reads train.csv, val.csv (validate.csv) and test.csv, those that are there.
+    """Reads train.csv, val.csv (validate.csv) and test.csv, if they exist.
 
-    Either with the header label, youtube_id, time_start, time_end[, split], or without a header a
-    path and a label a line, with a space or a comma between. Where all labels are numbers they are
-    classes, which `labels` names. Test clips without a label are left out.
+    They have the header label, youtube_id, time_start, time_end[, split], or no header and on each
+    line a path and a label, separated by a space or a comma. If all labels are numbers, they are
+    classes, and `labels` are their names. Test clips without a label are left out.
     """
     rows, held_out = [], 0
     for path in annotations.given or _split_files(annotations):
@@ -68,12 +68,12 @@ def _split_files(annotations: AnnotationFiles) -> list[epath.Path]:
     names = [name for name in annotations.by_name if name.endswith(".csv")]
     files = [annotations.by_name[name] for name in sorted(names) if _split_of(name)]
     if not files:
-        raise annotations.lacks("train.csv", "val.csv", "validate.csv", "test.csv")
+        raise annotations.missing_error("train.csv", "val.csv", "validate.csv", "test.csv")
     return files
 
 
 def _split_of(name: str) -> str:
-    """The split that a file's name tells: `kinetics-400_train.csv`; empty if it tells none."""
+    """The split in a file's name (`kinetics-400_train.csv`); empty if there is none."""
     words = re.split("[^a-z]+", name.lower())
     splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
     return splits.pop() if len(splits) == 1 else ""
@@ -87,12 +87,12 @@ def _rows(folder: VideoFolder, path: epath.Path) -> Iterator[Row]:
         yield from _published(folder, path, split)
         return
     if not split:
-        raise InputError(f"{path} tells no split by its name; name it train.csv, val.csv, test.csv")
+        raise InputError(f"{path} has no split in its name; name it train.csv, val.csv or test.csv")
     if columns[:2] == ["path", "label"]:
         raise InputError(
-            f"{path} has the header of a csv of one's own; remove the header, or name no dataset"
+            f"{path} has the header of a custom csv; remove the header, or give no dataset"
         )
-    find = _Finder(folder)
+    find = _VideoFinder(folder)
     for where, text, label in _with_commas(path) if "," in first else _with_spaces(path):
         name = stem(text)
         file = find(text) or (text if is_video(text) else f"{text}.mp4").lstrip("/")
@@ -100,11 +100,13 @@ def _rows(folder: VideoFolder, path: epath.Path) -> Iterator[Row]:
 
 
 def _published(folder: VideoFolder, path: epath.Path, split: str) -> Iterator[Row]:
-    for where, row in table(path, _COLUMNS, "give the publisher's csv, or lines of path and label"):
-        start, end = (integer(where, name, row[name]) for name in _COLUMNS[1:])
+    for where, row in read_table(
+        path, _COLUMNS, "give the publisher's csv, or lines of path and label"
+    ):
+        start, end = (parse_integer(where, name, row[name]) for name in _COLUMNS[1:])
         if end <= start:
             raise InputError(f"{where}: time_end {end} is not after time_start {start}; correct it")
-        of_row = named_split(where, row["split"]) if row.get("split") else split
+        of_row = parse_split(where, row["split"]) if row.get("split") else split
         if not of_row:
             raise InputError(f"{where} has no split; name the file train.csv, val.csv or test.csv")
         name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
@@ -115,22 +117,22 @@ def _published(folder: VideoFolder, path: epath.Path, split: str) -> Iterator[Ro
 
 
 def _with_commas(path: epath.Path) -> Iterator[tuple[str, str, str]]:
-    for where, row in csv_rows(path):
+    for where, row in read_rows(path):
         if len(row) > 2:
             raise InputError(f"{where} has {len(row)} fields; give a path and a label, quoted")
         yield where, row[0], row[1] if len(row) == 2 else ""
 
 
 def _with_spaces(path: epath.Path) -> Iterator[tuple[str, str, str]]:
-    for where, line in full_lines(path):
+    for where, line in nonblank_lines(path):
         text, label = _PATH_AND_LABEL.fullmatch(line).groups(default="")
         if re.fullmatch(r"-\d+|-?\d+(\s+-?\d+)+", label):
             raise InputError(f"{where}: '{label}' is not one class; give a path and a label a line")
         yield where, text, label
 
 
-class _Finder:
-    """Finds the video that a line means: the path itself, its name, or the one clip of its id."""
+class _VideoFinder:
+    """Finds the video of a line: by its path, by its file name, or by the id of a trimmed clip."""
 
     def __init__(self, folder: VideoFolder):
         self._folder = folder
@@ -146,5 +148,7 @@ class _Finder:
         if names[0] not in self._folder.by_stem:
             names = self._by_id[names[0]]
         if len(names) > 1:
-            raise InputError(f"{path} may be {names[0]} or {names[1]}; list which of them")
+            raise InputError(
+                f"{path} may be {names[0]} or {names[1]}; list one of them by its full name"
+            )
         return self._folder.find(names[0]) if names else None

@@ -1,4 +1,4 @@
-"""What a data set lists, and how much of it is there."""
+"""The clips of a data set, and a report on missing files."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,32 +11,32 @@ SPLIT_ORDER = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Listing:
-    """The clips of a data set, the same on every machine that has the same files.
+    """The clips of a data set; the same on every machine that has the same files.
 
-    clips: sorted by id; those whose file is missing as well.
+    clips: sorted by id, including those whose file is missing.
     labels: the label map; the class is the position.
     missing: ids of the clips whose file is not in the folder.
-    unlisted: video files of the folder that no clip uses, relative to it.
-    published: how many clips of each split the publisher states; empty for one's own data.
-    notes: what else a person should know of the list, a line each.
+    unlisted: video files in the folder that no clip uses, relative to it.
+    published_counts: clips of each split that the publisher states; empty for custom data.
+    notes: more remarks for the user, one line each.
     """
 
     clips: tuple[Clip, ...]
     labels: tuple[str, ...]
     missing: tuple[str, ...] = ()
     unlisted: tuple[str, ...] = ()
-    published: Mapping[str, int] = field(default_factory=dict)
+    published_counts: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def report(self) -> str:
-        """How much of each split is here, what is missing and what is left over, a line each."""
+        """The available share of each split, and the missing and unlisted files, one line each."""
         listed = Counter(clip.split for clip in self.clips)
         absent = frozenset(self.missing)
         here = Counter(clip.split for clip in self.clips if clip.id not in absent)
         report = [
-            _share(split, listed[split], here[split], self.published.get(split))
+            _share(split, listed[split], here[split], self.published_counts.get(split))
             for split in SPLIT_ORDER
-            if split in listed or split in self.published
+            if split in listed or split in self.published_counts
         ]
         if self.missing:
             report.append(_some("listed clips have no file", self.missing))

@@ -1,4 +1,4 @@
-"""The videos of a data set: one walk of their folder, which may be on gs://."""
+"""Lists the videos in a folder, which may be on gs://."""
 
 import os
 import posixpath
@@ -8,7 +8,7 @@ from functools import cached_property
 
 from etils import epath
 
-from timesformer_jax.data.annotations.files import Location, reading
+from timesformer_jax.data.annotations.files import Location, read_errors
 from timesformer_jax.errors import InputError
 
 VIDEO_EXTENSIONS = (
@@ -20,9 +20,9 @@ IMAGE_EXTENSIONS = (".jpeg", ".jpg", ".png")
 
 @dataclass(frozen=True)
 class VideoFolder:
-    """What a folder of videos holds; paths are relative to it, with forward slashes.
+    """The content of a folder of videos. Paths are relative to it, with forward slashes.
 
-    files: every file that is not an image. frame_folders: the folders that hold images.
+    files: all files except images. frame_folders: the folders that hold images.
     """
 
     root: epath.Path
@@ -36,7 +36,7 @@ class VideoFolder:
 
     @cached_property
     def by_stem(self) -> dict[str, list[str]]:
-        """The videos by file name without extension, wherever they lie; sorted."""
+        """The videos in all subfolders by file name without extension; sorted."""
         found = defaultdict(list)
         for path in self.videos:
             found[stem(path)].append(path)
@@ -44,34 +44,34 @@ class VideoFolder:
 
     @cached_property
     def frames_by_name(self) -> dict[str, str]:
-        """The folders of frames by their own name; of several the first."""
+        """The first folder of frames of each name."""
         return {posixpath.basename(path): path for path in sorted(self.frame_folders, reverse=True)}
 
     def find(self, name: str) -> str | None:
-        """The video file of this name without extension; of several the first by path."""
+        """The first video file, by path, of this name without extension."""
         return next(iter(self.by_stem.get(name, ())), None)
 
-    def holds(self, path: str) -> bool:
-        """Whether a clip's file, or folder of frames, is there."""
+    def contains(self, path: str) -> bool:
+        """Whether a clip's file or folder of frames exists."""
         if path in self.files or path in self.frame_folders:
             return True
-        # Hidden files and those outside of the folder were not walked past.
+        # `walk` does not list hidden files and files outside of the folder.
         walked = not path.startswith(("/", "../")) and "/." not in f"/{path}"
         return not walked and (self.root / path).is_file()
 
 
 def walk(videos: Location) -> VideoFolder:
-    """Lists a folder of videos: linked folders are entered, hidden files and folders passed over.
+    """Lists a folder of videos. It follows links to folders, and ignores what is hidden.
 
     Raises:
       InputError: there is no such folder.
     """
     root = epath.Path(videos)
     files, frame_folders = set(), set()
-    with reading(root):
+    with read_errors(root):
         if not root.is_dir():
             raise InputError(f"there is no folder {videos}; give the folder that holds the videos")
-        # epath's own walk does not enter linked folders.
+        # epath's own walk does not follow links.
         local = "://" not in os.fspath(root)
         for folder, subfolders, names in os.walk(root, followlinks=True) if local else root.walk():
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]

@@ -1,21 +1,31 @@
-"""Data sets of one's own: a folder a class, or a csv."""
+"""Custom data sets: one folder per class, or a csv."""
 
 import posixpath
 from collections import defaultdict
 
 from timesformer_jax.data.annotations.clips import SPLIT_NAMES, Clip, ParsedAnnotations
-from timesformer_jax.data.annotations.files import AnnotationFiles, named_split, seconds, table
+from timesformer_jax.data.annotations.files import (
+    AnnotationFiles,
+    parse_seconds,
+    parse_split,
+    read_table,
+)
 from timesformer_jax.data.annotations.videos import VideoFolder
 from timesformer_jax.errors import InputError
 
 
 def read_folders(folder: VideoFolder) -> ParsedAnnotations:
-    """Reads `label/x.mp4`, or `{train,validation,test}/label/x.mp4`, from where videos lie."""
+    """Reads the labels, and splits if there are any, from the paths of the videos.
+
+    The paths are `label/x.mp4` or `{train,validation,test}/label/x.mp4`.
+    """
     if not folder.videos:
-        raise InputError(f"{folder.root} holds no video file; give a folder with a folder a class")
+        raise InputError(
+            f"{folder.root} holds no video file; give a folder with one folder per class"
+        )
     if loose := [path for path in folder.videos if "/" not in path]:
         raise InputError(
-            f"{loose[0]} lies in {folder.root} itself, in no class folder;"
+            f"{loose[0]} is in {folder.root} itself, in no class folder;"
             " move it into one, or give a csv of annotations"
         )
     if not _holds_splits(folder):
@@ -32,14 +42,16 @@ def read_csv(annotations: AnnotationFiles) -> ParsedAnnotations:
     """Reads a csv with a header and the columns path, label[, start, end (seconds)][, split]."""
     if len(annotations.given) != 1:
         raise InputError(
-            f"{annotations.where} is not one csv of clips; give one, or say whose annotations"
-            " these are with dataset"
+            f"{annotations.where} is not one csv of clips; give one, or name the published data"
+            " set of these annotations with dataset"
         )
     (path,) = annotations.given
-    says = "it needs path and label, and may have start, end and split"
-    rows = [(where, _csv_clip(where, row)) for where, row in table(path, ("path", "label"), says)]
+    hint = "it needs path and label, and may have start, end and split"
+    rows = [
+        (where, _csv_clip(where, row)) for where, row in read_table(path, ("path", "label"), hint)
+    ]
     if not rows:
-        raise InputError(f"{path} lists no clip below its header; add a row a clip")
+        raise InputError(f"{path} lists no clip below its header; add one row per clip")
     return ParsedAnnotations(rows)
 
 
@@ -48,7 +60,7 @@ def _folder_clip(path: str, label: str, split: str) -> Clip:
 
 
 def _holds_splits(folder: VideoFolder) -> bool:
-    """Whether the first folders are splits: named so, and holding their videos in subfolders."""
+    """Whether the top folders are splits: they have such names, and videos only in subfolders."""
     depths = defaultdict(set)
     for path in folder.videos:
         depths[path.split("/")[0]].add(path.count("/"))
@@ -66,9 +78,9 @@ def _csv_clip(where: str, row: dict[str, str]) -> Clip:
     for needed in ("path", "label"):
         if not row[needed]:
             raise InputError(f"{where} has no {needed}; fill it in or remove the line")
-    start, end = (seconds(where, name, row.get(name, "")) for name in ("start", "end"))
+    start, end = (parse_seconds(where, name, row.get(name, "")) for name in ("start", "end"))
     if end is not None and end <= (start or 0):
         raise InputError(f"{where}: the end, {end:g} s, is not after the start, {start or 0:g} s")
     split = row.get("split", "")
     path = posixpath.normpath(row["path"].replace("\\", "/"))
-    return Clip(path, row["label"], start, end, named_split(where, split) if split else "")
+    return Clip(path, row["label"], start, end, parse_split(where, split) if split else "")
