@@ -1,4 +1,4 @@
-"""What the forward pass of a block keeps for the backward pass, which computes the rest again."""
+"""Rematerialisation: which activations of a block are saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import jax
 
-# The names that the model gives to arrays. A block's input is the clip's state before it; outputs
-# are those of every linear layer and of attention itself.
+# Names that the model gives to arrays: the input of each block, and the output of every linear layer
+# and every attention.
 BLOCK_INPUT, OUTPUT = "block_input", "output"
 
 _POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "outputs": jax.checkpoint_policies.save_only_these_names(OUTPUT),
-    # Its input only: moving an array over the bus takes longer than computing an output again.
+    # Only the input of the block: moving another array to the host and back takes longer than
+    # computing it again.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[BLOCK_INPUT],
@@ -25,13 +26,13 @@ REMATS = ("none", *_POLICIES)
 
 
 def checkpointed(remat: str, block: Callable, *, scanned: bool) -> Callable:
-    """`block` under one of `REMATS`, as `TimeSformerConfig.remat` describes them.
+    """`block` with one of the `REMATS`, which `TimeSformerConfig.remat` describes.
 
     Args:
-      remat: which.
+      remat: one of `REMATS`.
       block: a function of arrays.
-      scanned: whether it is the body of a `jax.lax.scan`, where nothing needs to stop the compiler
-        from merging what is computed twice.
+      scanned: whether it is the body of a `jax.lax.scan`. Elsewhere the compiler has to be kept
+        from merging the two computations of the same array.
     """
     if remat == "none":
         return block
