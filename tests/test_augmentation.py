@@ -162,14 +162,21 @@ def test_jitter_draws_each_factor_from_its_range(which):
 
 
 def test_operations_and_directions_are_drawn_evenly(monkeypatch):
-    told = {
-        str(i): lambda clip, s, fill, i=i: jnp.concatenate([clip[2:], jnp.stack([i + 0.0, s])])
-        for i in range(len(OPERATIONS))
-    }
+    def noted(number):
+        """An operation that shifts its number and the signed strength into the frames."""
+
+        def operation(clip, signed, fill):
+            new = jnp.stack([number + 0.0, signed])[:, None, None, None]
+            return jnp.concatenate([clip[2:], jnp.broadcast_to(new, (2, 1, 1, 3))])
+
+        return operation
+
+    told = {str(i): noted(i) for i in range(len(OPERATIONS))}
     monkeypatch.setattr(operations, "OPERATIONS", told)
     keys = jax.random.split(jax.random.key(0), 2800)
-    draw = lambda key: operations.randaugment(key, jnp.zeros(4), 2, 6.0, FILL)  # noqa: E731
-    found = np.asarray(jax.jit(jax.vmap(draw))(keys)).reshape(-1, 2, 2)
+    clip = jnp.zeros((4, 1, 1, 3))
+    draw = lambda key: operations.randaugment(key, clip, 2, 6.0, FILL)  # noqa: E731
+    found = np.asarray(jax.jit(jax.vmap(draw))(keys))[..., 0, 0, 0].reshape(-1, 2, 2)
     first, second = found[:, 0], found[:, 1]
     for layer in (first, second):
         assert (
