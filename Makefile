@@ -1,18 +1,44 @@
 # Everything runs in .venv, installed under constraints.txt, versions that were tested together.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two programs of JAX on two cores; a test says by its mark what makes it slow (pyproject.toml).
+PYTEST := $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal
+SLOW := processes or compiles or training or decodes
 
-.PHONY: train test lint plan-table benchmarks device clean
+.PHONY: train check test fast-tests format lint layers types rooms plan-table benchmarks device clean
 
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
 
-test: .venv/test
-	$(BIN)/python -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile
+# Before each commit: under 2 minutes on two cores.
+check: lint types fast-tests
 
-lint: .venv/test
+# Before each push: everything, under 12 minutes on two cores.
+test: .venv/test
+	$(PYTEST) --durations=20
+
+fast-tests: .venv/test
+	$(PYTEST) -m "not ($(SLOW))"
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python experiments/rooms.py --check
+
+# No room imports from a room above it, and none in a circle.
+layers: .venv/test
+	$(BIN)/lint-imports
+
+types: .venv/test
+	$(BIN)/mypy
+
+# The drawing of the rooms in docs/design.md.
+rooms: .venv/test
+	$(BIN)/python experiments/rooms.py
 
 # For TPUs, on a machine that needs none; an hour of two cores.
 plan-table: .venv/tpu

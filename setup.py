@@ -18,6 +18,7 @@ BASE = [
     "av>=18.0,<19",  # 18 brings the scaling flags; 19 takes away metadata_errors
     "dm-pix>=0.4.3",
     "etils[epath]>=1.15",
+    "jaxtyping>=0.3.11",  # shapes in signatures; the tests check them with beartype
     "ml-collections>=1.1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
@@ -67,8 +68,12 @@ setuptools.setup(
             *BENCHMARK,
             *CONVERT,
             "apache-beam>=2.77",
+            "beartype>=0.22",
             "hypothesis>=6.150",
+            "import-linter>=2.17",
             "matplotlib>=3.11",
+            "mypy>=2.4",
+            "pre-commit>=4.7",
             "pytest>=9.0",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",
