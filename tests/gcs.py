@@ -1,9 +1,10 @@
-"""A stand-in for Google Cloud Storage: a folder, served as TensorFlow and TensorStore ask for it.
+"""A fake Google Cloud Storage for tests: a server of the files in a local folder.
 
-Both have the names of Google's hosts compiled in. So the server is an HTTPS proxy as well: it
-answers a CONNECT to those hosts itself, with a certificate that the environment has them trust.
-It speaks the part of https://cloud.google.com/storage/docs/json_api/v1 that the two use, and
-refuses the rest with status 400, which no client tries again.
+TensorFlow and TensorStore have the names of Google's hosts compiled in. So the server is also an
+HTTPS proxy: it answers a CONNECT to these hosts itself. Its certificate is trusted through
+environment variables. It implements the part of
+https://cloud.google.com/storage/docs/json_api/v1 that the two libraries use. It refuses all other
+requests with status 400, after which no client retries.
 """
 
 import dataclasses
@@ -25,20 +26,20 @@ import pytest
 import trustme
 
 HOSTS = ("www.googleapis.com", "storage.googleapis.com")
-BUCKET = "bucket"  # there from the start; any other folder made in the root is a bucket too
-PAGE = 1000  # most entries of one answer to a listing
+BUCKET = "bucket"  # exists from the start; any other folder in the root is a bucket too
+PAGE = 1000  # largest number of entries in one response to a listing
 
-# Stands for the object "a/", with which clients mark an empty folder, as the file "a/.folder".
+# The object "a/", with which clients mark an empty folder, is stored as the file "a/.folder".
 FOLDER_MARKER = ".folder"
 
 
 @dataclasses.dataclass(frozen=True)
 class Gcs:
-    """A running stand-in.
+    """A running server.
 
     Attributes:
-      root: gs://BUCKET/OBJECT is the file BUCKET/OBJECT in this folder, for tests to make and read.
-      environment: variables with which another process takes it for Google Cloud Storage.
+      root: gs://BUCKET/OBJECT is the file BUCKET/OBJECT in this folder; tests use it.
+      environment: variables with which another process uses it as Google Cloud Storage.
     """
 
     root: pathlib.Path
@@ -47,14 +48,14 @@ class Gcs:
 
 @pytest.fixture
 def gcs(tmp_path):
-    """A stand-in with the empty bucket gs://bucket."""
+    """A server with the empty bucket gs://bucket."""
     with serve(tmp_path / "gcs") as running:
         yield running
 
 
 @contextmanager
 def serve(folder: pathlib.Path) -> Iterator[Gcs]:
-    """Runs a stand-in, its files in a new folder."""
+    """Runs a server with its files in a new folder."""
     (folder / "root" / BUCKET).mkdir(parents=True)
     authority, bundle = trustme.CA(), folder / "authority.pem"
     authority.cert_pem.write_to_path(bundle)
@@ -80,17 +81,17 @@ def _environment(port: int, bundle: pathlib.Path) -> dict[str, str]:
         "CURL_CA_BUNDLE": str(bundle),
         "TENSORSTORE_CA_BUNDLE": str(bundle),
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
-        "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "100000",  # what fails does so soon
-        "STORAGE_EMULATOR_HOST": proxy,  # for google-cloud-storage, which Orbax asks of a bucket
+        "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "100000",  # fail soon
+        "STORAGE_EMULATOR_HOST": proxy,  # for google-cloud-storage, which Orbax uses
     }
 
 
 class _Refused(Exception):
-    """An answer other than success: HTTP status, and why."""
+    """A response other than success: HTTP status and reason."""
 
 
 class _Store:
-    """Objects as files. What changes one is atomic, and its modification time its generation."""
+    """Objects as files. Changes are atomic. The generation is the file's modification time."""
 
     def __init__(self, root: pathlib.Path):
         self._root = root
@@ -121,14 +122,12 @@ class _Store:
         with self._lock:
             _check_generation(path, query)
             new.write_bytes(content)
-            os.utime(new, ns=(time.time_ns(),) * 2)  # the file system's own clock is coarser
+            os.utime(new, ns=(time.time_ns(),) * 2)  # the file system's clock is coarser
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 new.replace(path)
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
-                raise _Refused(
-                    400, f"a file cannot be a folder too, on the way to {name}"
-                ) from None
+                raise _Refused(400, f"a part of the path {name} is a file") from None
             return _metadata(name, path.stat())
 
     def delete(self, bucket: str, name: str, query: Mapping[str, str]) -> None:
@@ -138,17 +137,17 @@ class _Store:
             if not path.is_file():
                 raise _Refused(404, f"no object {name}")
             path.unlink()
-            with suppress(OSError):  # no empty folders stay behind
+            with suppress(OSError):  # remove empty folders
                 for folder in path.parents[: name.count("/")]:
                     folder.rmdir()
 
     def page(self, bucket: str, query: Mapping[str, str]) -> dict[str, object]:
-        """A page of the objects that begin with a prefix; those alike up to a delimiter are one."""
+        """A page of the objects with a prefix, grouped by their names up to a delimiter."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         begin, end = query.get("startOffset", ""), query.get("endOffset")
         with self._lock:
             files = {self._name(bucket, path): path.stat() for path in self._files(bucket)}
-        entries = {}  # None for what several begin with
+        entries = {}  # None for a group
         for name in sorted(files):
             if not name.startswith(prefix) or name < begin or (end and name >= end):
                 continue
@@ -181,7 +180,7 @@ class _Store:
     def _path(self, bucket: str, name: str) -> pathlib.Path:
         *folders, last = name.split("/")
         if not name or {"", ".", "..", FOLDER_MARKER} & {*folders, last or "any"}:
-            raise _Refused(400, f"no file can stand for an object of the name {name!r}")
+            raise _Refused(400, f"no file can represent an object of the name {name!r}")
         return self.bucket(bucket).joinpath(*folders, last or FOLDER_MARKER)
 
 
@@ -204,16 +203,16 @@ def _check_generation(path: pathlib.Path, query: Mapping[str, str]) -> None:
 
 
 class _Server(ThreadingHTTPServer):
-    request_queue_size = 128  # readers come many at a time; one that must wait waits a second
+    request_queue_size = 128  # many readers connect at once; one that is refused waits a second
 
     def __init__(self, store: _Store, tls: ssl.SSLContext):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.store = store
         self.tls = tls
-        self.uploads: dict[str, dict | None] = {}  # by id; the object's metadata once it is whole
+        self.uploads: dict[str, dict | None] = {}  # by id; metadata once complete
 
     def handle_error(self, *arguments):
-        if not isinstance(sys.exc_info()[1], ConnectionError | ssl.SSLError):  # the client is gone
+        if not isinstance(sys.exc_info()[1], ConnectionError | ssl.SSLError):  # disconnected
             super().handle_error(*arguments)
 
 
@@ -228,12 +227,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.request = self.server.tls.wrap_socket(self.request, server_side=True)
-        self.setup()  # goes on with what comes through the tunnel
-        self.close_connection = False  # as some ask for a tunnel by HTTP/1.0
+        self.setup()  # continue with the connection inside the tunnel
+        self.close_connection = False  # some clients use HTTP/1.0 for CONNECT
 
     def finish(self):
         super().finish()
-        self.request.close()  # the server knows of the socket below the tunnel only
+        self.request.close()  # the server closes only the outer socket
 
     def log_message(self, *_):
         pass
@@ -284,18 +283,18 @@ class _Handler(BaseHTTPRequestHandler):
                 elif query["uploadType"] == "media":
                     self._send_json(store.write(bucket, query["name"], query, body))
                 else:
-                    raise _Refused(400, f"the stand-in does not speak {self.path}")
+                    raise _Refused(400, f"the server does not implement {self.path}")
             case "PUT", "upload", "storage", "v1", "b", bucket, "o":
                 self._receive_upload(bucket, query, body)
             case _:
-                raise _Refused(400, f"the stand-in does not speak {self.command} {self.path}")
+                raise _Refused(400, f"the server does not implement {self.command} {self.path}")
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self._read(int(self.headers.get("Content-Length", 0)))
         chunks = []
         while size := int(self.rfile.readline() or b"0", 16):
-            chunks.append(self._read(size + 2)[:-2])  # each ends in a new line
+            chunks.append(self._read(size + 2)[:-2])  # each ends with CRLF
         self._read(2)
         return b"".join(chunks)
 
@@ -306,28 +305,28 @@ class _Handler(BaseHTTPRequestHandler):
         return read
 
     def _receive_upload(self, bucket: str, query: Mapping[str, str], body: bytes):
-        """The second half of a resumable upload: the content, or a question how far it came."""
+        """The second part of a resumable upload: the content, or a query of its progress."""
         uploads, upload = self.server.uploads, query["upload_id"]
         if upload not in uploads:
             raise _Refused(404, "no such upload")
         span = self.headers.get("Content-Range", "")
         if span.startswith("bytes */"):
             if not uploads[upload]:
-                raise _Refused(308, "nothing has come")
+                raise _Refused(308, "nothing was received")
         elif body and span != f"bytes 0-{len(body) - 1}/{len(body)}":
-            raise _Refused(400, f"the stand-in takes an upload in one piece, not {span}")
+            raise _Refused(400, f"the server takes an upload in one part, not {span}")
         else:
             uploads[upload] = self.server.store.write(bucket, query["name"], {}, body)
         self._send_json(uploads[upload])
 
     def _send_object(self, content: bytes, metadata: Mapping[str, str]):
-        """The object, or of it the range that was asked for, "bytes=FIRST-LAST"."""
+        """Sends the object, or the range of it in the header "Range: bytes=FIRST-LAST"."""
         headers = {"X-Goog-Generation": metadata["generation"]}
         if "Range" not in self.headers:
             self._send(200, content, **headers)
             return
         first, last = self.headers["Range"].removeprefix("bytes=").split("-")
-        if not first:  # the last bytes, so many
+        if not first:  # "-N" means the last N bytes
             first, last = max(len(content) - int(last), 0), ""
         part = content[int(first) : int(last) + 1 if last else None]
         if not part:

@@ -116,7 +116,7 @@ def test_listed_but_missing_files_are_listed(tmp_path):
     assert listing.unlisted == ("b.mp4", "c.mp4", "d.mp4")
 
 
-def test_files_that_the_walk_passes_over_may_be_listed(tmp_path):
+def test_files_that_the_walk_ignores_may_be_listed(tmp_path):
     touch(tmp_path, "elsewhere/a.mp4", "videos/.hidden/b.mp4", "videos/c.vob")
     paths = ("../elsewhere/a.mp4", str(tmp_path / "elsewhere/a.mp4"), ".hidden/b.mp4", "c.vob")
     rows = "".join(f"{path},x,train\n" for path in paths)
@@ -167,7 +167,7 @@ def test_a_label_file_fixes_the_labels(tmp_path):
     labels = read_labels(tmp_path / "labels.txt")
     assert labels == ("y", "x")
     rows = table(tmp_path, "path,label,split\na.mp4,x,train\nb.mp4,y,val\n")
-    # y is in no training clip, and that is meant.
+    # y is in no training clip, which is allowed because the labels are given.
     assert len(read(tmp_path, rows, labels).clips) == 2
     rows = table(tmp_path, "path,label\na.mp4,x\nb.mp4,z\n")
     refused("clips.csv line 3: label 'z' is not in the label file", tmp_path, rows, labels)
@@ -207,12 +207,12 @@ def test_the_split_rule(counts, fraction, data):
         else:
             assert 1 <= share <= count - 1
             assert abs(share - fraction * count) <= 1
-    # The order of the list plays no part.
+    # The result does not depend on the order of the list.
     shuffled = data.draw(st.permutations(clips))
     assert set(assign_splits(shuffled, fraction)) == set(assigned)
 
 
-def test_given_splits_stay(tmp_path):
+def test_given_splits_are_kept(tmp_path):
     rows = "path,label,split\na.mp4,x,test\nb.mp4,x,\nc.mp4,x,\nd.mp4,x,train\n"
     splits = {clip.path: clip.split for clip in read(tmp_path, table(tmp_path, rows)).clips}
     assert splits["a.mp4"] == "test"

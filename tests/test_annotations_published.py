@@ -1,4 +1,4 @@
-"""Published data sets, in small, as their publishers lay the files out."""
+"""Small versions of the published data sets, in the file layout of their publishers."""
 
 import csv
 import hashlib
@@ -28,7 +28,7 @@ def write(root, files):
 
 
 def clips(listing):
-    """(id, path, label, what of it, split) of each clip."""
+    """(id, path, label, (start, end, frame_range), split) of each clip."""
     return [
         (clip.id, clip.path, clip.label, (clip.start, clip.end, clip.frame_range), clip.split)
         for clip in listing.clips
@@ -112,7 +112,7 @@ def diving(root):
                 {"vid_name": "2x00lRzlTVQ_00001", "label": 0, "start_frame": 3, "end_frame": 80},
             ],
             "Diving48_V2_test.json": [clip | {"vid_name": "gone_00003", "label": 0}],
-            "Diving48_train.json": [clip | {"label": 1}],  # version 1, which is not to be read
+            "Diving48_train.json": [clip | {"label": 1}],  # version 1, which must not be read
             "Diving48_vocab.json": [
                 ["Back", "15som", "05Twis", "FREE"],
                 ["Back", "15som", "15Twis", "FREE"],
@@ -123,7 +123,7 @@ def diving(root):
 
 
 def howto100m(root, **more):
-    """Task 10 has 100 videos, task 7 has 99, and one that ranks better for task 10."""
+    """Task 10 has 100 videos; task 7 has 99, and one more that ranks better for task 10."""
     rows = [(f"tenTEN{i:05d}", "Food", "Drinks", i + 1, 10) for i in range(99)]
     rows += [(f"seven77{i:04d}", "Home and Garden", "Tools, Hand", i + 1, 7) for i in range(99)]
     rows += [("both0000000", "Food", "Drinks", 3, 10), ("both0000000", "Home", "", 5, 7)]
@@ -190,7 +190,7 @@ SMALL = {
 
 
 def shuffled(name, text, order):
-    """What a file lists, in another order; the header stays."""
+    """A file with its entries in another order; the header stays first."""
     if name.endswith(".json"):
         value = json.loads(text)
         if isinstance(value, dict):
@@ -206,7 +206,7 @@ def shuffled(name, text, order):
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_neither_the_order_of_files_nor_of_the_walk_plays_a_part(dataset, tmp_path):
+def test_the_result_depends_on_no_order_of_files_or_lines(dataset, tmp_path):
     videos, annotations = SMALL[dataset](tmp_path)
     touch(videos, "again/_x0000000_a.mp4", "again/78687.mp4", "again/v_Archery_g08_c01.mp4")
     expected = read(videos, annotations, dataset=dataset)
@@ -230,7 +230,7 @@ def test_neither_the_order_of_files_nor_of_the_walk_plays_a_part(dataset, tmp_pa
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_missing_and_unlisted_are_what_is_not_there_and_what_is_left(dataset, tmp_path):
+def test_missing_and_unlisted_files(dataset, tmp_path):
     videos, annotations = SMALL[dataset](tmp_path)
     listing = read(videos, annotations, dataset=dataset)
     here = {os.path.relpath(path, videos) for path in videos.rglob("*.*") if path.is_file()}
@@ -243,7 +243,7 @@ def test_missing_and_unlisted_are_what_is_not_there_and_what_is_left(dataset, tm
         assert said in listing.report()
 
 
-def test_the_table_says_what_preparing_needs():
+def test_the_options_of_each_data_set():
     assert {name: row.store_stride for name, row in DATASETS.items() if row.store_stride != 1} == {
         "kinetics400": 4,
         "kinetics600": 4,
@@ -259,7 +259,7 @@ def test_the_table_says_what_preparing_needs():
     ("name", "near"),
     [("kinetics-400", "kinetics400"), ("SSv2", "something_v2"), ("UCF", "ucf101")],
 )
-def test_an_unknown_data_set_is_told_the_nearest(name, near, tmp_path):
+def test_the_most_similar_data_set_is_suggested(name, near, tmp_path):
     refused(f"no data set '{name}'.*; did you mean '{near}'", tmp_path, tmp_path, dataset=name)
 
 
@@ -297,7 +297,7 @@ def test_the_report(tmp_path):
 
 def test_kinetics_as_published(tmp_path):
     videos, annotations = kinetics(tmp_path)
-    touch(videos, "whole/-3B32lodo2M.mp4")  # of which the trimmed clip is there too
+    touch(videos, "whole/-3B32lodo2M.mp4")  # of which the trimmed clip exists too
     listing = read(videos, annotations, dataset="kinetics600")
     assert clips(listing) == [
         ("-3B32lodo2M_000059_000069", "train/playing_guitar/-3B32lodo2M_000059_000069.mp4",
@@ -553,7 +553,7 @@ def test_howto100m_splits_85_to_35(tmp_path):
     splits = Counter(clip.split for clip in listing.clips)
     assert splits["test"] + splits["train"] == 12_000
     assert abs(splits["test"] - 3_500) < 200  # four standard deviations
-    for clip in listing.clips:  # the rule of the docstring, said another way
+    for clip in listing.clips:  # the rule of the docstring, computed differently
         draw = int(hashlib.sha256(clip.id.encode()).hexdigest()[:16], 16) % 120
         assert clip.split == ("test" if draw < 35 else "train")
     assert listing.labels == ("1",)

@@ -1,4 +1,4 @@
-"""What `timesformer check` says of data that were damaged in a known place."""
+"""`timesformer check` on data with known damage."""
 
 import collections
 import csv
@@ -36,7 +36,7 @@ REWRITE_INDEX = "; delete dataset_info.json and run `timesformer prepare` again 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """11 videos of 2 labels, 8 of them for training; and 2 that cannot be decoded."""
+    """11 videos of 2 labels, 8 of them for training, and 2 clips that cannot be decoded."""
     folder = tmp_path_factory.mktemp("source")
     rows = [("path", "label", "split")]
     for i in range(11):
@@ -52,14 +52,14 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source_of_all_kinds(source, tmp_path_factory):
-    """The same, and one more of each way in which a clip cannot be used; and a file of no list."""
+    """The same, a clip of each other kind that cannot be used, and a video that is not listed."""
     folder = shutil.copytree(source, tmp_path_factory.mktemp("kinds") / "videos")
     whole = (folder / "7.mp4").read_bytes()
     (folder / "empty.mp4").touch()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     write_audio(folder / "audio.mp4")
     write_video(folder / "vp9.webm", frames=30, width=96, fps=15, codec="libvpx-vp9")
-    # The first half of the pictures' bytes: its packets are all there.
+    # Overwrites the first bytes of the frames; all packets still exist.
     begin = whole.index(b"mdat") + 4
     (folder / "noise.mp4").write_bytes(whole[:begin] + bytes(200) + whole[begin + 200 :])
     shutil.copy(folder / "7.mp4", folder / "unlisted.mp4")
@@ -85,12 +85,12 @@ def prepared(source, tmp_path_factory):
 
 @pytest.fixture
 def damaged(prepared, tmp_path):
-    """A copy, to damage."""
+    """A copy that tests damage."""
     return shutil.copytree(prepared, tmp_path / "copy")
 
 
 def problems_of(capsys, directory, **options):
-    """The lines of problems; there are as many as the error says."""
+    """The printed problems; their number must be the one in the error."""
     capsys.readouterr()
     with pytest.raises(InputError) as error:
         check([directory], workers=1, **options)
@@ -132,7 +132,7 @@ def test_a_good_directory(prepared, capsys):
 
 
 def rewrite(directory, change):
-    """Writes record 1 of a shard again, changed in place, with checksums that are right."""
+    """Changes record 1 of a shard, and writes it with correct checksums."""
     path = directory / SHARD
     contents = [record.numpy() for record in tf.data.TFRecordDataset(os.fspath(path))]
     changed = change(contents[1])
@@ -154,7 +154,7 @@ def flip(path, position, bit=0):
 
 
 def reindex(directory, **changes):
-    """Writes the index of train again, with some columns changed."""
+    """Changes values in the index of train."""
     path = directory / "train.index.npz"
     with np.load(path) as index:
         columns = dict(index)
@@ -204,11 +204,11 @@ DAMAGE = {
     ),
     "bytes at the end": (append, f"{SHARD} has 4 bytes after its 3 records{REWRITE_SHARD}"),
     "no shard": (lambda d: (d / SHARD).unlink(), f"{SHARD} is missing; run .* only this shard"),
-    "a rest": (
+    "a temporary file": (
         lambda d: (d / f"{SHARD}.7.part").touch(),
         f"{SHARD}.7.part is a temporary file of a killed run; delete it",
     ),
-    "a stray": (
+    "a shard of no index": (
         lambda d: (d / "tiny-train.tfrecord-00000-of-00009").touch(),
         "tiny-train.tfrecord-00000-of-00009 is in no index; delete it",
     ),
@@ -240,7 +240,7 @@ DAMAGE = {
         rf" 90, fps \d+.0 where the index has 12.5, stride 3 where the index has 2, stored frames"
         rf" \d+ where the index has 45{REWRITE_SHARD}",
     ),
-    "a class that there is not": (
+    "an unknown class": (
         lambda d: reindex(d, label=(0, 3)),
         rf"the index of train has {ID} with label 3 of 3{REWRITE_INDEX}",
         rf".* record 0 .* label [01] where the index has 3{REWRITE_SHARD}",
@@ -304,20 +304,20 @@ def test_damage_is_named_with_what_to_do(damaged, capsys, name):
         assert re.fullmatch(pattern, problem)
 
 
-def test_frames_are_decoded_of_the_share_asked_for(damaged):
+def test_a_fraction_of_the_frames_is_decoded(damaged):
     rewrite(damaged, without_the_last_jpeg)
     check([damaged], decode_fraction=0.0)
     with pytest.raises(InputError, match="1 problem in"):
         check([damaged], decode_fraction=1.0)
 
 
-@given(share=st.floats(0, 1), more=st.floats(0, 1))
-def test_a_larger_share_holds_the_smaller(share, more):
-    share, more = sorted((share, more))
+@given(fraction=st.floats(0, 1), more=st.floats(0, 1))
+def test_a_larger_fraction_contains_a_smaller_one(fraction, more):
+    fraction, more = sorted((fraction, more))
     ids = [f"{i}.mp4" for i in range(400)]
-    chosen = {clip for clip in ids if is_decoded(clip, share)}
+    chosen = {clip for clip in ids if is_decoded(clip, fraction)}
     assert chosen <= {clip for clip in ids if is_decoded(clip, more)}
-    assert abs(len(chosen) - 400 * share) <= 5 * 10  # 5 standard deviations, at most 10 each
+    assert abs(len(chosen) - 400 * fraction) <= 5 * 10  # 5 standard deviations, at most 10 each
     assert not any(is_decoded(clip, 0.0) for clip in ids)
     assert all(is_decoded(clip, 1.0) for clip in ids)
 
@@ -353,8 +353,8 @@ def digests(directory):
     }
 
 
-def test_what_is_advised_mends_it(source, prepared, damaged, capsys):
-    """Deletes what the problems say, prepares again, and finds all as it was."""
+def test_following_the_advice_repairs_it(source, prepared, damaged, capsys):
+    """Deletes what the problems name and prepares again: all files are as before."""
     shards = sorted(damaged.glob("tiny-*"))
     flip(shards[0], 100)
     cut(damaged)
@@ -389,7 +389,7 @@ def follow(problems, directory):
     return len(problems)
 
 
-def test_a_directory_prepared_in_part_is_one_line(damaged, tmp_path):
+def test_an_incomplete_directory_is_one_line(damaged, tmp_path):
     (damaged / "dataset_info.json").unlink()
     with pytest.raises(InputError, match=r"is incomplete: 5 shards are done, .* run `timesformer"):
         check([damaged])
@@ -398,22 +398,22 @@ def test_a_directory_prepared_in_part_is_one_line(damaged, tmp_path):
         check([tmp_path])
 
 
-def test_without_what_only_prepare_reads(damaged, capsys):
-    """A copy of what training reads is as good; what it does not tell is not made up."""
+def test_without_the_files_that_only_prepare_reads(damaged, capsys):
+    """A copy with only what training reads is valid; the unknown count of failures is '?'."""
     shutil.rmtree(damaged / "manifests")
     (damaged / "failures.csv").unlink()
     check([damaged])
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:4]] == ["?", "?"]
 
 
-def test_pieces_of_a_video_are_one_clip(damaged, capsys):
+def test_segments_of_a_video_are_one_clip(damaged, capsys):
     reindex(damaged, video=(1, 0))
     check([damaged])
     assert capsys.readouterr().out.splitlines()[2].split()[:3] == ["train", "7", "8"]
 
 
-def test_many_classes_are_shown_by_their_ends(prepared, tmp_path, capsys):
-    """A data set of 60 classes, class i of which has 1 + i // 2 clips; and 1 that has none."""
+def test_of_many_classes_both_ends_are_shown(prepared, tmp_path, capsys):
+    """60 classes, of which class i has 1 + i // 2 clips, and one class without clips."""
     counts = collections.Counter({f"class {i}": 1 + i // 2 for i in range(60)})
     labels = [*counts.elements()]
     split = open_split(prepared, "train")
@@ -470,7 +470,7 @@ def test_what_cannot_be_checked(arguments, said):
 # ---- raw videos ---------------------------------------------------------------------------------
 
 
-def test_videos_are_as_preparing_finds_them(source_of_all_kinds, tmp_path, capsys):
+def test_check_and_prepare_find_the_same_failures(source_of_all_kinds, tmp_path, capsys):
     source = source_of_all_kinds
     prepare_from(source, tmp_path / "prepared")
     capsys.readouterr()
@@ -501,7 +501,7 @@ def test_videos_are_as_preparing_finds_them(source_of_all_kinds, tmp_path, capsy
     ]
 
 
-def test_an_output_that_cannot_be_written_is_told_first(source, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_fails_first(source, tmp_path, monkeypatch):
     monkeypatch.setattr("timesformer_jax.data.check.videos.check_clips", None)
     arguments = {"annotations": source / "clips.csv", "labels": source / "labels.txt"}
     with pytest.raises(InputError, match=r"cannot write .*bad.csv"):
@@ -520,7 +520,7 @@ def test_good_videos_from_the_command_line(source, timesformer, tmp_path):
 
 
 def test_a_video_that_crashes_the_decoder(source_of_all_kinds, tmp_path, monkeypatch):
-    # A clip that ends the process that looks for its file, as a decoder of bad memory would.
+    # A clip that crashes the process that opens its file.
     (tmp_path / "crashing.py").write_text(
         "import multiprocessing, os, signal\n"
         "from timesformer_jax.data.annotations import Clip\n"
@@ -533,7 +533,7 @@ def test_a_video_that_crashes_the_decoder(source_of_all_kinds, tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     import crashing
 
-    # Nothing is decoded, so that noise in the place of pictures is not met.
+    # Nothing is decoded, so the noise in one file is not found.
     names = ["0.mp4", "noise.mp4", "text.mp4"]
     clips = [Clip(name, "a", None, None, "train") for name in names]
     clips[1:1] = [crashing.Crashing("0.mp4", "a", None, None, "train", name="bad")]

@@ -28,7 +28,7 @@ def unit(direction):
 
 
 def paths(direction, count=4000, seed=0):
-    """(count, FRAMES - 1, 2): where the patch's upper left corner is, but for the last frame."""
+    """(count, FRAMES - 1, 2): the patch's upper left corner in all frames but the last."""
     rng = np.random.default_rng((seed, direction))
     return np.stack([demo.patch_positions(rng, direction, 12)[:-1] for _ in range(count)])
 
@@ -53,8 +53,8 @@ def histogram(positions):
     return np.histogram2d(*positions.reshape(-1, 2).T, edges)[0] / positions[..., 0].size
 
 
-def test_the_frame_tells_nothing_of_the_direction():
-    """Positions over all frames are spread the same for every direction."""
+def test_a_frame_is_independent_of_the_direction():
+    """The distribution of the positions in all frames is the same for every direction."""
     spread = [histogram(paths(direction)) for direction in range(8)]
     again = histogram(paths(0, seed=1))
     by_chance = np.abs(spread[0] - again).sum()
@@ -62,8 +62,8 @@ def test_the_frame_tells_nothing_of_the_direction():
         assert np.abs(spread[0] - other).sum() < 2 * by_chance
 
 
-def test_sampling_meets_each_moment_as_often_as_its_mirror_image():
-    """The recipe's clips, truncated as they are, never reach the last frame."""
+def test_sampling_is_symmetric_in_time():
+    """The recipe's clips never use the last frame, because of the truncation."""
     config = recipes.demo()
     starts = (np.arange(1000) + 0.5) / 1000
     picked = np.stack(
@@ -79,7 +79,7 @@ def test_sampling_meets_each_moment_as_often_as_its_mirror_image():
         assert np.abs(column[:-1] - mirrored).max() <= 2
 
 
-def test_a_direction_is_its_opposite_run_backwards():
+def test_a_direction_is_its_opposite_played_backwards():
     for direction in range(4):
         there = paths(direction)
         back = paths(direction + 4, seed=1)[:, ::-1]
@@ -88,7 +88,7 @@ def test_a_direction_is_its_opposite_run_backwards():
         assert np.abs(there.mean((0, 1)) - back.mean((0, 1))).max() < 0.25
 
 
-def test_every_video_follows_from_its_number_and_the_seed():
+def test_a_video_depends_only_on_its_number_and_the_seed():
     first = np.stack(list(demo.frames("train", 5, seed=3)))
     assert first.shape == (demo.FRAMES, demo.HEIGHT, demo.WIDTH, 3)
     assert first.dtype == np.uint8
@@ -121,7 +121,7 @@ def test_the_splits_share_no_part_of_a_photograph():
 # ---- what is written ----------------------------------------------------------------------------
 
 
-def test_the_files_are_h264_and_hold_what_was_drawn(made):
+def test_the_files_are_h264_with_the_drawn_frames(made):
     for split, count in COUNTS.items():
         for index in range(count):
             path = made / "videos" / split / f"{index:05d}.mp4"
@@ -145,7 +145,7 @@ def test_the_labels_are_balanced(made):
     }
 
 
-def test_it_is_prepared_as_any_videos_are(made):
+def test_it_is_prepared_like_other_videos(made):
     for name, count in COUNTS.items():
         split = open_split(made, name)
         assert len(split) == count
@@ -156,13 +156,13 @@ def test_it_is_prepared_as_any_videos_are(made):
         assert set(split.fps) == {demo.FPS}
 
 
-def test_what_is_there_is_not_made_again(made):
+def test_existing_files_are_kept(made):
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*") if path.is_file()}
     demo.prepare_demo(made, **COUNTS)
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_interrupted_it_goes_on_to_the_same_videos(made, tmp_path):
+def test_an_interrupted_call_continues_to_the_same_videos(made, tmp_path):
     whole = made / "videos"
     files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
     videos = shutil.copytree(whole, tmp_path / "videos")
@@ -182,7 +182,7 @@ def test_other_settings_are_refused(made):
         demo.prepare_demo(made, **COUNTS, seed=1)
 
 
-def test_without_scikit_image_it_says_so(monkeypatch):
+def test_without_scikit_image(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     demo.load_photographs.cache_clear()
     with pytest.raises(InputError, match="pip install scikit-image"):

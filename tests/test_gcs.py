@@ -1,4 +1,4 @@
-"""Paths on gs:// against the same on disk, in a process that takes the stand-in for Google's."""
+"""Operations on gs:// give the same results as on disk, in a process that uses the fake server."""
 
 import contextlib
 import http.client
@@ -319,7 +319,9 @@ def use_checkpoints(folder):
             found.record_validation(step, top1, 1.0)
     with contextlib.closing(Checkpoints(folder, keep=1, keep_best=1)) as found:
         seen += [found.steps(), found.best_step(), found.validation]
-        step, (restored, progress) = found.read_newest(lambda s: found.restore(s, walk.target(state)))
+        step, (restored, progress) = found.read_newest(
+            lambda s: found.restore(s, walk.target(state))
+        )
         seen += [step, progress, np.asarray(restored.params["a"]).tobytes()]
         (found.directory / "3" / "progress" / "metadata").write_text("{")
         step, _ = found.read_newest(lambda s: found.restore(s, walk.target(state)))

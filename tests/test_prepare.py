@@ -38,7 +38,7 @@ OPTIONS = {"short_side": 24, "clips_per_shard": 3, "workers": 1, "name": "tiny"}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """20 good clips of 2 labels, one of them trimmed, among 6 bad ones."""
+    """20 good clips of 2 labels, one of them trimmed, and 6 bad ones."""
     folder = tmp_path_factory.mktemp("source")
     rows = [("path", "label", "split", "start", "end")]
     for split, count in SPLITS.items():
@@ -81,7 +81,7 @@ def digests(output):
 
 
 def command(**kwargs):
-    """A process that prepares, and ends with 2 and one line upon an InputError."""
+    """The command of a process that prepares. An InputError is one line and exit status 2."""
     kwargs = {key: os.fspath(v) if isinstance(v, Path) else v for key, v in kwargs.items()}
     code = (
         "import sys\n"
@@ -169,7 +169,7 @@ def test_shards_mix_the_classes(prepared):
     assert len({tuple(split.label[split.shard == i]) for i in range(len(split.files))}) > 2
 
 
-def test_run_again_it_says_that_all_is_done(source, prepared, capsys):
+def test_a_second_run_reports_that_all_is_done(source, prepared, capsys):
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.is_file()}
     summary = prepare(**arguments(source, prepared))
     assert "already prepared" in capsys.readouterr().out
@@ -194,7 +194,7 @@ def children(pid):
 
 
 def interrupt(arguments, manifests, how):
-    """Runs prepare until so many shards are done, then stops it; all its workers must end."""
+    """Runs prepare until this number of shards is done, then stops it; all its workers must end."""
     process = subprocess.Popen(
         interruptible(command(**arguments)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
         text=True, start_new_session=True,
@@ -217,7 +217,7 @@ def interrupt(arguments, manifests, how):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_killed_and_run_again_it_ends_with_the_same_bytes(source, prepared, tmp_path):
+def test_a_killed_run_continues_to_the_same_bytes(source, prepared, tmp_path):
     again = arguments(source, tmp_path / "killed", workers=2)
     assert interrupt(again, 1, lambda pid: os.kill(pid, signal.SIGKILL)) == -signal.SIGKILL
     assert interrupt(again, 3, lambda pid: os.killpg(pid, signal.SIGINT)) == 130
@@ -246,7 +246,7 @@ def test_a_killed_worker_is_one_clear_error(source, tmp_path):
     assert not active_children()
 
 
-def test_two_runs_do_not_write_one_output(source, prepared):
+def test_a_second_run_on_the_same_output_is_refused(source, prepared):
     descriptor = os.open(prepared, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
@@ -280,7 +280,7 @@ def may_mount():
 
 @pytest.mark.skipif(not may_mount(), reason="may not mount a small disk")
 def test_a_full_disk_loses_nothing(source, prepared, tmp_path):
-    """A disk too small for the shards is one line; with more room the same command finishes."""
+    """A full disk is an error of one line; with more space the same command finishes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in prepared.glob("*.tfrecord-*"))
@@ -342,7 +342,7 @@ def test_among_hundreds_of_damaged_videos_every_good_clip_is_prepared(tmp_path):
 
 
 def test_a_clip_that_crashes_the_decoder_is_left_out(source, prepared, tmp_path, capsys):
-    """A segmentation fault ends a process; what it was at is to blame, and nothing else is lost."""
+    """A segmentation fault ends a worker: only the clip that it decoded is left out."""
 
     def crash_one():
         while not (workers := active_children()) or not list((tmp_path / "out").glob("*.part")):
@@ -368,7 +368,7 @@ def bad(prepared):
 
 
 def test_too_many_failures_end_the_run(source, prepared, tmp_path):
-    """Missing files are no failure to decode: 5 of the 6 count."""
+    """A missing file does not count as undecodable: 5 of the 6 do."""
     out = tmp_path / "out"
     with pytest.raises(InputError, match="more than --max_failures=4"):
         prepare(**arguments(source, out, max_failures=4))
@@ -378,7 +378,7 @@ def test_too_many_failures_end_the_run(source, prepared, tmp_path):
     assert digests(out) == digests(prepared)
 
 
-def test_videos_that_were_missing_are_prepared_once_they_are_there(source, tmp_path, capsys):
+def test_missing_videos_that_are_added_later_are_prepared(source, tmp_path, capsys):
     videos = shutil.copytree(source, tmp_path / "videos")
     (videos / "train3.mp4").rename(tmp_path / "later.mp4")
     out = tmp_path / "out"
@@ -395,8 +395,8 @@ def test_videos_that_were_missing_are_prepared_once_they_are_there(source, tmp_p
 # ---- options ------------------------------------------------------------------------------------
 
 
-def test_long_videos_are_cut_into_equal_pieces(tmp_path):
-    """60 frames at 25 a second in pieces of about 0.7 s: 3 of 20; 20 frames: 1."""
+def test_long_videos_are_cut_into_equal_segments(tmp_path):
+    """At 25 fps and about 0.7 s, 60 frames give 3 segments of 20, and 20 frames give 1."""
     (tmp_path / "v" / "train" / "a").mkdir(parents=True)
     write_video(tmp_path / "v/train/a/long.mp4", frames=60, fps=25)
     write_video(tmp_path / "v/train/a/short.mp4", frames=20, fps=25)
@@ -424,7 +424,7 @@ def test_long_videos_are_cut_into_equal_pieces(tmp_path):
         )
 
 
-def test_frames_are_stored_at_the_rate_asked_for(tmp_path):
+def test_frames_are_resampled_to_fps(tmp_path):
     (tmp_path / "v" / "train" / "a").mkdir(parents=True)
     write_video(tmp_path / "v/train/a/x.mp4", frames=60, fps=30)
     prepare(tmp_path / "v", tmp_path / "out", short_side=24, fps=10, workers=1)
@@ -445,7 +445,7 @@ def test_apache_beam_writes_the_same_bytes(source, prepared, tmp_path):
     assert digests(out) == digests(prepared)
     assert (out / "failures.csv").read_bytes() == (prepared / "failures.csv").read_bytes()
     next(out.glob("*-train.*")).unlink()
-    prepare(**arguments(source, out, **beam))  # what is lost is made anew, by Beam as here
+    prepare(**arguments(source, out, **beam))  # Beam writes a lost shard again, too
     assert digests(out) == digests(prepared)
 
 
@@ -464,7 +464,7 @@ def test_on_gs_it_writes_the_same_bytes(source, prepared, gcs, timesformer_on):
 
 @pytest.fixture
 def timesformer_on():
-    """Runs the command line in a process that takes a stand-in for Google Cloud Storage."""
+    """Runs the command line in a process that uses the fake Google Cloud Storage."""
 
     def run(gcs, *arguments):
         return subprocess.run(
@@ -522,7 +522,7 @@ def test_an_output_that_cannot_be_written(source, tmp_path):
         prepare(**arguments(source, tmp_path / "file"))
 
 
-def test_a_split_of_which_nothing_can_be_decoded(source, tmp_path):
+def test_a_split_without_a_decodable_clip(source, tmp_path):
     (tmp_path / "clips.csv").write_text(
         "path,label,split\ntrain1.mp4,a,train\nempty.mp4,a,validation\ntext.mp4,a,validation\n"
     )
@@ -530,7 +530,7 @@ def test_a_split_of_which_nothing_can_be_decoded(source, tmp_path):
     with pytest.raises(InputError, match="none of the clips of validation could be decoded"):
         prepare(**arguments(source, out, annotations=tmp_path / "clips.csv"))
     assert "empty.mp4" in (out / "failures.csv").read_text()
-    assert len(list((out / "manifests").iterdir())) == 2  # what was good stays
+    assert len(list((out / "manifests").iterdir())) == 2  # finished shards are kept
     assert not (out / "dataset_info.json").exists()
 
 
