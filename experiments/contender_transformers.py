@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import TimesformerConfig, TimesformerForVideoClassification
 from transformers.models.timesformer.modeling_timesformer import TimesformerSelfAttention
 
-from timesformer_jax.checkpoints.convert.hf import config_json
+from timesformer_jax.checkpoints.convert.formats.hf import config_json
 from timesformer_jax.models.config import TimeSformerConfig
 
 

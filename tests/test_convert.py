@@ -1,4 +1,4 @@
-"""`convert`: what is written, under which license; and one clear error for what can be wrong."""
+"""`convert`: what it writes, under which license; and one clear error for every wrong input."""
 
 import json
 import pathlib
@@ -6,6 +6,7 @@ import pickle
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import timesformer_jax as tsf
 from timesformer_jax.checkpoints import store as checkpoints
 from timesformer_jax.checkpoints.convert import convert
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
@@ -25,10 +27,10 @@ DIVIDED = GOLDENS / "official_divided_space_time.pyth"
 VIT = GOLDENS / "timm_vit.pth"
 
 
-def ours(path, model, labels=(), **training):
-    """A checkpoint of ours that holds `model`."""
+def native(path, model, labels=(), **training):
+    """A checkpoint in our own format that holds `model`."""
     clip = ClipSpec(frames=model.config.num_frames, frame_stride=4, crop=model.config.image_size)
-    metadata = checkpoints.CheckpointMetadata(model.config, clip, labels, training)
+    metadata = CheckpointMetadata(model.config, clip, labels, training)
     checkpoints.save_parameters(path, parameters(model), metadata)
     return path
 
@@ -37,11 +39,12 @@ def tiny(**fields):
     """A small model with every parameter random."""
     shape = {"image_size": 16, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
     config = tsf.preset("timesformer_tiny", **shape | fields)
-    draw = np.random.default_rng(0)
-    shapes = parameters(abstract(config))
-    return with_parameters(
-        config, jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), shapes)
-    )
+    rng = np.random.default_rng(0)
+
+    def draw(shape):
+        return jnp.asarray(rng.normal(size=shape.shape), jnp.float32)
+
+    return with_parameters(config, jax.tree.map(draw, parameters(abstract(config))))
 
 
 def same_parameters(a, b):
@@ -65,9 +68,9 @@ def test_release_and_back_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_ours_holds_every_scheme(scheme, tmp_path):
+def test_native_checkpoints_hold_every_scheme(scheme, tmp_path):
     source = tiny(attention=scheme)
-    convert(ours(tmp_path / "a", source), tmp_path / "b")
+    convert(native(tmp_path / "a", source), tmp_path / "b")
     model = tsf.from_pretrained(tmp_path / "b")
     assert model.config == source.config
     assert same_parameters(model, source)
@@ -76,7 +79,7 @@ def test_ours_holds_every_scheme(scheme, tmp_path):
 @pytest.mark.parametrize("to", ["hf", "release"])
 @pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"divided", "joint", "space"}))
 def test_formats_without_a_scheme_say_so(scheme, to, tmp_path):
-    source = ours(tmp_path / "a", tiny(attention=scheme))
+    source = native(tmp_path / "a", tiny(attention=scheme))
     with pytest.raises(tsf.InputError, match=f"has no {scheme} attention, only divided"):
         convert(source, tmp_path / "b", to=to)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a"]
@@ -85,7 +88,7 @@ def test_formats_without_a_scheme_say_so(scheme, to, tmp_path):
 @pytest.mark.parametrize("kept", ["none", "space"])
 def test_models_without_embeddings_go_out_with_zeros(kept, tmp_path):
     source = tiny(position_embedding=kept)
-    convert(ours(tmp_path / "a", source), tmp_path / "hf", to="hf")
+    convert(native(tmp_path / "a", source), tmp_path / "hf", to="hf")
     model = tsf.from_pretrained(tmp_path / "hf")
     assert not np.any(model.embedding.time[...])
     video = np.random.default_rng(0).normal(size=(1, 8, 16, 16, 3)).astype(np.float32)
@@ -94,8 +97,8 @@ def test_models_without_embeddings_go_out_with_zeros(kept, tmp_path):
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
 
 
-def test_card_of_our_own_checkpoints_is_kept(tmp_path):
-    source = ours(tmp_path / "a", tiny(), labels=("x", "y", "z"), seed=5)
+def test_metadata_of_our_own_checkpoints_is_kept(tmp_path):
+    source = native(tmp_path / "a", tiny(), labels=("x", "y", "z"), seed=5)
     convert(source, tmp_path / "b")
     before, after = (checkpoints.load_parameters(path)[0] for path in (source, tmp_path / "b"))
     assert (after.clip, after.labels, after.config["seed"]) == (before.clip, before.labels, 5)
@@ -120,7 +123,7 @@ def test_license_of_the_release_stays_with_its_weights(tmp_path, caplog):
 
 
 def test_weights_of_ones_own_and_of_image_models_get_no_license(tmp_path, caplog):
-    convert(ours(tmp_path / "a", tiny()), tmp_path / "hf", to="hf")
+    convert(native(tmp_path / "a", tiny()), tmp_path / "hf", to="hf")
     convert(tmp_path / "hf", tmp_path / "r.pyth", to="release")
     convert(tmp_path / "r.pyth", tmp_path / "b")
     convert(VIT, tmp_path / "vit", num_heads=4)
@@ -144,7 +147,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, monkeyp
 
 def test_options_are_checked(tmp_path):
     for options, message in {
-        "to": ({"to": "onnx"}, "to must be one of ours, hf, release, not 'onnx'"),
+        "to": ({"to": "onnx"}, "to must be one of native, hf, release, not 'onnx'"),
         "labels": ({"labels": ["a"]}, "1 labels for a head of 10 classes"),
         "resize": ({"resize": "nearest"}, "resize must be one of bicubic, official"),
         "field": ({"num_frame": 8}, "no model field 'num_frame'; did you mean 'num_frames'?"),

@@ -140,7 +140,7 @@ def test_model_without_head_gets_a_new_one(saved, tmp_path, caplog):
 @pytest.mark.parametrize("attention", SCHEMES)
 def test_there_and_back_bit_for_bit(attention, saved, tmp_path):
     source = saved(attention)
-    convert(source, tmp_path / "ours", to="ours")
+    convert(source, tmp_path / "ours", to="native")
     convert(tmp_path / "ours", tmp_path / "release.pyth", to="release")
     convert(tmp_path / "release.pyth", tmp_path / "hf", to="hf")
     before = load_file(source / "model.safetensors")

@@ -198,10 +198,10 @@ COMMANDS = {
         required=("config", "topology"),
     ),
     "convert": Command(
-        "a checkpoint of any known format to ours, Hugging Face's or the release's",
+        "convert a checkpoint to our format, Hugging Face's or the release's",
         "timesformer_jax.checkpoints.convert:convert",
         (
-            _string("to", "ours", "ours, hf (a transformers directory) or release (.pyth)"),
+            _string("to", "native", "native, hf (a transformers directory) or release (.pyth)"),
             _string("resize", "bicubic", "of position embeddings: bicubic, or official"),
             _string("labels", None, "file of class names, one a line, in the order of the logits"),
             _string("attention", None, "scheme, where an image ViT becomes a video model"),

@@ -1,7 +1,7 @@
-"""Reads files of named arrays: torch, safetensors and npz, one file or a Hugging Face directory.
+"""Reads files of named arrays: torch, safetensors, npz, or a Hugging Face directory.
 
-The kind is told from a file's first bytes, not from its name. Arrays stay on disk until asked for,
-so that a conversion holds few of them at a time.
+The first bytes of a file tell its kind, not its name. Arrays stay on disk until they are needed, so
+that a conversion holds few of them in memory at a time.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ _CONTAINERS = ("model_state", "state_dict", "model")
 _PREFIXES = ("module.", "model.")
 
 
-class Stored(NamedTuple):
-    """An array that is read when it is asked for."""
+class LazyArray(NamedTuple):
+    """An array that `load` reads from disk, as float32."""
 
     shape: tuple[int, ...]
     load: Callable[[], np.ndarray]
 
 
-class File(NamedTuple):
-    """What a checkpoint holds.
+class WeightsFile(NamedTuple):
+    """The content of an external checkpoint.
 
     Attributes:
-      state: the arrays by their names, without wrappers and prefixes.
-      about: what stands beside them: "config" and "preprocessor" of a directory, "cfg", "license"
-        and "num_heads" of a torch file; "video" is True in the wrapping of the authors' release.
+      arrays: by name, without wrappers and common prefixes.
+      metadata: "config" and "preprocessor" (JSON objects) of a directory; "cfg", "license" and
+        "num_heads" of a torch file; "is_release", True if the arrays are wrapped as in the
+        authors' release.
     """
 
-    state: dict[str, Stored]
-    about: dict[str, Any]
+    arrays: dict[str, LazyArray]
+    metadata: dict[str, Any]
 
 
-def read(path: str) -> File:
-    """The arrays of a file or directory.
+def read_file(path: str) -> WeightsFile:
+    """Reads a file or directory.
 
     Raises:
       InputError: if it is missing, damaged, or holds anything but tensors.
@@ -56,15 +57,15 @@ def read(path: str) -> File:
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint")
     readers = {"safetensors": _read_safetensors, "npz": _read_npz, "torch": _read_torch}
-    with _damage(path):
-        state, about = readers[_kind(path)](path)
-    if not state:
+    with _read_errors(path):
+        file = readers[_kind(path)](path)
+    if not file.arrays:
         raise InputError(f"{path}: not a checkpoint: it holds no arrays")
-    return File(state, about)
+    return file
 
 
 def is_weights_directory(path: str) -> bool:
-    """Whether `path` is a directory as Hugging Face libraries write it."""
+    """Whether `path` is a directory in the layout of Hugging Face libraries."""
     names = [name + end for name in WEIGHTS for end in ("", ".index.json")]
     return any(os.path.isfile(os.path.join(path, name)) for name in [*names, "config.json"])
 
@@ -79,8 +80,8 @@ def _kind(path: str) -> str:
 
 
 @contextlib.contextmanager
-def _damage(path: str) -> Iterator[None]:
-    """Turns what the libraries raise on a damaged file into one line."""
+def _read_errors(path: str) -> Iterator[None]:
+    """Turns the errors that libraries raise on a damaged file into one line."""
     try:
         yield
     except ImportError as e:
@@ -92,124 +93,134 @@ def _damage(path: str) -> Iterator[None]:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, zipfile.BadZipFile) as e:
         raise InputError(
-            f"{path}: damaged, or no checkpoint: {_reason(e)}; fetch or save it again"
+            f"{path}: damaged, or no checkpoint: {_reason(e)}; download or save it again"
         ) from None
 
 
 def _reason(error: Exception) -> str:
     text = str(error)
     if "WeightsUnpickler error:" in text:
-        # torch explains at length how to load it all the same; the cause is in the midst of it.
+        # torch explains at length how to load the file anyway; the cause follows this text.
         text = text.partition("WeightsUnpickler error:")[2].strip() or "a pickle of other software"
     lines = text.strip().splitlines()
     return lines[0].split(". ")[0] if lines else type(error).__name__
 
 
-def _read_torch(path: str) -> tuple[dict[str, Stored], dict[str, Any]]:
+def _read_torch(path: str) -> WeightsFile:
     import torch
 
-    # Mapped, not read, where the file's format allows; files of torch before 1.6 do not.
+    # Memory-mapped where the format allows it; torch before 1.6 wrote files that do not.
     mapped = zipfile.is_zipfile(path)
     with warnings.catch_warnings():
-        # Said of pickles that torch did not write; what they hold shows right after.
+        # torch warns about pickles that it did not write; whether they hold tensors is checked.
         warnings.filterwarnings("ignore", "Detected pickle protocol")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
-    state, about = content, {}
+    state_dict, metadata = content, {}
     container = next((key for key in _CONTAINERS if isinstance(content.get(key), dict)), None)
     if container:
-        state = content[container]
-        about = {k: content[k] for k in ("cfg", "license", "num_heads") if k in content}
-        about["video"] = container == "model_state" and all(k.startswith("model.") for k in state)
-    for name, value in state.items():
+        state_dict = content[container]
+        metadata = {k: content[k] for k in ("cfg", "license", "num_heads") if k in content}
+        prefixed = all(name.startswith("model.") for name in state_dict)
+        metadata["is_release"] = container == "model_state" and prefixed
+    for name, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
 
     def load(tensor):
         return tensor.detach().float().numpy()
 
-    stored = {k: Stored(tuple(v.shape), functools.partial(load, v)) for k, v in state.items()}
-    return _without_prefixes(stored), about
+    arrays = {
+        name: LazyArray(tuple(tensor.shape), functools.partial(load, tensor))
+        for name, tensor in state_dict.items()
+    }
+    return WeightsFile(_without_prefixes(arrays), metadata)
 
 
-def _without_prefixes(state: dict[str, Stored]) -> dict[str, Stored]:
+def _without_prefixes(arrays: dict[str, LazyArray]) -> dict[str, LazyArray]:
     for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name[len(prefix) :]: value for name, value in state.items()}
-    return state
+        if all(name.startswith(prefix) for name in arrays):
+            arrays = {name[len(prefix) :]: value for name, value in arrays.items()}
+    return arrays
 
 
-def _read_safetensors(path: str) -> tuple[dict[str, Stored], dict[str, Any]]:
+def _read_safetensors(path: str) -> WeightsFile:
     import safetensors
 
     def load(name):
-        with _damage(path), safetensors.safe_open(path, "np") as f:
+        with _read_errors(path), safetensors.safe_open(path, "np") as f:
             return f.get_tensor(name).astype(np.float32, copy=False)
 
     try:
         with safetensors.safe_open(path, "np") as f:
-            state = {
-                name: Stored(tuple(f.get_slice(name).get_shape()), functools.partial(load, name))
-                for name in f.keys()  # noqa: SIM118 (no mapping)
+            arrays = {
+                name: LazyArray(tuple(f.get_slice(name).get_shape()), functools.partial(load, name))
+                for name in f.keys()  # noqa: SIM118 (not a mapping)
             }
-            about = {k: v for k, v in (f.metadata() or {}).items() if k == "license"}
+            metadata = {k: v for k, v in (f.metadata() or {}).items() if k == "license"}
     except safetensors.SafetensorError as e:
         raise ValueError(str(e)) from None
-    return _without_prefixes(state), about
+    return WeightsFile(_without_prefixes(arrays), metadata)
 
 
-def _read_npz(path: str) -> tuple[dict[str, Stored], dict[str, Any]]:
-    # Read at once: an npz has no shapes outside its arrays, and they may be compressed.
-    # Opened here: where it is damaged, np.load leaves what it opened open.
+def _read_npz(path: str) -> WeightsFile:
+    # Read at once: an npz tells shapes in its arrays only, and they may be compressed.
+    # Opened here, because np.load does not close a damaged file that it opened.
     with open(path, "rb") as f, np.load(f) as content:
         arrays = {name: np.asarray(content[name]) for name in content.files}
 
     def load(array):
         return array.astype(np.float32, copy=False)
 
-    return {k: Stored(v.shape, functools.partial(load, v)) for k, v in arrays.items()}, {}
+    return WeightsFile(
+        {k: LazyArray(v.shape, functools.partial(load, v)) for k, v in arrays.items()}, {}
+    )
 
 
-def _read_directory(path: str) -> File:
-    about = {}
+def _read_directory(path: str) -> WeightsFile:
+    metadata = {}
     for key, name in {"config": "config.json", "preprocessor": "preprocessor_config.json"}.items():
         if os.path.isfile(os.path.join(path, name)):
-            about[key] = _read_json(os.path.join(path, name))
+            metadata[key] = _read_json(os.path.join(path, name))
     for name in WEIGHTS:
         whole, index = os.path.join(path, name), os.path.join(path, f"{name}.index.json")
         if os.path.isfile(whole):
-            file = read(whole)
-            return File(file.state, file.about | about)
+            file = read_file(whole)
+            return WeightsFile(file.arrays, file.metadata | metadata)
         if os.path.isfile(index):
-            return _read_shards(path, index, about)
+            return _read_shards(path, index, metadata)
     raise InputError(
         f"{path}: has a config.json and no weights; one of {', '.join(WEIGHTS)} (or its "
         ".index.json and shards) must lie beside it"
     )
 
 
-def _read_shards(path: str, index: str, about: dict[str, Any]) -> File:
+def _read_shards(path: str, index: str, metadata: dict[str, Any]) -> WeightsFile:
     shard_of = _read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
-        raise InputError(f"{index}: damaged: it has no weight_map")
-    state: dict[str, Stored] = {}
+        raise InputError(f"{index}: damaged: it has no weight_map; download or save it again")
+    arrays: dict[str, LazyArray] = {}
     for shard in sorted(set(shard_of.values())):
-        file = os.path.join(path, os.path.basename(shard))
-        if not os.path.isfile(file):
-            raise InputError(f"{file}: missing, though {os.path.basename(index)} lists it")
-        found = read(file)
-        state |= found.state
-        about = found.about | about
+        shard_path = os.path.join(path, os.path.basename(shard))
+        if not os.path.isfile(shard_path):
+            raise InputError(
+                f"{shard_path}: missing, though {os.path.basename(index)} lists it; download it"
+            )
+        file = read_file(shard_path)
+        arrays |= file.arrays
+        metadata = file.metadata | metadata
     for name, shard in shard_of.items():
-        if name not in state:
-            raise InputError(f"{path}: {name} is not in {shard}, though the index says so")
-    return File(state, about)
+        if name not in arrays:
+            raise InputError(
+                f"{path}: {name} is not in {shard}, though the index says so; download both again"
+            )
+    return WeightsFile(arrays, metadata)
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    with _damage(path), open(path, encoding="utf-8") as f:
+    with _read_errors(path), open(path, encoding="utf-8") as f:
         content = json.load(f)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: damaged: it holds no JSON object")
+        raise InputError(f"{path}: damaged: it holds no JSON object; download or save it again")
     return content

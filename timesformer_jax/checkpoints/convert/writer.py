@@ -1,4 +1,4 @@
-"""Checkpoints out: ours, Hugging Face's directory, the authors' layout."""
+"""Writes checkpoints: in our format, as a Hugging Face directory, or as the authors' release."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +16,16 @@ from absl import logging
 from flax import traverse_util
 from tqdm import tqdm
 
-from timesformer_jax.checkpoints import store as checkpoints
-from timesformer_jax.checkpoints.convert import hf, release
-from timesformer_jax.checkpoints.convert.checkpoint import NON_COMMERCIAL, Checkpoint, adapted, read
+from timesformer_jax.checkpoints import store
+from timesformer_jax.checkpoints.convert.adapt import adapt
+from timesformer_jax.checkpoints.convert.checkpoint import NON_COMMERCIAL, Checkpoint
+from timesformer_jax.checkpoints.convert.formats import Format, HuggingFace, Release, hf, release
+from timesformer_jax.checkpoints.convert.reader import read
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.data.annotations import read_labels
 from timesformer_jax.errors import InputError
+
+T = TypeVar("T")
 
 LICENSE_TEXT = """\
 These weights derive from the TimeSformer release of Facebook, Inc. (Bertasius, Wang and
@@ -37,22 +41,22 @@ def convert(
     src: str | os.PathLike,
     dst: str | os.PathLike,
     *,
-    to: str = "ours",
+    to: str = "native",
     resize: str = "bicubic",
     labels: str | Sequence[str] | None = None,
     **overrides: Any,
 ) -> None:
-    """Writes a checkpoint of any format that `from_pretrained` reads in one of three.
+    """Reads a checkpoint of any format that `from_pretrained` reads, and writes it in another.
 
     Args:
       src: a file or directory.
-      dst: what to write; it must not exist.
-      to: "ours", a directory that `from_pretrained`, training and prediction read; "hf", a
+      dst: the file or directory to write; it must not exist.
+      to: "native", a directory that `from_pretrained`, training and prediction read; "hf", a
         directory that transformers' `TimesformerForVideoClassification.from_pretrained` reads; or
         "release", a torch file (.pyth) in the authors' layout.
-      resize: how embeddings are resized, as in `from_pretrained`.
-      labels: class names in the order of the logits, or a file of them, one a line; by default
-        those that src carries.
+      resize: how position embeddings are resized, as in `from_pretrained`.
+      labels: class names in the order of the logits, or a file with one of them a line; by default
+        those of src.
       **overrides: fields of `TimeSformerConfig`, as in `from_pretrained`.
 
     Raises:
@@ -63,33 +67,34 @@ def convert(
         raise InputError(f"to must be one of {', '.join(_WRITERS)}, not {to!r}")
     if os.path.exists(dst):
         raise InputError(f"{dst} exists; remove it or choose another destination")
-    checkpoint = _labelled(read(src, resize, **overrides), labels)
-    with _whole_or_not_at_all(dst) as partial:
+    checkpoint = _with_labels(read(src, resize, **overrides), labels)
+    with _atomic_path(dst) as partial:
         _WRITERS[to](partial, checkpoint)
     logging.info("%s: %s written to %s", src, checkpoint.config.attention, dst)
     if checkpoint.license == NON_COMMERCIAL:
         logging.warning(
-            "%s: weights in this layout are the authors', or derive from them, and stay under "
-            "their license %s: no commercial use; the output says so",
+            "%s: weights in this layout are the authors' or derive from them; their license %s: no "
+            "commercial use; the output says so",
             src, checkpoint.license,
         )  # fmt: skip
 
 
-def _labelled(checkpoint: Checkpoint, labels: str | Sequence[str] | None) -> Checkpoint:
+def _with_labels(checkpoint: Checkpoint, labels: str | Sequence[str] | None) -> Checkpoint:
     if labels is None:
         return checkpoint
     if isinstance(labels, str):
         labels = read_labels(labels)
     if len(labels) != checkpoint.config.num_classes:
         raise InputError(
-            f"{len(labels)} labels for a head of {checkpoint.config.num_classes} classes"
+            f"{len(labels)} labels for a head of {checkpoint.config.num_classes} classes; give one "
+            "label a class"
         )
     return dataclasses.replace(checkpoint, labels=tuple(labels))
 
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(dst: str):
-    """A path to write to, which takes its name `dst` once all is written."""
+def _atomic_path(dst: str) -> Iterator[str]:
+    """Yields a temporary path for a file or directory, and renames it to `dst` at the end."""
     partial = f"{dst}.partial"
     _remove(partial)
     os.makedirs(os.path.dirname(dst), exist_ok=True)
@@ -109,29 +114,29 @@ def _remove(path: str) -> None:
         os.remove(path)
 
 
-def _write_ours(path: str, checkpoint: Checkpoint) -> None:
-    # Taken out one by one: with the last the source is unmapped, before Orbax fills its buffers.
+def _write_native(path: str, checkpoint: Checkpoint) -> None:
+    # Popped one by one, so that the source is unmapped before Orbax fills its buffers.
     params = {
         name: jnp.array(checkpoint.params.pop(name).load())
         for name in _progress(list(checkpoint.params))
     }
-    metadata = checkpoints.CheckpointMetadata(
+    metadata = CheckpointMetadata(
         model=checkpoint.config,
         clip=checkpoint.clip,
         labels=checkpoint.labels,
-        config=checkpoint.training,
+        config=checkpoint.training_config,
         license=checkpoint.license,
     )
-    checkpoints.save_parameters(path, traverse_util.unflatten_dict(params, sep="/"), metadata)
+    store.save_parameters(path, traverse_util.unflatten_dict(params, sep="/"), metadata)
     _write_license(path, checkpoint)
 
 
 def _write_hf(path: str, checkpoint: Checkpoint) -> None:
     from safetensors.numpy import save_file
 
-    arrays, checkpoint = _foreign(checkpoint, hf)
+    arrays, checkpoint = _to_format(checkpoint, HuggingFace())
     os.makedirs(path)
-    # "format" is what transformers asks for; an empty license says that none is known.
+    # transformers needs "format"; an empty license says that none is known.
     metadata = {"format": "pt", "license": checkpoint.license}
     save_file(arrays, os.path.join(path, "model.safetensors"), metadata=metadata)
     _write_json(path, "config.json", hf.config_json(checkpoint.config, checkpoint.labels))
@@ -142,45 +147,48 @@ def _write_hf(path: str, checkpoint: Checkpoint) -> None:
 def _write_release(path: str, checkpoint: Checkpoint) -> None:
     import torch
 
-    arrays, checkpoint = _foreign(checkpoint, release)
+    arrays, checkpoint = _to_format(checkpoint, Release())
     content = {
         "epoch": 0,
         "model_state": {
-            # torch warns of arrays that cannot be written to; those few are copied.
+            # torch warns about read-only arrays, so these few are copied.
             f"model.{name}": torch.from_numpy(np.require(value, requirements=["W"]))
             for name, value in arrays.items()
         },
         "optimizer_state": {},
         "cfg": release.cfg_text(checkpoint.config),
-        "num_heads": checkpoint.config.num_heads,  # which the arrays do not tell
+        "num_heads": checkpoint.config.num_heads,  # the arrays do not tell it
         "license": checkpoint.license,
     }
     torch.save(content, path)
 
 
-_WRITERS = {"ours": _write_ours, "hf": _write_hf, "release": _write_release}
+_WRITERS = {"native": _write_native, "hf": _write_hf, "release": _write_release}
 
 
-def _foreign(checkpoint: Checkpoint, form: ModuleType) -> tuple[dict[str, np.ndarray], Checkpoint]:
-    """The arrays under a format's names, in its layout; takes them out of the checkpoint."""
-    # Foreign models have every embedding; one of zeros is as good as none.
+def _to_format(checkpoint: Checkpoint, format: Format) -> tuple[dict[str, np.ndarray], Checkpoint]:
+    """The arrays in an external format, by its names; removes them from the checkpoint.
+
+    Also returns the checkpoint as it is written. External models have every position embedding, so
+    zeros are added for those that ours lacks; the outputs are the same.
+    """
     config = dataclasses.replace(checkpoint.config, position_embedding="space_time")
-    names = form.names(config)
-    full = adapted(checkpoint, config)
+    names = format.parameter_names(config)
+    adapted = adapt(checkpoint, config)
     checkpoint.params.clear()
     arrays = {}
-    for ours, theirs in _progress(names.items()):
-        value = form.to_theirs(ours, full.params.pop(ours).load(), config)
-        arrays[theirs] = np.ascontiguousarray(value)
+    for path, name in _progress(names.items()):
+        value = format.from_jax(path, adapted.params.pop(path).load(), config)
+        arrays[name] = np.ascontiguousarray(value)
     if config.position_resize != "nearest":
         logging.warning(
             "%s cannot say position_resize=%s: clips of other sizes get nearest neighbours there",
-            form.NAME, config.position_resize,
+            format.name, config.position_resize,
         )  # fmt: skip
-    return arrays, full
+    return arrays, adapted
 
 
-def _progress(items):
+def _progress(items: Collection[T]) -> Iterable[T]:
     return tqdm(items, desc="converting", unit="array")
 
 

@@ -1,0 +1,44 @@
+"""Names of torchvision's image ViTs (vit_b_16 and others)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from timesformer_jax.checkpoints.convert.files import LazyArray
+from timesformer_jax.checkpoints.convert.formats.base import Naming, without_pre_logits
+from timesformer_jax.checkpoints.convert.formats.torch_layout import TorchFormat
+
+
+class Torchvision(TorchFormat):
+    name = "torchvision's ViT"
+    naming = Naming(
+        embeddings={"embedding/cls": "class_token", "embedding/space": "encoder.pos_embedding"},
+        modules={"embedding/patch": "conv_proj", "norm": "encoder.ln", "head": "heads.head"},
+        block="encoder.layers.encoder_layer_{}.",
+        mlp={"mlp/norm": "ln_2", "mlp/fc1": "mlp.0", "mlp/fc2": "mlp.3"},
+        attentions={
+            "space": {
+                "spatial": {
+                    "norm": "ln_1",
+                    "qkv": "self_attention.in_proj",
+                    "proj": "self_attention.out_proj",
+                }
+            }
+        },
+    )
+
+    def detect(self, names: Collection[str]) -> bool:
+        return "conv_proj.weight" in names and "class_token" in names
+
+    def module_parameters(self, path: str, name: str) -> dict[str, str]:
+        if path.endswith("/qkv"):  # parameters of the attention module, not of a linear layer
+            return {f"{path}/kernel": f"{name}_weight", f"{path}/bias": f"{name}_bias"}
+        return super().module_parameters(path, name)
+
+    def normalise(self, arrays: dict[str, LazyArray]) -> dict[str, LazyArray]:
+        """With the MLP's names of torchvision 0.14 and later, without a layer before the head."""
+        arrays = {
+            name.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3."): value
+            for name, value in arrays.items()
+        }
+        return without_pre_logits(arrays, "heads.pre_logits.", "heads.head.")

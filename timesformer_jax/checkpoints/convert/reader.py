@@ -1,0 +1,219 @@
+"""Reads a checkpoint of any format as the model that the caller asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import numpy as np
+from absl import logging
+from flax import traverse_util
+
+from timesformer_jax.checkpoints import store
+from timesformer_jax.checkpoints.convert import files
+from timesformer_jax.checkpoints.convert.adapt import (
+    RESIZES,
+    adapt,
+    frame_stride,
+    lazy_new_head,
+    parameter_shapes,
+)
+from timesformer_jax.checkpoints.convert.checkpoint import NON_COMMERCIAL, Checkpoint
+from timesformer_jax.checkpoints.convert.files import LazyArray, WeightsFile
+from timesformer_jax.checkpoints.convert.formats import FORMATS, Format
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.models.timesformer import TimeSformerConfig
+
+# Fields that the shapes of the arrays fix.
+_FIXED = ("patch_size", "hidden_size", "depth", "mlp_ratio")
+
+
+class SizeMismatch(InputError):
+    """The arrays of a checkpoint do not fit the requested model.
+
+    Attributes:
+      found: the fields that differ, with the checkpoint's values.
+    """
+
+    def __init__(self, found: dict[str, Any], requested: dict[str, Any]):
+        differ = ", ".join(
+            f"{name} is {value}, not {requested[name]}" for name, value in found.items()
+        )
+        super().__init__(f"its {differ}, which cannot be resized; ask for the checkpoint's own")
+        self.found = found
+
+
+def read(path: str | os.PathLike, resize: str = "bicubic", **overrides: Any) -> Checkpoint:
+    """The checkpoint at `path`, adapted to the overrides.
+
+    Args:
+      path: a file or directory of any format.
+      resize: "bicubic" or "official", see `adapt`.
+      **overrides: fields of `TimeSformerConfig`.
+
+    Raises:
+      InputError: names the file, the array and what to do.
+    """
+    path = os.fspath(path)
+    _check_options(resize, overrides)
+    if store.is_native(path) and not files.is_weights_directory(path):
+        source = _read_native(path)
+    else:
+        source = _read_external(path, overrides.get("num_heads"))
+    try:
+        return adapt(source, _target(source, overrides), resize)
+    except InputError as e:
+        e.args = (f"{path}: {e}",)
+        raise
+
+
+def _check_options(resize: str, overrides: dict[str, Any]) -> None:
+    if resize not in RESIZES:
+        raise InputError(f"resize must be one of {', '.join(RESIZES)}, not {resize!r}")
+    known = [field.name for field in dataclasses.fields(TimeSformerConfig)]
+    for name in overrides:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; there are: {', '.join(known)}"
+            raise InputError(f"no model field {name!r}{hint}")
+
+
+def _target(source: Checkpoint, overrides: dict[str, Any]) -> TimeSformerConfig:
+    fixed = {name: getattr(source.config, name) for name in _FIXED if name in overrides}
+    if found := {name: value for name, value in fixed.items() if value != overrides[name]}:
+        raise SizeMismatch(found, overrides)
+    if source.is_image_model and "attention" not in overrides:
+        overrides = {"attention": TimeSformerConfig.attention, **overrides}
+        logging.warning(
+            "%s: an image model; a %s one starts from it (attention=... chooses)",
+            source.path, overrides["attention"],
+        )  # fmt: skip
+    return dataclasses.replace(source.config, **overrides)
+
+
+def _read_native(path: str) -> Checkpoint:
+    metadata, params = store.load_parameters(path)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return Checkpoint(
+        path=path,
+        config=metadata.model,
+        params={k: LazyArray(v.shape, functools.partial(np.asarray, v)) for k, v in flat.items()},
+        clip=metadata.clip,
+        labels=metadata.labels,
+        license=metadata.license,
+        training_config=metadata.config,
+    )
+
+
+def _read_external(path: str, num_heads: int | None) -> Checkpoint:
+    file = files.read_file(path)
+    try:
+        format = _detect(file)
+        file = file._replace(arrays=format.normalise(file.arrays))
+        fields = format.config_fields(file)
+        heads = num_heads or fields.get("num_heads") or _default_heads(path, fields["hidden_size"])
+        is_image_model = "attention" not in fields
+        config = TimeSformerConfig(**{"attention": "space"} | fields | {"num_heads": heads})
+        params = _to_our_names(file.arrays, format, config, has_head="num_classes" in fields)
+        labels = format.labels(file)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None
+    if labels and len(labels) != config.num_classes:
+        raise InputError(
+            f"{path}: config.json has {len(labels)} labels and the head {config.num_classes} "
+            "classes; correct its id2label"
+        )
+    if "num_classes" not in fields:
+        logging.warning("%s has no head: a new one of %d classes", path, config.num_classes)
+        params |= lazy_new_head(config)
+    # A video model with these names derives from the authors' weights unless the file has another
+    # license.
+    default_license = "" if is_image_model else NON_COMMERCIAL
+    return Checkpoint(
+        path=path,
+        config=config,
+        params=params,
+        clip=_default_clip(config, file.metadata.get("preprocessor", {})),
+        labels=labels,
+        license=file.metadata.get("license", default_license),
+        is_image_model=is_image_model,
+    )
+
+
+def _detect(file: WeightsFile) -> Format:
+    for format in FORMATS:
+        if format.detect(file.arrays):
+            return format
+    some = ", ".join(sorted(file.arrays)[:3])
+    raise InputError(
+        f"its names ({some}, ...) are of no known format: timm's or DeiT's, "
+        f"{', '.join(format.name for format in FORMATS)}; rename them to timm's"
+    )
+
+
+def _default_heads(path: str, hidden_size: int) -> int:
+    heads = max(hidden_size // 64, 1)
+    if hidden_size % 64:
+        logging.warning(
+            "%s does not say how many heads it has: %d assumed for a width of %d; pass "
+            "num_heads=... if that is wrong, or the outputs will be", path, heads, hidden_size,
+        )  # fmt: skip
+    return heads
+
+
+def _to_our_names(
+    arrays: dict[str, LazyArray], format: Format, config: TimeSformerConfig, has_head: bool
+) -> dict[str, LazyArray]:
+    """The arrays by our paths and in our layout.
+
+    Raises:
+      InputError: if an array is missing, left over or of another shape.
+    """
+    remaining, params = dict(arrays), {}
+    shapes = parameter_shapes(config)
+    for path, name in format.parameter_names(config).items():
+        if not has_head and path.startswith("head/"):
+            continue
+        if name not in remaining:
+            raise InputError(
+                f"{name} is missing, which a {config.attention} model of {format.name} needs; the "
+                "file is incomplete"
+            )
+        array = remaining.pop(name)
+        # Only the shape is needed; an array broadcast from one zero takes no memory.
+        expected = format.from_jax(path, np.broadcast_to(np.float32(0), shapes[path]), config).shape
+        if tuple(array.shape) != expected:
+            raise InputError(
+                f"{name} has shape {tuple(array.shape)} where the file's other arrays ask for "
+                f"{expected}; it cannot be resized"
+            )
+        params[path] = LazyArray(shapes[path], functools.partial(_load, format, path, array))
+    if remaining:
+        raise InputError(
+            f"{next(iter(remaining))} has no place in a {config.attention} model "
+            f"({len(remaining)} such arrays); remove them from the file if the model works "
+            "without them"
+        )
+    return params
+
+
+def _load(format: Format, path: str, array: LazyArray) -> np.ndarray:
+    return format.to_jax(path, array.load())
+
+
+def _default_clip(config: TimeSformerConfig, preprocessor: dict[str, Any]) -> ClipSpec:
+    """The release's clips for as many frames; external files do not tell how to sample frames."""
+    normalisation = {
+        field: preprocessor[key]
+        for field, key in {"mean": "image_mean", "std": "image_std"}.items()
+        if key in preprocessor
+    }
+    return ClipSpec(
+        frames=config.num_frames,
+        frame_stride=frame_stride(config.num_frames),
+        crop=config.image_size,
+        short_side=max(ClipSpec.short_side, config.image_size),
+        **normalisation,
+    )
