@@ -1,4 +1,4 @@
-"""What our checkpoints need beyond Orbax's defaults: reads that end, and the best steps kept."""
+"""What our checkpoints need from Orbax beyond its defaults."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+
+from timesformer_jax import storage
+from timesformer_jax.errors import InputError
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
@@ -57,7 +61,7 @@ def handler_registry(
 
 
 @dataclasses.dataclass
-class KeepBest(ocp.checkpoint_managers.preservation_policy.PreservationPolicy):
+class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
     """Keeps the best `count` checkpoints; `rank` sorts steps, best first.
 
     Orbax's BestN needs the accuracy when a checkpoint is saved. Here a checkpoint is evaluated
@@ -70,3 +74,23 @@ class KeepBest(ocp.checkpoint_managers.preservation_policy.PreservationPolicy):
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         kept = self.rank([checkpoint.step for checkpoint in checkpoints])[: self.count]
         return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def keep_newest_and_best(
+    newest: int | None, best: int, rank: Callable[[Sequence[int]], list[int]]
+) -> ocp.checkpoint_managers.PreservationPolicy:
+    """Keeps the newest checkpoints (None: all) and those that `rank` puts first."""
+    latest = ocp.checkpoint_managers.LatestN(newest)
+    return ocp.checkpoint_managers.AnyPreservationPolicy([latest, _KeepBest(best, rank)])
+
+
+def check_remote_storage(directory: epath.Path) -> None:
+    """Raises an InputError if a package that Orbax needs for gs:// is missing."""
+    if storage.is_remote(directory):
+        try:
+            import google.cloud.storage  # noqa: F401 (Orbax imports it later)
+        except ImportError:
+            raise InputError(
+                f"checkpoints on {directory} need the package google-cloud-storage: "
+                "pip install '.[gcs]' in the project's folder"
+            ) from None

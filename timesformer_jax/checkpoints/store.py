@@ -24,7 +24,11 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from timesformer_jax import storage
 from timesformer_jax.checkpoints.checksums import array_checksums, json_checksum
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
-from timesformer_jax.checkpoints.orbax_extensions import KeepBest, handler_registry
+from timesformer_jax.checkpoints.orbax_extensions import (
+    check_remote_storage,
+    handler_registry,
+    keep_newest_and_best,
+)
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 
@@ -68,19 +72,15 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.directory = storage.absolute(directory)
-        _check_storage(self.directory)
+        check_remote_storage(self.directory)
         if read_only and not self.directory.is_dir():
             raise InputError(f"{self.directory}: no checkpoint there; give a run's --workdir")
         self.validation = _read_validation(self.directory / VALIDATION)
-        policies = ocp.checkpoint_managers.preservation_policy
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(None if read_only else keep),
-                        KeepBest(keep_best, self._rank),
-                    ]
+                preservation_policy=keep_newest_and_best(
+                    None if read_only else keep, keep_best, self._rank
                 ),
                 create=not read_only,
                 read_only=read_only,
@@ -300,17 +300,6 @@ class Checkpoints:
 def _array_items(state: Any) -> dict[str, Any]:
     items = {name: getattr(state, field) for name, field in _ARRAY_ITEMS.items()}
     return {name: tree for name, tree in items.items() if tree is not None}
-
-
-def _check_storage(directory: epath.Path) -> None:
-    if storage.is_remote(directory):
-        try:
-            import google.cloud.storage  # noqa: F401 (Orbax imports it later)
-        except ImportError:
-            raise InputError(
-                f"checkpoints on {directory} need the package google-cloud-storage: "
-                "pip install '.[gcs]' in the project's folder"
-            ) from None
 
 
 def _read_validation(path: epath.Path) -> dict[int, dict[str, float]]:
