@@ -1,7 +1,7 @@
-"""From video files to batches. TensorFlow is imported by some of these modules."""
+"""From video files to batches. Some of these modules import TensorFlow."""
 
 import os
 
-# Of gs://, TensorFlow asks for 64 MiB more than is read; a record is a megabyte or two, and read
-# alone. It reads this when it is imported.
+# From gs://, TensorFlow reads 64 MiB ahead by default. Records of one or two megabytes are read one by
+# one. The variable is read when TensorFlow is imported.
 os.environ.setdefault("GCS_READAHEAD_BUFFER_SIZE_BYTES", str(2 << 20))

@@ -164,11 +164,11 @@ def _write_output(
     write_shards: Callable[[Sequence[Shard], Source], None],
     max_failures: int | None,
 ) -> Summary:
-    """Writes what is not there yet of a prepared directory; no other run may write to it then."""
+    """Writes the missing parts of a prepared directory, which is locked meanwhile."""
     with disk_errors(output):
         (output / MANIFESTS).mkdir(parents=True, exist_ok=True)
         with locked(output):
-            _claim(output, source.options, listing)
+            _record_options(output, source.options, listing)
             shards = assign_shards(output, listing.clips, source.options)
             missing = frozenset(listing.missing)
             todo = [shard for shard in shards if not shard.is_done(missing)]
@@ -203,7 +203,7 @@ def _collect_failures(shards: Sequence[Shard]) -> list[dict]:
     return [row for manifest in written for row in manifest["failures"]]
 
 
-def _claim(output: epath.Path, options: ShardOptions, listing: Listing) -> None:
+def _record_options(output: epath.Path, options: ShardOptions, listing: Listing) -> None:
     """Writes prepare.json, or compares the one that an earlier run wrote.
 
     Raises:
@@ -212,7 +212,7 @@ def _claim(output: epath.Path, options: ShardOptions, listing: Listing) -> None:
     # Without the path: a video that was missing may be added under any name.
     clips = [(clip.id, clip.label, clip.split) for clip in listing.clips]
     fingerprint = hashlib.sha256(repr((clips, listing.labels)).encode()).hexdigest()
-    claim = {**asdict(options), "clips": fingerprint}
+    record = {**asdict(options), "clips": fingerprint}
     path = output / OPTIONS_FILE
     if not path.exists():
         if (output / INFO_FILE).exists():
@@ -220,15 +220,15 @@ def _claim(output: epath.Path, options: ShardOptions, listing: Listing) -> None:
                 f"{output} holds a data set that `timesformer prepare` did not write; choose"
                 " another output"
             )
-        write_atomically(path, json.dumps(claim, indent=1).encode())
+        write_atomically(path, json.dumps(record, indent=1).encode())
         return
     earlier = json.loads(path.read_text())
-    if earlier == claim:
+    if earlier == record:
         return
     differing = [
-        f"{key} {earlier.get(key)} there, {claim[key]} now"
+        f"{key} {earlier.get(key)} there, {record[key]} now"
         for key in asdict(options)
-        if earlier.get(key) != claim[key]
+        if earlier.get(key) != record[key]
     ]
     if earlier.get("clips") != fingerprint:
         differing.append("another list of clips")

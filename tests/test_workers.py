@@ -1,0 +1,51 @@
+import os
+import signal
+
+import pytest
+
+from timesformer_jax.errors import InputError
+from timesformer_jax.workers import report_progress, run_tasks
+
+
+def double(task, numbers, crashed):
+    """A task that doubles numbers and skips those in `crashed`; a negative number crashes."""
+    doubled = {}
+    for finished, number in enumerate(numbers):
+        report_progress(task, str(number), finished, failed=len(crashed))
+        if str(number) in crashed:
+            doubled[number] = crashed[str(number)]
+        elif number < 0:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        else:
+            doubled[number] = 2 * number
+    report_progress(task, None, len(numbers), failed=len(crashed))
+    return doubled
+
+
+def crash_at_once(crashed):
+    os.kill(os.getpid(), signal.SIGABRT)
+
+
+def test_a_crash_costs_one_item(capsys):
+    progress = []
+    tasks = {"a": ("a", [1, -2, 3]), "b": ("b", [4, 5, -6])}
+    results = run_tasks(double, tasks, 1, lambda *counts: progress.append(counts))
+    assert results == {"a": {1: 2, -2: "SIGSEGV", 3: 6}, "b": {4: 8, 5: 10, -6: "SIGSEGV"}}
+    assert progress[-1][0] == 6
+    said = capsys.readouterr().err
+    for item in (-2, -6):
+        assert f"{item} crashed a worker process (SIGSEGV); continuing without it" in said
+
+
+def test_a_crash_outside_of_an_item_is_one_clear_error():
+    with pytest.raises(InputError, match=r"handled no clip; run the same command again"):
+        run_tasks(crash_at_once, {"a": ()}, 1, lambda *_: None)
+
+
+def stop(finished, failed):
+    raise InputError(f"enough: {finished}")
+
+
+def test_what_on_progress_raises_ends_the_run():
+    with pytest.raises(InputError, match="enough"):
+        run_tasks(double, {"a": ("a", [1, 2])}, 1, stop)
