@@ -2,6 +2,6 @@
 
 import os
 
-# From gs://, TensorFlow reads 64 MiB ahead by default. Records have one or two megabytes and are read
-# one by one. The variable is read when TensorFlow is imported.
+# From gs://, TensorFlow reads 64 MiB ahead by default. Records have one or two megabytes, and are
+# read one by one. TensorFlow reads the variable when it is imported.
 os.environ.setdefault("GCS_READAHEAD_BUFFER_SIZE_BYTES", str(2 << 20))
