@@ -93,7 +93,6 @@ def test_gelu_and_its_gradient_are_pytorchs_in_float64(dtype):
     expected = F.gelu(there)
     expected.backward(torch.full_like(expected, 3))
     assert value.dtype == slope.dtype == x.dtype
-    assert [saved.shape for saved in jax.tree.leaves(vjp)] == [x.shape]
     # float32 leaves 1 + erf no digits far below zero, where the value is next to nothing.
     bounds = {"rtol": 2e-6, "atol": 2e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-6}
     np.testing.assert_allclose(np.float64(value), expected.detach(), **bounds)
