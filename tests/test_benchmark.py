@@ -222,7 +222,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-from timesformer_jax import cli
+from timesformer_jax.cli import main as cli
 import timesformer_jax.benchmark.model
 cli.main(["timesformer", *sys.argv[1:]])
 """

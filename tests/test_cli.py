@@ -98,7 +98,7 @@ import timesformer_jax.training.step
 
 model = tsf.create("timesformer_tiny", num_classes=3)
 assert model(np.zeros((1, 2, 32, 32, 3), np.float32)).shape == (1, 3)
-from timesformer_jax import cli
+from timesformer_jax.cli import main as cli
 cli.main(["timesformer", "train", "--config=configs/demo.py", "--workdir=/nowhere"])
 """
     done = subprocess.run(

@@ -142,7 +142,7 @@ def test_killed_preempted_and_on_other_processes_it_is_the_run_of_one(
 
     evaluate = ["evaluate", f"--checkpoint={workdir}", "--batch_size=8", f"--output={evaluated}"]
     work = f"""
-from timesformer_jax import cli
+from timesformer_jax.cli import main as cli
 cli.main(["timesformer", *{arguments!r}])
 cli.main(["timesformer", *{evaluate!r}])
 """

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
@@ -14,9 +15,11 @@ from timesformer_jax.models.ops.reference import with_reference
 
 EPSILON = 1e-6
 
+Vector = Float[Array | np.ndarray, " d"]
+
 
 def reference(
-    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
+    x: Float[Array | np.ndarray, "... d"], scale: Vector, bias: Vector
 ) -> Float[Array, "... d"]:
     """(x - mean) / standard deviation * scale + bias, in float32."""
     x = x.astype(jnp.float32)
@@ -26,7 +29,7 @@ def reference(
 
 @with_reference(reference)
 def layer_norm(
-    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
+    x: Float[Array | np.ndarray, "... d"], scale: Vector, bias: Vector
 ) -> Float[Array, "... d"]:
     """(x - mean) / standard deviation * scale + bias; the result and all sums are float32.
 
@@ -47,7 +50,7 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, width: int, rngs: nnx.Rngs):
         super().__init__(width, epsilon=EPSILON, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    def __call__(self, x: Float[Array | np.ndarray, "... d"]) -> Float[Array, "... d"]:
         """(..., D) of any float dtype to (..., D) float32."""
         return layer_norm(x, self.scale[...], self.bias[...])
 
@@ -85,7 +88,7 @@ def _backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
 _layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def row_sums(x: Float[Array, "... d"], scale: Float[Array, " d"]) -> Float[Array, "..."]:
+def row_sums(x: Float[Array | np.ndarray, "... d"], scale: Vector) -> Float[Array, "..."]:
     """The sum of each row of `x * scale`."""
     return jax.lax.platform_dependent(
         x, scale,

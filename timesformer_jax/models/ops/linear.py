@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
@@ -19,7 +20,12 @@ from timesformer_jax.models.ops.reference import with_reference
 from timesformer_jax.models.remat import OUTPUT
 
 
-def reference(x: Any, kernel: Float[Array, "i *o"], bias: Float[Array, "*o"], rule: str) -> Any:
+def reference(
+    x: Any,
+    kernel: Float[Array | np.ndarray, "i *o"],
+    bias: Float[Array | np.ndarray, "*o"],
+    rule: str,
+) -> Any:
     """x W + b, for every array of a tree."""
     return jax.tree.map(
         lambda x: jnp.tensordot(x, kernel.astype(x.dtype), 1) + bias.astype(x.dtype), x
@@ -27,7 +33,12 @@ def reference(x: Any, kernel: Float[Array, "i *o"], bias: Float[Array, "*o"], ru
 
 
 @with_reference(reference)
-def linear(x: Any, kernel: Float[Array, "i *o"], bias: Float[Array, "*o"], rule: str) -> Any:
+def linear(
+    x: Any,
+    kernel: Float[Array | np.ndarray, "i *o"],
+    bias: Float[Array | np.ndarray, "*o"],
+    rule: str,
+) -> Any:
     """x W + b, for every array of a tree.
 
     The arrays share one copy of the kernel on its way to the device, and their gradients are added
@@ -61,7 +72,12 @@ class Linear(nnx.LinearGeneral):
         """A tree of (..., inputs) to (..., *outputs) of the layer's dtype."""
         return self.apply(x, self.kernel[...], self.bias[...])
 
-    def apply(self, x: Any, kernel: Float[Array, "i *o"], bias: Float[Array, "*o"]) -> Any:
+    def apply(
+        self,
+        x: Any,
+        kernel: Float[Array | np.ndarray, "i *o"],
+        bias: Float[Array | np.ndarray, "*o"],
+    ) -> Any:
         """As the layer itself, with another kernel and bias."""
         y = linear(jax.tree.map(lambda t: t.astype(self.dtype), x), kernel, bias, self.rule)
         return jax.tree.map(lambda t: checkpoint_name(t, OUTPUT), y)
