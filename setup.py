@@ -21,7 +21,7 @@ BASE = [
     "jaxtyping>=0.3.11",  # shapes in signatures; the tests check them with beartype
     "ml-collections>=1.1.0",
     "numpy>=2.0",
-    "optax>=0.2.5",
+    "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "tqdm>=4.66",
 ]

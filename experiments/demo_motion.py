@@ -27,7 +27,8 @@ from timesformer_jax import recipes
 from timesformer_jax.data import decode
 from timesformer_jax.data.input import sampling
 from timesformer_jax.data.prepare.demo import FPS, FRAMES
-from timesformer_jax.training.loop import TENSORBOARD, train
+from timesformer_jax.training.loop import train
+from timesformer_jax.training.reporting import TENSORBOARD
 
 SCHEMES = {"divided": "tab:blue", "space": "tab:orange"}
 DOCS = pathlib.Path(__file__).parents[1] / "docs"

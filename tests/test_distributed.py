@@ -11,10 +11,11 @@ from meshes import ONE, assert_same_training, mesh_of, optimizer, patch_bytes, t
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.distributed.mesh import check_batch, check_model, make_mesh
+from timesformer_jax.distributed.mesh import check_batch, make_mesh
 from timesformer_jax.distributed.sharding import shardings
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
+from timesformer_jax.training.checks import check_model
 from timesformer_jax.training.step import abstract_state
 from timesformer_jax.transforms.augmentation import Augmentation
 

@@ -301,12 +301,12 @@ def test_asked_to_end_all_do_at_the_same_step(peers):
     work = """
 import os, signal, time
 import jax
-with hosts.termination() as asked_to_end:
+with hosts.termination() as stop_signal:
     for done in range(41, 2000):
         if done == 50 and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01 * (1 + jax.process_index()))
-        if ending := asked_to_end(done):
+        if ending := stop_signal(done):
             break
 print("ended", done, ending)
 """
@@ -320,7 +320,7 @@ print("ended", done, ending)
 
 def test_what_fails_in_one_process_ends_the_others(peers):
     work = """
-hosts.FAREWELL = 1.0
+hosts.SHUTDOWN_SECONDS = 1.0
 import jax
 from jax.experimental import multihost_utils
 multihost_utils.sync_global_devices("here")

@@ -130,7 +130,7 @@ def test_bytes_sent_along_an_axis_of_four(kind, expected):
 
 def test_the_batch_is_what_training_feeds_the_step(demo_data):
     from timesformer_jax.data.input import pipeline
-    from timesformer_jax.training.loop import _for_step
+    from timesformer_jax.training.loop import step_inputs
 
     config = recipes.demo()
     split = open_split(demo_data, "train")
@@ -143,7 +143,7 @@ def test_the_batch_is_what_training_feeds_the_step(demo_data):
         flip=False,
         seed=0,
     )
-    fed = _for_step(next(batches)[0])
+    fed = step_inputs(next(batches)[0])
     planned = build(config, jax.devices(), 8).batch
     assert {k: (v.shape, v.dtype) for k, v in fed.items()} == {
         k: (v.shape, v.dtype) for k, v in planned.items()

@@ -12,7 +12,7 @@ import jaxlib
 from jax.typing import DTypeLike
 
 from timesformer_jax.benchmark.timing import Timing, timed
-from timesformer_jax.training.throughput import chip_of
+from timesformer_jax.distributed.hardware import chip_of
 from timesformer_jax.workers import available_cores
 
 

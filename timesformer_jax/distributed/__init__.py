@@ -1,1 +1,1 @@
-"""Where arrays live: the device mesh and the rules that place parameters on it."""
+"""Devices: the mesh, the sharding of arrays on it, processes of a run, device peaks."""

@@ -1,6 +1,6 @@
-"""What chips can do, from their makers' pages: one table, and the rate of a mesh's links.
+"""Published peaks of accelerators, and the bandwidth of a mesh's links.
 
-Rates are peaks that no program reaches; dense, without sparsity. GB is 1e9 bytes, GiB 2**30.
+Rates are theoretical peaks, dense, without sparsity. GB is 1e9 bytes, GiB 2**30.
 
 TPUs: docs.cloud.google.com/tpu/docs/ v5e, v5p and v6e, "Key chip specifications": peak bf16
 compute, HBM bandwidth, ICI ports and bidirectional ICI bandwidth of a chip, which is shared here
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,12 +25,12 @@ GIB = 2**30
 
 
 class Torus(NamedTuple):
-    """TPU links: to the neighbours in each direction of a grid.
+    """TPU links: a torus, with links to the neighbours in each direction.
 
     Attributes:
       link: bytes/s over one link, one way.
-      wraps: a side of so many chips, or a multiple, is closed to a ring.
-      cubes: whether only slices close whose sides all are such multiples.
+      wraps: a side with a multiple of this many chips has wraparound links (is a ring).
+      cubes: whether a slice has wraparound links only if all its sides are such multiples.
     """
 
     link: float
@@ -52,10 +53,10 @@ class Hosts(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """Peaks of one chip.
+    """Device peaks: the limits of one chip.
 
     Attributes:
-      kind: what `jax.Device.device_kind` holds of it.
+      kind: a part of `jax.Device.device_kind`.
       memory: bytes that programs can use.
       bfloat16: FLOP/s of bfloat16 matrix products, summed in float32.
       float32: FLOP/s of float32 ones at JAX's default precision: on TPUs one bfloat16 pass, on
@@ -82,14 +83,24 @@ CHIPS = {
 }
 
 
-def link_rate(chip: Chip, mesh: Mesh, axes: tuple[str, ...]) -> float:
-    """Bytes/s that a chip can send to those from which it differs along `axes`, one way.
+def chip_of(device: jax.Device) -> Chip | None:
+    """The entry of a device in `CHIPS`, or None."""
+    # "TPU v5", a v5p, is a part of "TPU v5 lite", a v5e: the longest match counts.
+    matching = [chip for chip in CHIPS.values() if chip.kind in device.device_kind]
+    return max(matching, key=lambda chip: len(chip.kind), default=None)
 
-    On a torus a ring in each direction that they span: both links of a side that is closed, one of
-    a side that is open, where what goes round must come back. Between hosts the network.
+
+def link_rate(chip: Chip, mesh: Mesh, axes: tuple[str, ...]) -> float:
+    """Bytes/s that a chip can send, one way, to the chips of its group along `axes`.
+
+    On a torus, each spanned direction counts both links of a ring and one link of an open side,
+    where data must return by the same links. On GPUs it is NVLink, or the network if the group
+    spans several hosts.
 
     Args:
-      mesh: its devices have `coords` on a torus; hosts are filled in the order of the mesh.
+      chip: the kind of all devices.
+      mesh: on a torus its devices have `coords`; GPU hosts are filled in the order of the mesh.
+      axes: mesh axes along which the chips communicate.
     """
     among = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     if isinstance(chip.links, Hosts):

@@ -1,6 +1,6 @@
-"""Several processes as one run: how they find each other, end together, and notice a lost one.
+"""Runs of several processes: start, shutdown, preemption and lost processes.
 
-Every process runs the same program on the same files; JAX makes one machine of their devices.
+Every process runs the same program on the same files; `jax.devices()` are those of all processes.
 Process 0 alone writes results and prints.
 """
 
@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from timesformer_jax.errors import InputError
 
-FAREWELL = 10.0  # seconds that a process which fails waits for the others to fail too
+SHUTDOWN_SECONDS = 10.0  # how long a failing process waits for the others to fail too
 
 
 @contextlib.contextmanager
@@ -34,21 +34,21 @@ def processes(
     startup_seconds: float = 300.0,
     heartbeat_seconds: float = 60.0,
 ) -> Iterator[None]:
-    """Within it, `jax.devices()` are those of all processes of the run; to be entered first of all.
+    """A context in which the processes of a run are connected. Enter it before any use of JAX.
 
-    What is not given is what JAX detects: Cloud TPU, SLURM, Open MPI, Kubernetes. Where there is
-    nothing to detect, or one process only, it does nothing. On GPUs a process that SLURM or Open
-    MPI started gets the one of its local rank, JAX_LOCAL_DEVICE_IDS=0,1,2,3 says otherwise.
+    JAX detects what is not given on Cloud TPU, SLURM, Open MPI and Kubernetes. For a single
+    process, or if nothing is detected, the context does nothing. On GPUs, a process started by
+    SLURM or Open MPI uses the GPU of its local rank; JAX_LOCAL_DEVICE_IDS=0,1,2,3 changes that.
 
     Args:
       coordinator: host:port, a free port of the host of process 0.
       num_processes: of the run.
-      process_id: of this one, from 0.
+      process_id: of this process, from 0.
       startup_seconds: how long to wait for all processes.
-      heartbeat_seconds: after so long a silence a process is lost, and JAX ends the others.
+      heartbeat_seconds: a process silent for this long is lost, and JAX ends the others.
 
     Raises:
-      InputError: if the processes cannot be found, or do not find each other.
+      InputError: if the processes cannot be detected or connected.
     """
     address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     found = _detected(address, num_processes, process_id, startup_seconds)
@@ -59,8 +59,8 @@ def processes(
     try:
         yield
     except (Exception, KeyboardInterrupt) as e:
-        # What fails in one process only leaves the others waiting for it, so it waits for none.
-        if not _left_together(FAREWELL):
+        # If this process alone failed, the others wait for it in vain: it ends without them.
+        if not _all_shut_down(SHUTDOWN_SECONDS):
             _end(e)
         raise
     finally:
@@ -68,11 +68,11 @@ def processes(
 
 
 def once(name: str, work: Callable[[], None]) -> None:
-    """Does the work in process 0; the others go on when it is done.
+    """Does the work in process 0, while the others wait.
 
     Args:
-      name: of this place in the program, the same in all processes.
-      work: writes files that all of them read.
+      name: of this barrier, the same in all processes.
+      work: writes files that all processes read.
     """
     if jax.process_index() == 0:
         work()
@@ -81,45 +81,47 @@ def once(name: str, work: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def termination() -> Iterator[Callable[[int], int]]:
-    """Notes SIGTERM and Ctrl-C, so that a loop can save before it ends.
+    """Handles SIGTERM and Ctrl-C, so that a loop can save before it ends.
 
-    A second Ctrl-C does not wait.
+    A second Ctrl-C interrupts at once.
 
     Yields:
-      A function of the steps done, to be called after every step: the signal to end for, or 0. All
-      processes get the same answer at the same step, whichever of them the signal went to.
+      A function of the number of finished steps, to be called after every step. It returns the
+      received signal, or 0. All processes get the same answer at the same step, whichever of them
+      received the signal.
     """
     if jax.process_count() > 1:
         with _handled({signal.SIGINT: _as_sigterm}):
-            yield _agreed()
+            yield _synchronised()
         return
-    came = 0
+    received = 0
 
-    def note(signum, frame):
-        nonlocal came
-        came = signum
+    def handle(signum, frame):
+        nonlocal received
+        received = signum
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    with _handled({signal.SIGTERM: note, signal.SIGINT: note}):
-        yield lambda done: came
+    with _handled({signal.SIGTERM: handle, signal.SIGINT: handle}):
+        yield lambda step: received
 
 
-def _agreed() -> Callable[[int], int]:
-    """`termination` by JAX's notice of SIGTERM: the processes stop at the largest step of any + 1.
+def _synchronised() -> Callable[[int], int]:
+    """`termination` for several processes, by JAX's preemption sync point.
 
-    JAX counts from 0 until it is first asked, so that a notice from before sets step 1 as the end,
-    which a run that goes on from a checkpoint never comes to: it is asked for at the first step.
+    After a SIGTERM, the sync point is the largest step of any process + 1. JAX counts from 0 until
+    the first call, so a SIGTERM before that puts it at step 1. A resumed run starts after step 1,
+    so the first call asks for step 1 too.
     """
     reached = multihost_utils.reached_preemption_sync_point
     early: bool | None = None
 
-    def asked_to_end(done: int) -> int:
+    def stop_signal(step: int) -> int:
         nonlocal early
         if early is None:
-            early = any([reached(step) for step in (done, 1, done)])
-        return signal.SIGTERM if early or reached(done) else 0
+            early = any([reached(s) for s in (step, 1, step)])
+        return signal.SIGTERM if early or reached(step) else 0
 
-    return asked_to_end
+    return stop_signal
 
 
 def _as_sigterm(signum, frame) -> None:
@@ -140,14 +142,15 @@ def _handled(handlers: dict[int, Callable]) -> Iterator[None]:
 def _detected(
     coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: float
 ) -> tuple[str, int, int] | None:
-    """Coordinator, number of processes and this one's; None for a run of one process."""
-    # No public function says what `jax.distributed.initialize` would start.
+    """Coordinator, number of processes and id of this process; None for a single process."""
+    # Private: `jax.distributed.initialize` detects and connects in one call. But a job of one
+    # process must not connect, and the checks and messages of `_connect` need the address first.
     from jax._src.clusters import ClusterEnv
 
     try:
         with warnings.catch_warnings():
-            # Of a Kubernetes whose Python client is missing; a pod of an indexed job is one of
-            # several processes, any other may be alone.
+            # JAX warns if Kubernetes' Python client is missing. In a pod of an indexed job, one of
+            # several processes, that is an error; any other pod may be a run of its own.
             warnings.simplefilter("error" if "JOB_COMPLETION_INDEX" in os.environ else "ignore")
             if num_processes != 1 and None in (coordinator, num_processes, process_id):
                 coordinator, num_processes, process_id, _ = (
@@ -155,7 +158,7 @@ def _detected(
                         coordinator, num_processes, process_id, [], None, seconds
                     )
                 )
-    except Exception as e:  # whatever the cluster's own library or settings raise
+    except Exception as e:  # of any kind, from the cluster's own library or settings
         raise InputError(
             f"cannot tell the processes of this run from the cluster ({_one_line(e)}); say them "
             "with --coordinator, --num_processes and --process_id, or --num_processes=1 for one"
@@ -183,7 +186,7 @@ def _detected(
 def _connect(
     coordinator: str, num_processes: int, process_id: int, startup: float, heartbeat: float
 ) -> None:
-    # JAX aborts where it waited in vain, without a word to Python: so this ends before it does.
+    # JAX aborts the process after its timeout, without an exception: this timer fires before it.
     late = InputError(
         f"process {process_id} of {num_processes} waited {startup:g} s for the others at "
         f"{coordinator}: start all of them with this --coordinator and --num_processes, each with "
@@ -210,14 +213,14 @@ def _connect(
         devices = jax.devices()  # waits for all processes too
     finally:
         timer.cancel()
-    if process_id > 0:  # what all have to say, process 0 says
+    if process_id > 0:  # process 0 logs what all processes would
         logging.set_verbosity(logging.WARNING)
     here = jax.local_device_count()
     logging.info("%d processes, %d devices, %d of them here", num_processes, len(devices), here)
 
 
 def _check_free(coordinator: str) -> None:
-    # JAX's server crashes, at times, on a port that it cannot have.
+    # JAX's server sometimes crashes if the port is not free.
     port = int(coordinator.rpartition(":")[2])
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -230,8 +233,8 @@ def _check_free(coordinator: str) -> None:
         ) from e
 
 
-def _left_together(seconds: float) -> bool:
-    """Whether within the time all processes came to leave the run."""
+def _all_shut_down(seconds: float) -> bool:
+    """Whether all processes reached the shutdown within the time."""
     thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -239,7 +242,7 @@ def _left_together(seconds: float) -> bool:
 
 
 def _end(error: BaseException) -> None:
-    """Ends the process as the command line would, but waits for no other."""
+    """Ends this process with the command line's exit status, without waiting for the others."""
     if isinstance(error, InputError):
         print(f"error: {_one_line(error)}", file=sys.stderr)
         status = 2

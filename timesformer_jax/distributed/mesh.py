@@ -1,9 +1,8 @@
-"""The device mesh, its named axes, and how batches lie on it."""
+"""The device mesh, its named axes, and the placement of batches on it."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -11,10 +10,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from timesformer_jax.distributed.sharding import BATCH_AXES, BATCH_SPEC, batch_sharding
 from timesformer_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from timesformer_jax.clip_spec import ClipSpec
-    from timesformer_jax.models.config import TimeSformerConfig
 
 AXES = (*BATCH_AXES, "tensor", "sequence")
 
@@ -29,18 +24,18 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of data x fsdp x tensor x sequence devices.
 
-    A batch is shared among data x fsdp; each of its parts is computed by tensor x sequence devices
-    together. One axis may be -1, for as many as the devices allow.
+    A batch is split over data x fsdp; tensor x sequence devices compute each part together. One
+    axis may be -1, for the remaining devices.
 
     Args:
       data: replicas of the parameters.
-      fsdp: devices that share the parameters of one replica, and gather each layer's to use them.
-      tensor: devices that share the heads of an attention and the hidden units of an MLP.
-      sequence: devices that share the frames of a clip.
-      devices: all of the run's by default.
+      fsdp: devices that split the parameters of a replica, and gather each layer before its use.
+      tensor: devices that split the heads of an attention and the hidden units of an MLP.
+      sequence: devices that split the frames of a clip.
+      devices: by default all devices of the run.
 
     Raises:
-      InputError: if the axes and the number of devices do not fit.
+      InputError: if the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(AXES, (data, fsdp, tensor, sequence)))
@@ -63,38 +58,10 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_model(mesh: Mesh, model: TimeSformerConfig, clip: ClipSpec) -> None:
-    """Raises InputError, naming the flag to change, unless the mesh can split model and clips."""
-    tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
-    for parts, name in ((model.num_heads, "heads"), (model.mlp_size, "hidden units of an MLP")):
-        if parts % tensor:
-            raise InputError(
-                f"{parts} {name} cannot be divided among {tensor} devices; set "
-                f"--config.mesh.tensor to a divisor of {parts}, {math.gcd(parts, tensor)} for one"
-            )
-    within = {layer.within for layer in model.scheme.layers}
-    if sequence > 1 and "clip" in within:
-        raise InputError(
-            f"attention {model.attention!r} compares patches of different frames and positions, "
-            "so that devices cannot share a clip; set --config.mesh.sequence=1"
-        )
-    shared = {"frames": clip.frames}
-    if "position" in within:
-        shared["patches a frame"] = (clip.crop // model.patch_size) ** 2
-    for name, parts in shared.items():
-        if parts % sequence:
-            among = " and ".join(f"{count} {what}" for what, count in shared.items())
-            raise InputError(
-                f"{parts} {name} cannot be divided among {sequence} devices; set "
-                f"--config.mesh.sequence to a divisor of {among}, "
-                f"{math.gcd(sequence, *shared.values())} for one"
-            )
-
-
 def check_batch(mesh: Mesh, batch_size: int, flag: str, accumulate_steps: int = 1) -> None:
-    """Raises InputError, naming the flag to change, unless the devices share a batch evenly.
+    """Raises InputError, naming the flag to change, unless the batch divides evenly.
 
-    Each device's share must divide evenly again into `accumulate_steps`.
+    The devices split it, and each splits its share into `accumulate_steps` microbatches.
     """
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     parts = devices * accumulate_steps
@@ -108,17 +75,17 @@ def check_batch(mesh: Mesh, batch_size: int, flag: str, accumulate_steps: int = 
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold, (b,) int, ascending.
+    """The rows of a global batch that this process loads, (b,) int, ascending.
 
-    They follow from how the batch lies on the mesh: processes whose devices hold the same clips
-    have the same rows, and each loads them.
+    They are the rows on its devices. Processes whose devices hold the same clips load the same
+    rows.
     """
     parts = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in parts.values()]))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The `batch_rows` of a batch as global arrays, placed by the rules of `sharding`."""
+    """Makes global arrays from this process's `batch_rows`, sharded by the rules of `sharding`."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     size = len(next(iter(batch.values()))) // len(batch_rows(mesh, parts)) * parts
     rows = batch_rows(mesh, size)

@@ -1,9 +1,8 @@
-"""Several devices share a clip: each holds whole frames, or whole positions, and they exchange.
+"""Sequence parallelism: the devices of mesh axis "sequence" split a clip.
 
-Attention within frames, norms and MLPs need nothing of another frame, attention through time
-nothing of another position. So a clip lies over the mesh axis "sequence" by frames, and while its
-patches attend through time by positions: one all-to-all before and one after, each of the device's
-part of the clip. No value changes: one model serves every mesh, and draws the same random numbers.
+Spatial attention, norms and MLPs work on each frame alone, temporal attention on each position
+alone. So the devices split the patches by frames, and for temporal attention by positions: one
+all-to-all before it and one after it. Values and random draws are the same on every mesh.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ AXIS = "sequence"
 
 
 def to_positions(patches: jax.Array) -> jax.Array:
-    """Patches (B, T, N, D) that lie by frames, laid by positions."""
+    """Reshards patches (B, T, N, D) from a split by frames to a split by positions."""
     return _exchange(patches, "frames", "positions")
 
 
 def to_frames(patches: jax.Array) -> jax.Array:
-    """Patches (B, T, N, D) that lie by positions, laid by frames."""
+    """Reshards patches (B, T, N, D) from a split by positions to a split by frames."""
     return _exchange(patches, "positions", "frames")
 
 
-def _exchange(patches: jax.Array, now: str, then: str) -> jax.Array:
+def _exchange(patches: jax.Array, source: str, target: str) -> jax.Array:
     if mesh_size(AXIS) == 1:
         return patches
-    before, after = (spec(f"activations/{name}", patches.ndim) for name in (now, then))
-    # Written out: from constraints alone the partitioner makes several times as many exchanges.
+    before, after = (spec(f"activations/{name}", patches.ndim) for name in (source, target))
+    # Explicit: from sharding constraints the partitioner makes several times as many exchanges.
     swap = functools.partial(
         jax.lax.all_to_all,
         axis_name=AXIS,

@@ -1,4 +1,4 @@
-"""One table that says how every array of a step lies on the mesh."""
+"""One table with the sharding of every array of a step, and the functions that apply it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from jax.extend.backend import get_default_device
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-BATCH_AXES = ("data", "fsdp")  # the axes that share the clips of a batch
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that split a batch
 BATCH_SPEC = P(BATCH_AXES)
 
-# (the end of an array's path, the mesh axes that split its axes). The first counts that matches and
-# has no more axes than the array; what none matches lies whole on every device.
+# (pattern of the end of an array's path, PartitionSpec). The first rule counts that matches and has
+# no more axes than the array. An array without a rule is replicated.
 RULES: tuple[tuple[str, P], ...] = (
     # Parameters, and the optimizer's state, which mirrors them. "tensor" splits attentions by heads
-    # and MLPs by hidden units: one layer by its outputs and the next by its inputs, so that one sum
-    # over the devices ends both. `temporal_fc` is multiplied into `proj` first, and whole, since its
-    # inputs are the outputs of `proj`. "fsdp" splits another axis, for memory alone: a layer
+    # and MLPs by hidden units: the first layer by outputs, the second by inputs, so that one
+    # all-reduce follows both. `temporal_fc` is not split, as it is multiplied into `proj` and its
+    # inputs are the outputs of `proj`. "fsdp" splits another axis, to save memory: a layer
     # gathers it before use. The others are small: norms, biases, embeddings.
     (r"qkv/kernel$", P("fsdp", None, "tensor")),
     (r"qkv/bias$", P(None, "tensor")),
@@ -28,12 +28,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"fc1/bias$", P("tensor")),
     (r"(proj|fc2)/kernel$", P("tensor", "fsdp")),
     (r"(temporal_fc|patch|head)/kernel$", P("fsdp", None)),
-    # A batch: frames (B, T, H, W, 3), in evaluation (B, V, T, H, W, 3), and what else a clip has.
+    # A batch: frames (B, T, H, W, 3), in evaluation (B, V, T, H, W, 3), and arrays (B, ...).
     (r"batch/frames$", P(BATCH_AXES, None, "sequence", None, None, None)),
     (r"batch/frames$", P(BATCH_AXES, "sequence", None, None, None)),
     (r"batch/\w+$", BATCH_SPEC),
-    # Between layers, patches (B, T, N, D) lie on the device of their frame, but while they attend
-    # through time on that of their position. A token (B, S, D) lies with its sequence.
+    # Between layers, "sequence" splits patches (B, T, N, D) by frames; during temporal attention,
+    # by positions. It splits classification tokens (B, S, D) by their sequences.
     (r"activations/frames$", P(BATCH_AXES, "sequence", None, None)),
     (r"activations/positions$", P(BATCH_AXES, None, "sequence", None)),
     (r"activations/token$", P(BATCH_AXES, "sequence", None)),
@@ -42,19 +42,19 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def spec(path: str, ndim: int) -> P:
-    """What the table says of an array with `ndim` axes."""
+    """The PartitionSpec of an array with `ndim` axes, by the first matching rule."""
     found = (spec for pattern, spec in RULES if re.search(pattern, path) and len(spec) <= ndim)
     return next(found, P())
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """The NamedSharding of every leaf of a state: parameters and what mirrors them.
+    """The NamedSharding of every leaf: parameters, or a state that mirrors them.
 
     An axis that the mesh does not divide evenly is not split.
 
     Args:
       mesh: the devices.
-      tree: a pytree of arrays or shapes whose paths end in parameter paths.
+      tree: a pytree of arrays or shapes. The paths of its leaves end in parameter paths.
     """
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
@@ -65,42 +65,42 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def without_uneven_axes(axes: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """`axes` for an array of `shape`, without those that the mesh does not divide evenly."""
+    """`axes` for an array of `shape`, with None for axes that do not divide evenly."""
     fit = (size % axis_size(axis, mesh) == 0 for axis, size in zip(axes, shape))
     return P(*(axis if ok else None for axis, ok in zip(axes, fit)))
 
 
 def axis_size(axis: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
-    """How many devices an entry of a PartitionSpec splits an array among."""
+    """The number of parts into which an entry of a PartitionSpec splits an axis."""
     names = axis if isinstance(axis, tuple) else (axis,) * (axis is not None)
     return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
 def batch_sharding(mesh: Mesh, name: str, ndim: int) -> NamedSharding:
-    """How the array `name` of a batch lies, which has `ndim` axes."""
+    """The sharding of the array `name` of a batch, with `ndim` axes."""
     return NamedSharding(mesh, spec(f"batch/{name}", ndim))
 
 
-# Within a program, on the mesh that is set; where none is, nothing is done.
+# In a traced program, for the mesh set by `jax.set_mesh`. Without a mesh they do nothing.
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """An activation, laid as the table says."""
+    """Constrains the sharding of an activation to its rule."""
     return _constrain(x, spec(f"activations/{name}", x.ndim))
 
 
 def gathered(kernel: jax.Array, path: str) -> jax.Array:
-    """A parameter as a layer uses it, whole along "fsdp".
+    """All-gathers a kernel along "fsdp", for its use in a layer.
 
-    Left to itself the partitioner at times sends activations to the parts of a small kernel, or
-    gathers them by way of other axes.
+    Without this constraint the partitioner sometimes moves activations to the shards of a small
+    kernel, or gathers the kernel along other axes.
     """
     axes = spec(path, kernel.ndim)
     return _constrain(kernel, P(*(None if axis == "fsdp" else axis for axis in axes)))
 
 
 def mesh_size(axis: str) -> int:
-    """Devices along an axis of the mesh that is set; 1 where there is none."""
+    """The size of an axis of the current mesh; 1 without a mesh."""
     return axis_size(axis, jax.sharding.get_abstract_mesh())
 
 
@@ -110,7 +110,7 @@ def is_on_mesh() -> bool:
 
 
 def target_device() -> Any:
-    """What the program that is being traced is for: a device of the mesh, or else the default."""
+    """The device kind that the program is traced for: the mesh's, or else the default device."""
     return jax.sharding.get_abstract_mesh().abstract_device or get_default_device()
 
 

@@ -1,1 +1,1 @@
-"""Accuracy of a model over a data set, seen from several views."""
+"""Multi-view evaluation of a model on a data set."""

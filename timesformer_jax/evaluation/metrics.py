@@ -1,4 +1,4 @@
-"""Top-k accuracy and its table by class, counted exactly, a video once."""
+"""Top-1 and top-5 accuracy, overall and by class; every video counts once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def average_pieces(probabilities: np.ndarray, video: np.ndarray) -> tuple[np.nda
     """The mean prediction of each video over its records.
 
     Args:
-      probabilities: (n, C), a row a record, in any order.
-      video: (n,) int, which video each is of.
+      probabilities: (n, C), one row a record, in any order.
+      video: (n,) int, the number of each record's video.
 
     Returns:
-      (m, C) float64 of the m videos, in the order of their numbers, and (m,) int, for each the row
-      of one of its records.
+      (m, C) float64, the means of the m videos, in the order of their numbers; and (m,) int, the
+      row of one record of each video.
     """
     _, first, place, records = np.unique(
         video, return_index=True, return_inverse=True, return_counts=True
@@ -33,13 +33,13 @@ def average_pieces(probabilities: np.ndarray, video: np.ndarray) -> tuple[np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What an evaluation found.
+    """The counts of an evaluation.
 
     Attributes:
       labels: class names, C of them.
-      videos: (C,) int, videos of each class.
-      top1, top5: (C,) int, how many of them had their class first, among the first five.
-      views, crops: clips a video and squares a clip whose probabilities were averaged.
+      videos: (C,) int, the number of videos of each class.
+      top1, top5: (C,) int, how many of them were predicted right by the top 1, the top 5.
+      views, crops: clips a video and crops a clip whose probabilities were averaged.
     """
 
     labels: tuple[str, ...]
@@ -51,9 +51,9 @@ class Results:
 
     @classmethod
     def count(cls, probabilities: np.ndarray, truth: np.ndarray, labels, **views) -> Results:
-        """Counts predictions, (n, C) probabilities, against (n,) class indices."""
+        """Compares predictions, (n, C) probabilities, with the true classes, (n,) int."""
         classes = len(labels)
-        # The rank of the true class; of equal probabilities the earlier class counts as better.
+        # The rank of the true class; of equal probabilities the lower class index comes first.
         order = np.argsort(-probabilities, axis=1, kind="stable")
         rank = (order == truth[:, None]).argmax(axis=1)
 
@@ -69,7 +69,7 @@ class Results:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """top1 and top5 as fractions of all videos, the count, and the same for every class."""
+        """top1 and top5 as fractions and the number of videos: of all, and of every class."""
         total = int(self.videos.sum())
         return {
             "top1": self.top1.sum() / total,
@@ -90,7 +90,7 @@ class Results:
         }
 
     def summary(self) -> str:
-        """One line: accuracy, and over what."""
+        """One line: the accuracy, and the numbers of videos, views and crops."""
         found = self.to_json()
         return (
             f"top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  of {found['videos']} videos, "
@@ -98,7 +98,7 @@ class Results:
         )
 
     def table(self) -> str:
-        """A line for each class that has videos, the summary last."""
+        """One line for each class that has videos, then the summary."""
         width = max(len(label) for label in self.labels)
         lines = [f"{'class':<{width}}  {'videos':>6}  {'top-1':>6}  {'top-5':>6}"]
         for label, videos, top1, top5 in zip(self.labels, self.videos, self.top1, self.top5):
@@ -108,6 +108,6 @@ class Results:
         return "\n".join([*lines, self.summary()])
 
     def save(self, path: str | os.PathLike, **more: Any) -> None:
-        """Writes `to_json`, and what else is given, whole or not at all."""
+        """Writes `to_json` and the fields of `more` to a JSON file, atomically."""
         content = json.dumps(more | self.to_json(), indent=2) + "\n"
         storage.write_atomically(storage.absolute(path), content.encode())

@@ -1,4 +1,4 @@
-"""Evaluation: every video once, its views' probabilities averaged (the paper's protocol).
+"""Multi-view evaluation: the probabilities of a video's views are averaged, as in the paper.
 
 A long video that was prepared in pieces counts once too: the probabilities of its pieces, which do
 not overlap, are averaged (the paper's HowTo100M protocol).
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from timesformer_jax import storage
 from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input.pipeline import eval_batches
 from timesformer_jax.data.records.open import open_split
@@ -35,9 +36,9 @@ Probabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def make_probabilities(model: TimeSformerConfig, clip: ClipSpec) -> Probabilities:
-    """A function of parameters and a batch of views to averaged class probabilities.
+    """A function that predicts class probabilities, averaged over views.
 
-    It takes parameters, frames (B, V, T, H, W, 3) uint8 and crop_boxes (B, V, 3), and gives
+    It takes parameters, frames (B, V, T, H, W, 3) uint8 and crop_boxes (B, V, 3). It returns
     (B, classes) float32: the mean over the V views of the softmax, as in the paper (the authors'
     release sums logits).
     """
@@ -68,14 +69,14 @@ def evaluate(
 
     Args:
       params: parameters on `mesh`.
-      model, clip: what they are parameters of, and the clips it expects.
-      split: a prepared split; every video counts once, on any number of hosts, by the mean over
-        its records of their probabilities.
+      model, clip: the model, and the clips it expects.
+      split: a prepared split. Every video counts once, on any number of hosts, with the mean
+        probabilities of its records.
       mesh: the devices.
       batch_size: videos at a time, of all devices together.
       views: clips along a video.
       crops: 3 for left, centre and right; 1 for the centre only.
-      after_batch: called after each; what it raises ends the evaluation.
+      after_batch: called after each batch; an exception ends the evaluation.
     """
     step = _make_step(model, clip, mesh)
     rows = batch_rows(mesh, batch_size)
@@ -108,16 +109,18 @@ def evaluate(
 
 @functools.lru_cache(maxsize=2)
 def _make_step(model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh) -> Callable:
-    """Probabilities, records and whether they count, of a batch; compiled once for a process."""
+    """The jitted function from parameters and batch to probabilities, records and validity.
+
+    Cached, so that a process compiles it once.
+    """
 
     def step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             p = make_probabilities(model, clip)(params, batch["frames"], batch["crop_boxes"])
         return p, batch["record"], batch["valid"]
 
-    # Every host gets every answer, so that each counts the whole split.
-    everywhere = NamedSharding(mesh, P())
-    return jax.jit(step, out_shardings=everywhere)
+    # Replicated: every host computes the metrics of the whole split.
+    return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
 
 def evaluate_checkpoint(
@@ -131,16 +134,16 @@ def evaluate_checkpoint(
     output: str | None = None,
     **processes: Any,
 ) -> None:
-    """Evaluates a checkpoint and prints the table of its classes.
+    """Evaluates a checkpoint and prints a table of its accuracy by class.
 
     Args:
-      checkpoint: of a run of ours, as `checkpoints.load_parameters` takes it.
-      data: what `open_split` opens; by default what it was trained on.
-      split: by default the one that its config evaluates on.
-      fps: frames a second of records that do not say theirs; by default, on the data that it was
-        trained on, as its config says.
+      checkpoint: of a run of ours, as for `checkpoints.load_parameters`.
+      data: as for `open_split`; by default the data it was trained on.
+      split: by default the evaluation split of its config.
+      fps: frame rate of records that do not store theirs; by default, on the data it was trained
+        on, that of its config.
       views, crops: as for `evaluate`.
-      batch_size: videos at a time; by default as in its config.
+      batch_size: videos at a time; by default that of its config.
       output: a JSON file for the results.
       processes: the arguments of `hosts.processes`.
 
@@ -154,46 +157,51 @@ def evaluate_checkpoint(
     with hosts.processes(**processes):
         mesh = make_mesh()
         metadata, params = checkpoints.load_parameters(checkpoint, NamedSharding(mesh, P()))
-        trained = metadata.config or {  # weights of another project know no data
-            "data": {"directory": "", "eval_split": "validation"},
-            "eval": {"batch_size": 8},
-        }
-        if not (data or trained["data"]["directory"]):
-            raise InputError(
-                f"{checkpoint} was not trained here: say with --data what to evaluate on"
-            )
-        if data is None:
-            fps = fps or trained["data"].get("fps")  # older configs have none
-        found = open_split(
-            data or trained["data"]["directory"], split or trained["data"]["eval_split"], fps
-        )
-        if not metadata.labels and len(found.label_names) == metadata.model.num_classes:
-            logging.warning("the checkpoint names no classes: the data's are taken in their order")
-        elif found.label_names != metadata.labels:
-            raise InputError(
-                f"the data has {len(found.label_names)} labels ({_some(found.label_names)}), the "
-                f"checkpoint {metadata.model.num_classes} ({_some(metadata.labels)}): they must be the "
-                "same; prepare the data with the checkpoint's labels"
-            )
-        batch_size = batch_size or trained["eval"]["batch_size"]
+        # Converted weights have no config.
+        batch_size = batch_size or (metadata.config["eval"]["batch_size"] if metadata.config else 8)
+        evaluated = _open_data(checkpoint, metadata, data, split, fps)
+        _check_labels(metadata, evaluated.label_names)
         check_batch(mesh, batch_size, "--batch_size")
         results = evaluate(
-            params,
-            metadata.model,
-            metadata.clip,
-            found,
-            mesh,
-            batch_size=batch_size,
-            views=views,
-            crops=crops,
-        )
+            params, metadata.model, metadata.clip, evaluated, mesh,
+            batch_size=batch_size, views=views, crops=crops,
+        )  # fmt: skip
         if jax.process_index() > 0:
             return
         print(results.table())
         if output is not None:
-            results.save(output, checkpoint=str(storage.absolute(checkpoint)), split=found.name)
+            results.save(output, checkpoint=str(storage.absolute(checkpoint)), split=evaluated.name)
             print(f"written to {output}")
 
 
-def _some(labels: tuple[str, ...]) -> str:
+def _open_data(
+    checkpoint: str,
+    metadata: CheckpointMetadata,
+    data: str | None,
+    split: str | None,
+    fps: float | None,
+) -> Split:
+    """The split to evaluate on; what is None is as in the checkpoint's config."""
+    trained_on = metadata.config["data"] if metadata.config else {}
+    split = split or trained_on.get("eval_split", "validation")
+    if data:
+        return open_split(data, split, fps)
+    if not trained_on.get("directory"):
+        raise InputError(f"{checkpoint} was not trained here: say with --data what to evaluate on")
+    return open_split(trained_on["directory"], split, fps or trained_on.get("fps"))
+
+
+def _check_labels(metadata: CheckpointMetadata, labels: tuple[str, ...]) -> None:
+    """Raises InputError unless the data has the labels of the checkpoint, in the same order."""
+    if not metadata.labels and len(labels) == metadata.model.num_classes:
+        logging.warning("the checkpoint names no classes: the data's are taken in their order")
+    elif labels != metadata.labels:
+        raise InputError(
+            f"the data has {len(labels)} labels ({_first_few(labels)}), the checkpoint "
+            f"{metadata.model.num_classes} ({_first_few(metadata.labels)}): they must be the same; "
+            "prepare the data with the checkpoint's labels"
+        )
+
+
+def _first_few(labels: tuple[str, ...]) -> str:
     return ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "") or "without names"

@@ -1,1 +1,1 @@
-"""What a trained model says of a video file. Needs no TensorFlow."""
+"""Prediction of the classes of video files. Needs no TensorFlow."""

@@ -1,4 +1,4 @@
-"""Class probabilities of video files, from a checkpoint alone."""
+"""Class probabilities of video files. A checkpoint is all that is needed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from timesformer_jax.transforms.preprocess import preprocess
 
 
 class Predictor:
-    """A checkpoint, ready to be shown videos.
+    """Predicts the classes of videos with a checkpoint.
 
     Args:
-      checkpoint: of a run of ours, as `checkpoints.load_parameters` takes it.
+      checkpoint: of a run of ours, as for `checkpoints.load_parameters`.
       views: clips along a video whose probabilities are averaged.
-      crops: squares of each clip: 3 for left, centre and right, 1 for the centre.
+      crops: crops of each clip: 3 for left, centre and right, 1 for the centre.
 
     Attributes:
-      labels: class names, in the order of the probabilities; "class 17" where the checkpoint,
-        converted from a file without names, has none.
+      labels: class names, in the order of the probabilities. "class 17" and so on if the
+        checkpoint has no names.
     """
 
     def __init__(self, checkpoint: str | os.PathLike, views: int = 1, crops: int = 3):
@@ -74,10 +74,10 @@ def predict(
     end: float | None = None,
     top: int = 5,
 ) -> None:
-    """Prints the most probable classes of each video, or of its part [start, end), best first.
+    """Prints the most probable classes of each video, or of its part [start, end) seconds.
 
     Raises:
-      InputError: naming the videos that could not be read, once all others are printed.
+      InputError: after all videos, naming those that could not be read.
     """
     if not videos:
         raise InputError("no video given: timesformer predict VIDEO... --checkpoint=DIR")

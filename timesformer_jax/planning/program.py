@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input.sampling import decoded_side
-from timesformer_jax.distributed.mesh import BATCH_SPEC, check_batch, check_model, make_mesh
+from timesformer_jax.distributed.mesh import BATCH_SPEC, check_batch, make_mesh
 from timesformer_jax.distributed.sharding import batch_sharding
 from timesformer_jax.models.timesformer import TimeSformerConfig
+from timesformer_jax.training.checks import check_model
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import TrainState, abstract_state, make_train_step
 from timesformer_jax.transforms.augmentation import Augmentation

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules of the recipes."""
+"""The optimizers and learning-rate schedules of the recipes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from absl import logging
 
 from timesformer_jax.errors import InputError
 
-if TYPE_CHECKING:  # the step runs where ml_collections is not installed
+if TYPE_CHECKING:  # the step also runs without ml_collections
     from ml_collections import ConfigDict
 
 TRAINS = ("all", "head")
 
 
 def learning_rate(config: ConfigDict, batch_size: int, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate as a function of the step, scaled to the batch.
+    """The learning rate as a function of the step, scaled linearly to the batch size.
 
     Args:
-      config: the optimizer's: learning_rate at `reference_batch_size`, and schedule, either
-        "step", which multiplies it by decay_factors[i] from epoch decay_epochs[i] on, or "cosine",
-        which rises linearly over warmup_epochs and falls to zero at the end of `epochs`.
+      config: config.optimizer. Its learning_rate is for `reference_batch_size`. Its schedule is
+        "step", multiplied by decay_factors[i] from epoch decay_epochs[i] on, or "cosine", rising
+        linearly over warmup_epochs and falling to zero at the end of `epochs`.
       batch_size: of all devices together.
-      steps_per_epoch: to turn epochs into steps.
+      steps_per_epoch: converts epochs to steps.
+
+    Raises:
+      InputError: if the schedule is unknown or impossible.
     """
     peak = config.learning_rate * batch_size / config.reference_batch_size
     if batch_size != config.reference_batch_size:
@@ -35,7 +38,7 @@ def learning_rate(config: ConfigDict, batch_size: int, steps_per_epoch: int) -> 
     if config.schedule == "step":
         if len(config.decay_epochs) != len(config.decay_factors):
             raise InputError("optimizer.decay_epochs and decay_factors must be equally many")
-        # optax multiplies by the ratio to the factor before.
+        # optax wants each factor relative to the previous one.
         factors = (1.0, *config.decay_factors)
         ratios = {
             round(epoch * steps_per_epoch): factors[i + 1] / factors[i]
@@ -51,30 +54,31 @@ def learning_rate(config: ConfigDict, batch_size: int, steps_per_epoch: int) -> 
         warmup, total = (
             round(epochs * steps_per_epoch) for epochs in (config.warmup_epochs, config.epochs)
         )
-        if not warmup:  # optax warns of one that takes no step
+        if not warmup:  # optax warns of a warm-up of no steps
             return optax.cosine_decay_schedule(peak, total)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total)
     raise InputError(f"optimizer.schedule must be step or cosine, not {config.schedule!r}")
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum as PyTorch defines it, or AdamW, and what goes before and after.
+    """SGD with Nesterov momentum as in PyTorch, or AdamW, with clipping and layer-wise decay.
 
-    Both decay every parameter, as the release does; SGD adds the decay to the gradient before
-    momentum, AdamW after its scaling.
+    Weight decay applies to every parameter, as in the release. SGD adds it to the gradient before
+    momentum, AdamW to the scaled update.
 
     Args:
-      config: name, "sgd" or "adamw", with weight_decay and momentum (of SGD); clip_norm, to which
-        a gradient of a larger global norm is scaled down, 0 for none; layer_decay, as
-        `scale_by_layer` uses it, 1 for none; train, the parameters that are `trained`.
+      config: config.optimizer. name is "sgd" or "adamw", with weight_decay and, for SGD, momentum;
+        clip_norm is the largest global norm of the gradient, 0 for no clipping; layer_decay is for
+        `scale_by_layer`, 1 for none; train is for `trained`.
       schedule: the learning rate.
 
     Returns:
-      Its state is of the trained parameters alone. `init` takes all parameters; `update` takes all
-      parameters and the gradients of the trained ones, and gives those ones' updates.
+      An optimizer whose state covers the trained parameters only. `init` takes all parameters.
+      `update` takes the gradients of the trained parameters, and all parameters; it returns the
+      updates of the trained ones.
 
     Raises:
-      InputError: if a name is not known or a number impossible.
+      InputError: if a name is unknown or a number out of range.
     """
     if config.train not in TRAINS:
         raise InputError(f"optimizer.train must be all or head, not {config.train!r}")
@@ -82,7 +86,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         raise InputError(
             f"optimizer.layer_decay must be above 0 and at most 1, not {config.layer_decay}"
         )
-    # The state has the same form with and without them, so that a run can go on with another value.
+    # identity keeps the structure of the state, so that a run can resume with another value.
     clip, decay = optax.identity(), optax.identity()
     if config.clip_norm:
         clip = optax.clip_by_global_norm(config.clip_norm)
@@ -108,16 +112,16 @@ def _rule(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
 
 
 def trained(params: dict, train: str) -> dict:
-    """The parameters that training changes: "all", or those of the "head"."""
+    """The parameters that training changes: "all", or only the "head"."""
     return params if train == "all" else {train: params[train]}
 
 
 def scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Smaller steps the further from the head, as BEiT (arXiv 2106.08254) and MAE fine-tune.
+    """Layer-wise learning-rate decay, as in the fine-tuning of BEiT (arXiv 2106.08254) and MAE.
 
-    Of L blocks, the updates of block i, from 0, are scaled by decay ** (L - i), those of the
-    embeddings by decay ** (L + 1), and those of the final norm and the head by 1. Weight decay,
-    which is part of the update, scales with it.
+    With L blocks, the update of block i, from 0, is scaled by decay ** (L - i), that of the
+    embeddings by decay ** (L + 1), that of the final norm and the head by 1. Weight decay is part
+    of the update and scales with it.
     """
 
     def update(updates: dict, params: Any = None) -> dict:
@@ -130,7 +134,7 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
 
 
 def _layers_above(path: list[str], blocks: int) -> int:
-    """How many layers lie between a parameter and the head."""
+    """The number of layers between a parameter and the head."""
     if path[0] == "blocks":
         return blocks - int(path[1])
     return {"embedding": blocks + 1, "norm": 0, "head": 0}[path[0]]

@@ -1,4 +1,4 @@
-"""The training step: one pure function of state and batch, jitted over the mesh."""
+"""The training step: a pure function of state and batch, jitted over the mesh."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes; all but the step float32.
+    """What training changes; float32 except for the step and counters of the optimizer.
 
     Attributes:
-      step: () int32, how many were done.
+      step: () int32, the number of finished steps.
       params: parameters as nested dicts by layer.
-      opt_state: the optimizer's.
-      ema: the moving average of params, or None where none is kept.
+      opt_state: the state of the optimizer.
+      ema: the exponential moving average of params, or None.
     """
 
     step: jax.Array
@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
 
     @property
     def best_params(self) -> Any:
-        """What to evaluate and to predict with: the moving average where there is one."""
+        """The parameters to evaluate and predict with: the moving average where there is one."""
         return self.params if self.ema is None else self.ema
 
 
@@ -57,10 +57,10 @@ def abstract_state(
     Args:
       model, optimizer: what is trained, and how.
       mesh: the devices.
-      ema: whether a moving average of the parameters is kept.
+      ema: whether the state has a moving average of the parameters.
     """
     params = parameters_of(abstract(model))
-    state = jax.eval_shape(lambda p: _begin(p, optimizer, ema), params)
+    state = jax.eval_shape(lambda p: _new_state(p, optimizer, ema), params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,
@@ -71,26 +71,28 @@ def abstract_state(
 def init_state(
     initial: Any, optimizer: optax.GradientTransformation, target: TrainState
 ) -> TrainState:
-    """The state at step 0, each array made or put where it shall lie.
+    """The state at step 0, sharded as `target`.
 
     Args:
-      initial: the first parameters, or a function that draws them; it is traced, so that none is
-        made on a device it is not for.
-      optimizer: whose state is begun.
-      target: what `abstract_state` gave.
+      initial: the first parameters, or a function that draws them. The function is traced, so that
+        each device makes its own shard only.
+      optimizer: initialises its state.
+      target: what `abstract_state` returned.
     """
 
-    def begin(params: Any) -> TrainState:
-        return _begin(params, optimizer, target.ema is not None)
+    def new_state(params: Any) -> TrainState:
+        return _new_state(params, optimizer, target.ema is not None)
 
-    places = jax.tree.map(lambda x: x.sharding, target)
+    target_shardings = jax.tree.map(lambda x: x.sharding, target)
     if callable(initial):
-        return jax.jit(lambda: begin(initial()), out_shardings=places)()
-    return jax.jit(begin, out_shardings=places)(jax.device_put(initial, places.params))
+        return jax.jit(lambda: new_state(initial()), out_shardings=target_shardings)()
+    return jax.jit(new_state, out_shardings=target_shardings)(
+        jax.device_put(initial, target_shardings.params)
+    )
 
 
-def _begin(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
-    # The average in memory of its own: a step is given the memory of both.
+def _new_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+    # A copy: the step donates the buffers of both.
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
@@ -109,95 +111,137 @@ def make_train_step(
     accumulate_steps: int = 1,
     ema: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step. It gives the state's memory to the new state: do not use the old one.
+    """The jitted training step. It donates the state: do not use the old state after a call.
 
     Args:
       model, clip: what to train, on what clips.
       optimizer, schedule: how; the schedule is only reported.
-      target: what `abstract_state` gave.
+      target: what `abstract_state` returned.
       mesh: the devices.
-      seed: of drop path; each step folds its number in.
-      augmentation: of the clips and labels; off by default, and then it costs nothing.
-      train: which parameters are `optimizer.trained`, as the optimizer was told. Of the others no
-        gradient is computed.
-      accumulate_steps: parts in which a batch goes through the model, for the memory of one part;
-        each device's clips must divide evenly. But for drop path's draws the step is that of the
-        whole batch.
-      ema: how much the moving average keeps of itself in a step, where the state has one.
+      seed: of drop path; the number of the step is folded in.
+      augmentation: of the clips and labels; by default none, at no cost.
+      train: the parameters to train, as in `optimizer.trained` and in `make_optimizer`. The
+        others get no gradient.
+      accumulate_steps: microbatches of a batch, computed one after another, so that memory holds
+        the activations of one. Each device's clips must divide evenly. The result is that of the
+        whole batch, except that each microbatch draws its own drop path.
+      ema: the decay of the moving average, where the state has one.
 
     Returns:
       A function of the state and a batch (frames (B, T, S, S, 3) uint8, crop_boxes (B, 3), flip
-      (B,) and label (B,), and augment_seed (B,) uint32 where there is augmentation) to the new
-      state and the batch's metrics: loss, accuracy (of the clips' own labels), gradient_norm (of
-      the raw gradient) and learning_rate, each () float32.
+      (B,) and label (B,), and augment_seed (B,) uint32 for augmentation). It returns the new state
+      and the metrics of the batch: loss, accuracy (of the clips' own labels), gradient_norm (before
+      clipping) and learning_rate, each () float32.
     """
+    inputs = _make_inputs(model, clip, augmentation, mesh)
+    gradient = _make_gradient(model, accumulate_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        video = crop(batch["frames"], batch["crop_boxes"], clip.crop, batch["flip"])
-        targets = batch["label"]
-        if augmentation.on:
-            video, targets = augment(
-                video, batch["label"], batch["augment_seed"], augmentation,
-                fill=clip.mean, classes=model.num_classes, mesh=mesh,
-            )  # fmt: skip
-        examples = normalise(video, clip), targets, batch["label"]
-
-        def loss_of(params: Any, examples: tuple, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            video, targets, labels = examples
-            logits = with_parameters(model, state.params | params)(video, key=key)
-            if augmentation.on:
-                losses = optax.softmax_cross_entropy(logits, targets)
-            else:
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-            return losses.mean(), (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
-
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-        if accumulate_steps > 1:
-            gradient = _in_parts(gradient, accumulate_steps)
-        changing = trained(state.params, train)
+        trainable = trained(state.params, train)
+        examples = inputs(batch)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            (loss, accuracy), grads = gradient(changing, examples, key)
+            (loss, accuracy), grads = gradient(trainable, state.params, examples, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = state.params | optax.apply_updates(changing, updates)
-        average = None
-        if state.ema is not None:
-            average = jax.tree.map(lambda a, p: a + (1 - ema) * (p - a), state.ema, params)
+        params = state.params | optax.apply_updates(trainable, updates)
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
+        average = None if state.ema is None else _moving_average(state.ema, params, ema)
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     state_shardings = jax.tree.map(lambda x: x.sharding, target)
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, None),  # a batch as it was put
+        in_shardings=(state_shardings, None),  # None: the batch keeps its sharding
         out_shardings=(state_shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
 
 
-def _in_parts(function: Callable, parts: int) -> Callable:
-    """The mean of `function` of (parameters, examples, key) over `parts` of the examples, in turn.
+class Examples(NamedTuple):
+    """What the model is trained on.
 
-    Part i has examples i, i + parts, ...: every device then holds its share of every part already.
+    Attributes:
+      video: (B, T, H, W, 3), normalised.
+      targets: (B, classes) float32 probabilities with augmentation, else (B,) int, the labels.
+      labels: (B,) int, the clips' own classes.
     """
 
-    def mean(params: Any, examples: Any, key: jax.Array) -> Any:
-        def add(total: Any, part: tuple) -> tuple[Any, None]:
-            examples, i = part
-            found = function(params, examples, jax.random.fold_in(key, i))
-            return jax.tree.map(jnp.add, total, found), None
+    video: jax.Array
+    targets: jax.Array
+    labels: jax.Array
 
-        divided = jax.tree.map(
-            lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), examples
+
+def _make_inputs(
+    model: TimeSformerConfig, clip: ClipSpec, augmentation: Augmentation, mesh: Mesh
+) -> Callable[[Batch], Examples]:
+    """A function from a batch as it is loaded to cropped, augmented and normalised examples."""
+
+    def inputs(batch: Batch) -> Examples:
+        video = crop(batch["frames"], batch["crop_boxes"], clip.crop, batch["flip"])
+        labels = targets = batch["label"]
+        if augmentation.on:
+            video, targets = augment(
+                video, labels, batch["augment_seed"], augmentation,
+                fill=clip.mean, classes=model.num_classes, mesh=mesh,
+            )  # fmt: skip
+        return Examples(normalise(video, clip), targets, labels)
+
+    return inputs
+
+
+def _make_gradient(model: TimeSformerConfig, accumulate_steps: int) -> Callable:
+    """The gradient of the mean loss.
+
+    A function of the trained parameters, all parameters, the examples and the key of drop path to
+    ((loss, accuracy), gradient of the trained parameters).
+    """
+
+    def loss(
+        trainable: Any, params: Any, examples: Examples, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        logits = with_parameters(model, params | trainable)(examples.video, key=key)
+        if examples.targets.ndim == 2:
+            losses = optax.softmax_cross_entropy(logits, examples.targets)
+        else:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.targets)
+        correct = logits.argmax(-1) == examples.labels
+        return losses.mean(), correct.mean(dtype=jnp.float32)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    return gradient if accumulate_steps == 1 else _accumulated(gradient, accumulate_steps)
+
+
+def _accumulated(gradient: Callable, steps: int) -> Callable:
+    """The mean of `gradient` over microbatches.
+
+    Microbatch i holds the examples i, i + steps, ...: every device already holds its share of each.
+    """
+
+    def of_microbatch(
+        trainable: Any, params: Any, examples: Examples, row: jax.Array, key: jax.Array
+    ) -> Any:
+        # The first row of microbatch i is i: each draws its own drop path.
+        return gradient(trainable, params, examples, jax.random.fold_in(key, row[0]))
+
+    def of_batch(trainable: Any, params: Any, examples: Examples, key: jax.Array) -> Any:
+        size = len(examples.labels)
+        mean = optax.microbatch(
+            of_microbatch,
+            argnums=(2, 3),
+            microbatch_size=size // steps,
+            accumulator=optax.microbatching.AccumulationType.MEAN,
         )
-        one = jax.tree.map(lambda x: x[0], divided)
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, one, key))
-        total, _ = jax.lax.scan(add, zeros, (divided, jnp.arange(parts)))
-        return jax.tree.map(lambda x: x / parts, total)
+        return mean(trainable, params, examples, jnp.arange(size), key)
 
-    return mean
+    return of_batch
+
+
+def _moving_average(average: Any, params: Any, decay: float) -> Any:
+    # Not optax.incremental_update: it sums decay * average and (1 - decay) * params, whose factors
+    # in float32 do not add up to 1. Parameters that stand still then drift (0.9999: by 2e-4).
+    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)

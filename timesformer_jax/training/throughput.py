@@ -1,4 +1,4 @@
-"""How fast training goes: what a log line says of it, and a profile of some steps."""
+"""The throughput of training, for the log, and a profiler trace of some steps."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from timesformer_jax.distributed.hardware import CHIPS, Chip
+from timesformer_jax.distributed.hardware import chip_of
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs
 
 
-class Speed:
-    """Times steps between logs. The first step of a process, which compiles, is not counted.
+class Throughput:
+    """Times the steps between two reports, without the first step of a process, which compiles.
+
+    Model FLOP utilisation (MFU) is 6 x MACs FLOPs a clip (2 a MAC forward, twice as many backward;
+    what `remat` recomputes does not count) divided by the dense peak of all devices for
+    `model.dtype`. It is reported for the devices in `distributed.hardware` only.
 
     Args:
       model: what is trained.
       batch_size: clips a step, of all devices together.
       mesh: the devices.
-
-    MFU is the share of the peak that the model's own products take: 6 x MACs FLOPs a clip (2 a MAC,
-    forward and twice that backward; what `remat` computes again does not count) over the peak of
-    all devices for `model.dtype`, dense, as `distributed.hardware` has it. Of a device that is not
-    there none is reported.
     """
 
     def __init__(self, model: TimeSformerConfig, batch_size: int, mesh: Mesh):
@@ -48,20 +47,20 @@ class Speed:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """A context that waits for data."""
         before = time.perf_counter()
         yield
         self._waited += time.perf_counter() - before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training."""
+        """A context that does not train, such as an evaluation."""
         self._seconds += time.perf_counter() - self._since
         yield
         self._since = time.perf_counter()
 
     def stepped(self, metrics: Any) -> None:
-        """After a step was started; metrics: its, which the first time are waited for."""
+        """To be called after each step was dispatched. Waits for the metrics of the first step."""
         if self._compiled:
             self._steps += 1
             return
@@ -69,10 +68,11 @@ class Speed:
         self._compiled, self._waited, self._since = True, 0.0, time.perf_counter()
 
     def scalars(self) -> dict[str, float]:
-        """Of the steps since the last call, once they are done; empty if there was none.
+        """The throughput since the last call; empty if no step was timed. Call it after a wait.
 
-        step_seconds, clips_per_second, clips_per_second_per_device, data_wait (the share of the
-        time that was waited for data) and, where the peak is known, mfu.
+        Returns:
+          step_seconds, clips_per_second, clips_per_second_per_device, data_wait (the share of the
+          time spent waiting for data) and, where the peak is known, mfu.
         """
         with self.paused():
             pass
@@ -92,24 +92,17 @@ class Speed:
         return found
 
     def clips_per_second(self) -> float | None:
-        """Over all that `scalars` was asked for; None if this process trained no step but one."""
+        """The mean over all steps that `scalars` reported; None if there was none."""
         return self._all_steps * self._batch_size / self._all_seconds if self._all_steps else None
 
 
-def chip_of(device: jax.Device) -> Chip | None:
-    """The entry of a device in the table of chips."""
-    # The kind of a TPU v5e, "TPU v5 lite", holds that of a v5p, "TPU v5".
-    fitting = [chip for chip in CHIPS.values() if chip.kind in device.device_kind]
-    return max(fitting, key=lambda chip: len(chip.kind), default=None)
-
-
 class Profile:
-    """Writes a trace of some steps, for TensorBoard's or XProf's profile page.
+    """Writes a profiler trace of some steps, for TensorBoard or XProf.
 
     Args:
-      directory: gets the trace.
-      start_step: the first step, counted from 1.
-      steps: how many; 0 for no trace.
+      directory: where to write the trace.
+      start_step: the first traced step, counted from 1.
+      steps: the number of traced steps; 0 for no trace.
     """
 
     def __init__(self, directory: str | os.PathLike, start_step: int, steps: int):
@@ -122,7 +115,7 @@ class Profile:
             self._tracing = True
 
     def after(self, step: int, metrics: Any) -> None:
-        """metrics: the step's, which are waited for if it is the last one."""
+        """To be called after each step. Waits for the metrics of the last traced step."""
         if self._tracing and step == self._steps[-1]:
             jax.block_until_ready(metrics)
             self.close()

@@ -1,4 +1,4 @@
-"""What is reported of speed, by a clock that the test sets; and profiles."""
+"""What throughput reports, with a clock that the test sets; and profiles."""
 
 import dataclasses
 import types
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.training import throughput as speed
-from timesformer_jax.training.throughput import Profile, Speed
+from timesformer_jax.training import throughput
+from timesformer_jax.training.throughput import Profile, Throughput
 
 MODEL = TimeSformerConfig(dtype="bfloat16")  # 195.83 GMACs a clip
 
@@ -23,7 +23,7 @@ def mesh_of(kind, count):
 @pytest.fixture
 def clock(monkeypatch):
     now = types.SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now.seconds)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now.seconds)
     return now
 
 
@@ -36,7 +36,7 @@ def step(timed, clock, wait, compute):
 
 def test_steps_are_timed_without_compilation_and_evaluation(clock):
     mesh = types.SimpleNamespace(devices=np.array(jax.devices()[:4]))
-    timed = Speed(MODEL, 32, mesh)
+    timed = Throughput(MODEL, 32, mesh)
     step(timed, clock, wait=7, compute=100)  # compiles
     assert timed.scalars() == {}
     assert timed.clips_per_second() is None
@@ -70,7 +70,7 @@ def test_steps_are_timed_without_compilation_and_evaluation(clock):
 )
 def test_mfu_is_of_the_devices_stated_peak(kind, dtype, peak, clock):
     model = dataclasses.replace(MODEL, dtype=dtype)
-    timed = Speed(model, 32, mesh_of(kind, 4))
+    timed = Throughput(model, 32, mesh_of(kind, 4))
     step(timed, clock, wait=0, compute=9)
     step(timed, clock, wait=0, compute=0.5)
     found = timed.scalars()

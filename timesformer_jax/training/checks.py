@@ -1,0 +1,82 @@
+"""Checks of a training config, before anything is read or compiled."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from jax.sharding import Mesh
+
+from timesformer_jax.checkpoints.metadata import flatten_config
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import sampling
+from timesformer_jax.errors import InputError
+from timesformer_jax.models.config import TimeSformerConfig
+
+if TYPE_CHECKING:  # planning runs where ml_collections is not installed
+    from ml_collections import ConfigDict
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises InputError, naming the flag to change, if a value of a training config is invalid."""
+    minimum = {
+        "epochs": 1, "batch_size": 1, "log_every_steps": 1, "eval.batch_size": 1, "eval.views": 1,
+        "eval.every_epochs": 0, "checkpoint.keep": 1, "checkpoint.keep_best": 0,
+        "checkpoint.every_steps": 0, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+        "accumulate_steps": 1, "ema": 0,
+        "profile.start_step": 1, "profile.steps": 0,
+    }  # fmt: skip
+    values = flatten_config(config.to_dict())
+    for name, bound in minimum.items():
+        if not bound <= values[name] < math.inf:
+            raise InputError(f"--config.{name} must be at least {bound}, not {values[name]}")
+    if values["ema"] >= 1:
+        raise InputError(f"--config.ema must be below 1, 0.9999 for example, not {values['ema']}")
+    if not 0 < values["optimizer.learning_rate"] < math.inf:
+        rate = values["optimizer.learning_rate"]
+        raise InputError(f"--config.optimizer.learning_rate must be above 0, not {rate}")
+    if values["eval.crops"] not in (1, 3):
+        raise InputError(f"--config.eval.crops must be 1 or 3, not {values['eval.crops']}")
+    sampling.check_short_side_range(tuple(values["data.short_side_range"]), values["clip.crop"])
+    if not values["data.directory"]:
+        raise InputError("say with --config.data.directory where the prepared data is")
+
+
+def model_config(config: ConfigDict, labels: tuple[str, ...]) -> TimeSformerConfig:
+    """The model of a config for data with these labels; num_classes 0 stands for their number."""
+    fields = dict(config.model)
+    fields["num_classes"] = fields["num_classes"] or len(labels)
+    if fields["num_classes"] != len(labels):
+        raise InputError(
+            f"the data in {config.data.directory} has {len(labels)} labels, the config's model "
+            f"{fields['num_classes']}; pass --config.model.num_classes={len(labels)}"
+        )
+    return TimeSformerConfig(**fields)
+
+
+def check_model(mesh: Mesh, model: TimeSformerConfig, clip: ClipSpec) -> None:
+    """Raises InputError, naming the flag to change, unless the mesh divides model and clips."""
+    tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
+    for parts, name in ((model.num_heads, "heads"), (model.mlp_size, "hidden units of an MLP")):
+        if parts % tensor:
+            raise InputError(
+                f"{parts} {name} cannot be divided among {tensor} devices; set "
+                f"--config.mesh.tensor to a divisor of {parts}, {math.gcd(parts, tensor)} for one"
+            )
+    within = {layer.within for layer in model.scheme.layers}
+    if sequence > 1 and "clip" in within:
+        raise InputError(
+            f"attention {model.attention!r} compares patches of different frames and positions, "
+            "so that devices cannot share a clip; set --config.mesh.sequence=1"
+        )
+    shared = {"frames": clip.frames}
+    if "position" in within:
+        shared["patches a frame"] = (clip.crop // model.patch_size) ** 2
+    for name, parts in shared.items():
+        if parts % sequence:
+            among = " and ".join(f"{count} {what}" for what, count in shared.items())
+            raise InputError(
+                f"{parts} {name} cannot be divided among {sequence} devices; set "
+                f"--config.mesh.sequence to a divisor of {among}, "
+                f"{math.gcd(sequence, *shared.values())} for one"
+            )
