@@ -119,12 +119,10 @@ def make_train_step(
       target: what `abstract_state` returned.
       mesh: the devices.
       seed: of drop path; the number of the step is folded in.
-      augmentation: of the clips and labels; by default none, at no cost.
-      train: the parameters to train, as in `optimizer.trained` and in `make_optimizer`. The
-        others get no gradient.
-      accumulate_steps: microbatches of a batch, computed one after another, so that memory holds
-        the activations of one. Each device's clips must divide evenly. The result is that of the
-        whole batch, except that each microbatch draws its own drop path.
+      augmentation: of the clips and labels; none by default.
+      train: as for `optimizer.trained`; the other parameters get no gradient.
+      accumulate_steps: microbatches, computed one after another to save memory; each device's
+        clips must divide evenly. The result is that of the whole batch, but for drop path.
       ema: the decay of the moving average, where the state has one.
 
     Returns:
@@ -138,8 +136,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        trainable = trained(state.params, train)
-        examples = inputs(batch)
+        trainable, examples = trained(state.params, train), inputs(batch)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             (loss, accuracy), grads = gradient(trainable, state.params, examples, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
