@@ -89,7 +89,7 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
     return _constrain(x, spec(f"activations/{name}", x.ndim))
 
 
-def gathered(kernel: jax.Array, path: str) -> jax.Array:
+def gather_fsdp(kernel: jax.Array, path: str) -> jax.Array:
     """All-gathers a kernel along "fsdp", for its use in a layer.
 
     Without this constraint the partitioner sometimes moves activations to the shards of a small

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from timesformer_jax.distributed.sharding import gathered
+from timesformer_jax.distributed.sharding import gather_fsdp
 from timesformer_jax.models.ops.reference import with_reference
 from timesformer_jax.models.remat import OUTPUT
 
@@ -89,9 +89,9 @@ def fused(first: Linear, second: Linear) -> tuple[Float[Array, "i o"], Float[Arr
     The product is float32, so that it is rounded once, when it is used.
     """
     precision = "highest" if first.dtype == jnp.float32 else "high"
-    kernel = gathered(second.kernel[...], second.rule)
+    kernel = gather_fsdp(second.kernel[...], second.rule)
     return (
-        jnp.matmul(gathered(first.kernel[...], first.rule), kernel, precision=precision),
+        jnp.matmul(gather_fsdp(first.kernel[...], first.rule), kernel, precision=precision),
         jnp.matmul(first.bias[...], kernel, precision=precision),
     )
 
@@ -143,7 +143,7 @@ def _backward(rule: str, saved: tuple, g: Any) -> tuple:
 
     return (
         jax.tree.map(x_bar, g, x),
-        gathered(jax.tree.reduce(jnp.add, jax.tree.map(kernel_bar, g, x)), rule),
+        gather_fsdp(jax.tree.reduce(jnp.add, jax.tree.map(kernel_bar, g, x)), rule),
         jax.tree.reduce(jnp.add, jax.tree.map(bias_bar, g)),
     )
 
@@ -154,7 +154,7 @@ _linear.defvjp(_forward, _backward, symbolic_zeros=True)
 def _gathered_matrix(rule: str, x: Any, kernel: jax.Array) -> jax.Array:
     """The kernel in the dtype of `x`; rounded before devices gather it, which halves the bytes."""
     kernel = kernel.astype(jax.tree.leaves(x)[0].dtype)
-    return _as_matrix(gathered(kernel, rule), kernel.ndim - 1)
+    return _as_matrix(gather_fsdp(kernel, rule), kernel.ndim - 1)
 
 
 def _as_matrix(x: ArrayLike, features: int) -> ArrayLike:
