@@ -98,7 +98,8 @@ class Attention(nnx.Module):
             return self.temporal_fc(drop(self.proj(y)))
         y = drop(self.proj.apply(y, *fused(self.proj, self.temporal_fc)))
         bias = self.temporal_fc.bias[...]
-        return jax.tree.map(lambda t: t + bias.astype(t.dtype), y)
+        # In float32, so that the gradient of the bias is summed in float32 too.
+        return jax.tree.map(lambda t: (t + bias).astype(t.dtype), y)
 
 
 class MLP(nnx.Module):
