@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import jax
 
-# Names that the model gives to arrays: the input of each block, and the output of every linear layer
-# and every attention.
+# Names that the model gives to arrays: the input of each block, and the output of every linear
+# layer and every attention.
 BLOCK_INPUT, OUTPUT = "block_input", "output"
 
 _POLICIES = {

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.reference import with_reference
@@ -56,11 +57,11 @@ class LayerNorm(nnx.LayerNorm):
 
 
 @jax.custom_vjp
-def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def _layer_norm(x: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> jax.Array:
     return _normalised(x, scale, bias)[0]
 
 
-def _normalised(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple:
+def _normalised(x: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> tuple:
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + EPSILON)

@@ -97,7 +97,7 @@ def fused(first: Linear, second: Linear) -> tuple[Float[Array, "i o"], Float[Arr
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(rule: str, x: Any, kernel: jax.Array, bias: jax.Array) -> Any:
+def _linear(rule: str, x: Any, kernel: ArrayLike, bias: ArrayLike) -> Any:
     matrix = _gathered_matrix(rule, x, kernel)
     bias = bias.astype(matrix.dtype)
 
@@ -151,7 +151,7 @@ def _backward(rule: str, saved: tuple, g: Any) -> tuple:
 _linear.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _gathered_matrix(rule: str, x: Any, kernel: jax.Array) -> jax.Array:
+def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> jax.Array:
     """The kernel in the dtype of `x`; rounded before devices gather it, which halves the bytes."""
     kernel = kernel.astype(jax.tree.leaves(x)[0].dtype)
     return _as_matrix(gather_fsdp(kernel, rule), kernel.ndim - 1)
