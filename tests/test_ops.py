@@ -67,7 +67,7 @@ def test_values_and_gradients_are_those_of_the_reference(name, dtype):
 
 def test_references_have_forward_mode_derivatives():
     config = config_of("divided")
-    params, video = random_parameters(config), random_video()
+    params, video = jax.tree.map(jnp.asarray, random_parameters(config)), random_video()
 
     def logits(video):
         return with_parameters(config, params)(video)

@@ -151,7 +151,7 @@ def _backward(rule: str, saved: tuple, g: Any) -> tuple:
 _linear.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> jax.Array:
+def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> ArrayLike:
     """The kernel in the dtype of `x`; rounded before devices gather it, which halves the bytes."""
     kernel = kernel.astype(jax.tree.leaves(x)[0].dtype)
     return _as_matrix(gather_fsdp(kernel, rule), kernel.ndim - 1)
