@@ -27,7 +27,7 @@ from timesformer_jax.models.costs import macs, parameter_count
 from timesformer_jax.models.presets import preset
 from timesformer_jax.models.timesformer import TimeSformerConfig
 from timesformer_jax.recipes import varied
-from timesformer_jax.training import loop
+from timesformer_jax.training import loop, resume
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import abstract_state, make_train_step
 from timesformer_jax.transforms.augmentation import Augmentation
@@ -321,4 +321,4 @@ def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatc
 def test_a_pretrained_model_that_is_not_there_is_not_done_without(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"no checkpoint vit_base_patch16_224_in21k\.pth to"):
-        loop._initial(config_of("k400_base"), None)
+        resume.initial_parameters(config_of("k400_base"), None)
