@@ -1,5 +1,6 @@
 """The input's benchmark on a data set that it makes itself: what it counts, and what it refuses."""
 
+import dataclasses
 import itertools
 import json
 
@@ -67,12 +68,12 @@ def test_the_reference_sees_the_windows_that_are_planned(synthetic):
     split = open_split(synthetic, "train")
     # Of the frame's own size, so that a crop_box is cut and not resized.
     spec, options = ClipSpec(frames=3, crop=224), OPTIONS | {"short_side_range": (256, 256)}
-    plan = next(pipeline.train_plans(split, spec, **options))
-    plan["crop_boxes"] = np.rint(plan["crop_boxes"])
-    clips = [input_reference.Clip(*clip) for clip in benchmark.reference_plan(split, plan)]
+    request = next(pipeline.train_requests(split, spec, **options))
+    request = dataclasses.replace(request, crop_boxes=np.rint(request.crop_boxes))
+    clips = [input_reference.Clip(*clip) for clip in benchmark.reference_clips(split, request)]
     found = input_reference.decode(clips, 224)
     batch, _ = next(pipeline.train_batches(split, spec, **options))
-    for row, (top, left, side) in enumerate(plan["crop_boxes"][:, 0].astype(int)):
+    for row, (top, left, side) in enumerate(request.crop_boxes[:, 0].astype(int)):
         assert side == 224
         expected = batch["frames"][row, :, top : top + 224, left : left + 224]
         if batch["flip"][row]:

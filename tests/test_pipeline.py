@@ -60,10 +60,10 @@ def test_evaluation_shows_every_video_once_and_exactly(validation, videos):
     assert sorted(seen) == sorted(videos)
 
 
-def test_training_windows_point_at_the_planned_square(train, demo_data):
+def test_training_crop_boxes_are_the_drawn_squares(train, demo_data):
     data = tfds.builder_from_directory(str(demo_data)).as_dataset(split="train")
     videos = {example["id"]: example for example in tfds.as_numpy(data)}
-    # 40 pixels hold any crop_box of this short_side_range; a larger crop of a larger frame would leave some.
+    # Less than the whole frame is decoded.
     spec = dataclasses.replace(SPEC, crop=16)
     options = OPTIONS | {"short_side_range": (32, 40)}
     batch, _ = next(pipeline.train_batches(train, spec, **options))
@@ -72,13 +72,13 @@ def test_training_windows_point_at_the_planned_square(train, demo_data):
     for row in range(16):
         record = batch["record"][row]
         video = videos[train.ids[record].encode()]["video"]
-        draws = pipeline._random(3, 0, record).random(5)
+        draws = pipeline.random_generator(3, 0, record).random(5)
         indices = sampling.clip_indices(len(video), 30.0, 8, 2, draws[0])
         crop_box = sampling.random_crop_box(*video.shape[1:3], 16, (32, 40), draws[1:4])
         corner = np.rint(crop_box[:2] - batch["crop_boxes"][row, :2]).astype(int)
         top, left = corner
         expected = video[indices][:, top : top + side, left : left + side]
-        # Decoding a part of a JPEG interpolates its chroma at the seam otherwise.
+        # A partly decoded JPEG interpolates chroma otherwise at its borders.
         difference = np.abs(batch["frames"][row].astype(int) - expected)[:, 2:-2, 2:-2]
         assert difference.max() <= 1
         assert (batch["crop_boxes"][row, :2] >= 0).all()
@@ -87,17 +87,17 @@ def test_training_windows_point_at_the_planned_square(train, demo_data):
 
 
 def test_segments_are_drawn_in_training_and_their_midpoints_shown_in_tests(validation, videos):
-    """Of crop_boxes and mirroring the same draws as without segments."""
-    by_rate = dataclasses.replace(SPEC, crop=40)
-    spec = dataclasses.replace(by_rate, sampling="segments")
+    """Crop boxes and mirroring are drawn as without segments."""
+    by_stride = dataclasses.replace(SPEC, crop=40)
+    spec = dataclasses.replace(by_stride, sampling="segments")
     options = OPTIONS | {"short_side_range": (40, 40)}
     batch, _ = next(pipeline.train_batches(validation, spec, **options))
-    other, _ = next(pipeline.train_batches(validation, by_rate, **options))
+    other, _ = next(pipeline.train_batches(validation, by_stride, **options))
     for key in ("crop_boxes", "flip", "augment_seed", "record"):
         assert np.array_equal(batch[key], other[key])
     for row, record in enumerate(batch["record"]):
         video = videos[validation.ids[record].encode()]["video"]
-        random = pipeline._random(3, 0, record)
+        random = pipeline.random_generator(3, 0, record)
         crop_box = sampling.random_crop_box(40, 48, 40, (40, 40), random.random(5)[1:4])
         random.integers(2**32)
         indices = sampling.segment_indices(len(video), 8, random.random(8))
@@ -130,12 +130,12 @@ def test_same_seed_same_batches_and_another_seed_others(train):
 
 
 @pytest.mark.parametrize("consumed", [1, 3, 4, 6])
-def test_a_position_continues_just_after_its_batch(train, consumed):
+def test_a_state_continues_with_the_next_batch(train, consumed):
     whole = take(pipeline.train_batches(train, SPEC, **OPTIONS), 9)
-    position = whole[consumed - 1][1]
-    rest = take(pipeline.train_batches(train, SPEC, position=position, **OPTIONS), 2)
+    state = whole[consumed - 1][1]
+    rest = take(pipeline.train_batches(train, SPEC, state=state, **OPTIONS), 2)
     assert equal([b for b, _ in rest], [b for b, _ in whole[consumed : consumed + 2]])
-    assert [p for _, p in rest] == [p for _, p in whole[consumed : consumed + 2]]
+    assert [s for _, s in rest] == [s for _, s in whole[consumed : consumed + 2]]
 
 
 def test_hosts_share_every_global_batch(train, validation):
@@ -160,7 +160,7 @@ def test_hosts_share_every_global_batch(train, validation):
     assert sorted(counted) == list(range(21))
 
 
-def test_too_large_a_batch_and_too_small_a_jitter_are_one_line(train):
+def test_too_large_a_batch_and_too_small_a_short_side_are_one_line(train):
     with pytest.raises(InputError, match="64 clips, fewer than a batch of 65"):
         next(pipeline.train_batches(train, SPEC, **OPTIONS | {"batch_size": 65}))
     with pytest.raises(InputError, match="short_side_range"):

@@ -166,7 +166,7 @@ def test_a_square_is_the_same_from_whatever_column_it_is_decoded():
     for left in range(0, 51):
         for top in (0, 7, 21):
             corners = tf.constant([[top, left]])
-            found = reading._decode(tf.fill([1, 2], jpeg), corners, side=39)
+            found = reading.decode_squares(tf.fill([1, 2], jpeg), corners, side=39)
             expected = tf.io.decode_and_crop_jpeg(jpeg, [top, left, 39, 39], channels=3)
             assert found.shape == (1, 2, 39, 39, 3)
             assert (found.numpy() == expected.numpy()).all()

@@ -37,7 +37,7 @@ def test_indices_are_ascending_frames_of_the_video(n, fps, frames, frame_stride,
 
 
 @given(st.integers(300, 5000), fractions)
-def test_start_is_uniform_over_the_room_there_is(n, position):
+def test_the_start_is_proportional_to_the_position(n, position):
     first = sampling.clip_indices(n, 30.0, 8, 32, position)[0]
     assert first == int(position * (n - 256))
 
@@ -99,14 +99,14 @@ def test_segment_views_are_the_midpoint_and_symmetric_about_it(n, frames, views)
 
 
 @given(st.integers(1, 500), st.floats(1, 120), fractions, st.integers(0, 99))
-def test_a_spec_says_the_rule(n, fps, position, seed):
+def test_the_spec_chooses_the_sampling(n, fps, position, seed):
     draws = np.random.default_rng(seed).random(8)
-    by_rate, by_segment = ClipSpec(frame_stride=4), ClipSpec(frame_stride=4, sampling="segments")
-    found = sampling.train_indices(n, fps, by_rate, position, draws)
+    by_stride, by_segment = ClipSpec(frame_stride=4), ClipSpec(frame_stride=4, sampling="segments")
+    found = sampling.train_indices(n, fps, by_stride, position, draws)
     assert (found == sampling.clip_indices(n, fps, 8, 4, position)).all()
     found = sampling.train_indices(n, fps, by_segment, position, draws)
     assert (found == sampling.segment_indices(n, 8, draws)).all()
-    for spec, first in [(by_rate, False), (ClipSpec(frame_stride=4, start="first"), True)]:
+    for spec, first in [(by_stride, False), (ClipSpec(frame_stride=4, start="first"), True)]:
         places = sampling.view_positions(3, first)
         expected = [sampling.clip_indices(n, fps, 8, 4, place) for place in places]
         assert (sampling.test_indices(n, fps, spec, 3) == expected).all()
@@ -130,7 +130,7 @@ def test_stored_frame_is_the_nearest_there_is(n, stride, data):
 
 
 @given(sizes, sizes, st.integers(1, 224), st.integers(0, 200), st.tuples(*[fractions] * 3))
-def test_random_window_is_the_jittered_crop_inside_the_frame(height, width, crop, more, draws):
+def test_a_random_crop_box_is_the_scaled_crop_inside_the_frame(height, width, crop, more, draws):
     short_side_range = crop + more // 2, crop + more
     top, left, side = sampling.random_crop_box(
         height, width, crop, short_side_range, np.array(draws)
@@ -144,7 +144,7 @@ def test_random_window_is_the_jittered_crop_inside_the_frame(height, width, crop
     assert side <= sampling.decoded_side(min(height, width), crop, short_side_range[0]) + 1e-6
 
 
-def test_every_scale_of_the_jitter_is_as_likely():
+def test_every_scale_is_as_likely():
     draws = np.random.default_rng(0).random((20000, 3))
     sides = [sampling.random_crop_box(256, 340, 224, (256, 259), d)[2] for d in draws]
     scaled, counts = np.unique(np.rint(224 * 256 / np.array(sides)), return_counts=True)

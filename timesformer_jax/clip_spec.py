@@ -1,4 +1,4 @@
-"""What a model expects of a clip: length, sampling, size and normalisation. Numbers only, no JAX."""
+"""The clips that a model expects: length, sampling, size and normalisation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from timesformer_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class ClipSpec:
-    """What a model expects of a clip; checkpoints carry it.
+    """The clips that a model expects. It is part of a checkpoint's metadata.
 
     Attributes:
-      frames: frames a clip, T.
-      sampling: "stride", frames at a fixed distance, or "segments", one from each of T equal parts
-        of the whole video (the Something-Something recipes).
-      frame_stride: distance between frames of sampling "stride", in frames of a 30 fps video.
-      crop: side of a clip, in pixels.
-      mean, std: normalisation of each channel, of values in [0, 1].
-      channel_order: "rgb", or "bgr" for weights trained with OpenCV's order (the release's
-        Something-Something ones).
-      start: of sampling "stride": "middle", the paper's test clip, or "first", the release's, which
-        starts at frame 0.
-      short_side: of the frames that clips are cut from; videos are scaled to it first.
+      frames: frames per clip, T.
+      frame_stride: with sampling "stride", the distance between frames, in frames of a 30 fps
+        video.
+      crop: height and width of a clip, in pixels.
+      mean, std: normalisation of each channel, for values in [0, 1].
+      channel_order: "rgb"; or "bgr" for weights that were trained on OpenCV's order, as those of
+        the authors' release for Something-Something.
+      start: with sampling "stride", where one test clip lies: "middle" of the video (the paper), or
+        "first", from frame 0 (the authors' release).
+      short_side: pixels that a video's shorter side is scaled to before it is cropped.
+      sampling: "stride", frames at a fixed distance; or "segments", one frame from each of T equal
+        parts of the whole video (the Something-Something recipes).
     """
 
     frames: int = 8
@@ -36,7 +37,7 @@ class ClipSpec:
     sampling: str = "stride"
 
     def __post_init__(self):
-        # JSON and configs hold lists; equality and hashing need tuples.
+        # JSON and configs give lists, which cannot be hashed.
         object.__setattr__(self, "mean", tuple(float(x) for x in self.mean))
         object.__setattr__(self, "std", tuple(float(x) for x in self.std))
         if self.channel_order not in ("rgb", "bgr"):

@@ -185,8 +185,8 @@ def _stages(
     """
     side = pipeline.train_side(split, spec, options["short_side_range"])
 
-    def plans() -> Iterator[reading.Plan]:
-        return pipeline.train_plans(split, spec, **options)
+    def requests() -> Iterator[reading.BatchRequest]:
+        return pipeline.train_requests(split, spec, **options)
 
     def read() -> Iterator[list[int]]:
         def of(row: int) -> int:
@@ -194,19 +194,19 @@ def _stages(
             return len(reading.read_record(split.files[split.shard[row]], *place))
 
         with ThreadPoolExecutor(reading.READ_THREADS) as pool:
-            for plan in plans():
-                yield list(pool.map(of, plan["record"]))
+            for request in requests():
+                yield list(pool.map(of, request.record))
 
     def encoded() -> Iterator[tuple[Any, Any]]:
-        for plan, images in reading.encoded_frames(plans(), split):
-            yield images, plan["corners"]
+        for request, images in reading.read_encoded_frames(requests(), split):
+            yield images, request.corners
 
-    decoded = reading.decoded(encoded, next(plans()), side)
+    decoded = reading.decode_clips(encoded, next(requests()), side)
     # A pixel of each frame: the clips are decoded and not copied into batches.
     pixels = decoded.map(lambda frames: frames[..., :1, :1, :])
     size = options["batch_size"]
     cuts = {
-        "planning": plans(),
+        "planning": requests(),
         "reading": read(),
         "finding frames": encoded(),
         "decoding": pixels.batch(size).prefetch(reading.READ_AHEAD).as_numpy_iterator(),
@@ -279,13 +279,13 @@ def _input_reference() -> ModuleType:
 
 def _reference(split: Split, spec: ClipSpec, options: dict[str, Any]) -> Iterator[None]:
     reference = _input_reference()
-    plans = pipeline.train_plans(split, spec, **options)
-    clips = ([reference.Clip(*clip) for clip in reference_plan(split, plan)] for plan in plans)
+    requests = pipeline.train_requests(split, spec, **options)
+    clips = ([reference.Clip(*clip) for clip in reference_clips(split, r)] for r in requests)
     return reference.batches(clips, spec.crop)
 
 
-def reference_plan(split: Split, plan: reading.Plan) -> list[tuple]:
-    """A training plan as `input_reference` takes it: what a Clip there is made of."""
+def reference_clips(split: Split, request: reading.BatchRequest) -> list[tuple]:
+    """The arguments of `input_reference.Clip` for each clip of a training request."""
     return [
         (
             split.files[split.shard[row]],
@@ -296,7 +296,7 @@ def reference_plan(split: Split, plan: reading.Plan) -> list[tuple]:
             bool(flip),
         )
         for row, indices, crop_box, corner, flip in zip(
-            *(plan[key] for key in ("record", "indices", "crop_boxes", "corners", "flip"))
+            request.record, request.indices, request.crop_boxes, request.corners, request.flip
         )
     ]
 

@@ -273,7 +273,7 @@ def _train_batches(run: Run, position: pipeline.IteratorState):
         short_side_range=tuple(config.data.short_side_range),
         flip=config.data.flip,
         seed=config.seed,
-        position=position,
+        state=position,
         rows=batch_rows(run.mesh, config.batch_size),
     )
 

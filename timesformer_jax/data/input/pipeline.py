@@ -1,8 +1,8 @@
 """From a split to batches of decoded clips.
 
-What a batch is made of (which records, frames and squares) is planned in numpy, statelessly from
-(seed, epoch, record); `reading` reads just those records, by their offset in the shard, and decodes
-just those frames and squares. So a shuffle holds no clips, and the iterator's state is two numbers.
+NumPy chooses what each batch is made of: records, frames and crops (a `BatchRequest`). Every choice
+follows from (seed, epoch, record) alone. `reading` then reads and decodes just that. So shuffling
+keeps no clips in memory, and the state of the iterator is two numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.data.input import reading, sampling
+from timesformer_jax.data.input import sampling
+from timesformer_jax.data.input.reading import BatchRequest, read_batches
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.errors import InputError
 
@@ -25,15 +26,21 @@ ALL = slice(None)
 
 @dataclasses.dataclass(frozen=True)
 class IteratorState:
-    """Where a training iterator stands, by what was consumed and not what was prefetched.
+    """How far training has consumed its batches; batches read ahead do not count.
 
     Attributes:
-      epoch: passes over the data that are done.
-      batches: batches of this epoch that are done.
+      epoch: complete passes over the data.
+      batches: batches of the current epoch.
     """
 
     epoch: int = 0
     batches: int = 0
+
+    def after_batch(self, batches_per_epoch: int) -> IteratorState:
+        """The state after one more batch."""
+        if self.batches + 1 == batches_per_epoch:
+            return IteratorState(self.epoch + 1)
+        return IteratorState(self.epoch, self.batches + 1)
 
 
 def train_batches(
@@ -44,44 +51,47 @@ def train_batches(
     short_side_range: tuple[int, int],
     flip: bool,
     seed: int,
-    position: IteratorState = IteratorState(),
+    state: IteratorState = IteratorState(),
     rows: Rows = ALL,
 ) -> Iterator[tuple[Batch, IteratorState]]:
-    """Shuffled, randomly cropped training batches, without end.
+    """Shuffled batches of randomly cropped clips, without end.
 
     Args:
       split: what to read.
-      spec: frames, frame_stride and crop of a clip.
-      batch_size: of all hosts together.
-      short_side_range: least and largest scaled short side in pixels, drawn for each clip.
+      spec: sampling, frames, frame_stride and crop of a clip.
+      batch_size: clips per global batch.
+      short_side_range: least and largest short side, in pixels, that a clip is scaled to before it
+        is cropped; drawn for each clip.
       flip: whether half of the clips are mirrored.
-      seed: with the epoch and the record, decides every draw.
-      position: where to start; a position that was yielded continues just after its batch.
-      rows: those of every global batch that this process loads.
+      seed: every random choice follows from it, the epoch and the record.
+      state: where to start; a state that was yielded continues with the next batch.
+      rows: the rows of every global batch that this process loads.
 
     Yields:
-      A batch and the position after it. The batch holds frames (b, T, S, S, 3) uint8, crop_boxes
-      (b, 3) float32 (top, left, side in pixels of those frames), flip (b,) bool, label (b,) int32,
-      record (b,) int32, the index in `split`, and draw (b,) uint32, which seeds what the device
-      draws for the clip, with b of `rows`. The last incomplete batch of an epoch is left out.
+      A batch and the state after it. With b the number of `rows`, a batch has
+        frames (b, T, S, S, 3) uint8,
+        crop_boxes (b, 3) float32, top, left and side of the crop in pixels of `frames`,
+        flip (b,) bool, label (b,) int32, record (b,) int32 (the row in `split`),
+        augment_seed (b,) uint32, the seed of the clip's augmentation on the device, and
+        valid (b,) bool, all True.
+      The last incomplete batch of an epoch is left out.
 
     Raises:
-      InputError: if there are fewer records than a batch, or the short_side_range is too small for the crop.
+      InputError: there are fewer records than a batch, or short_side_range is below the crop.
     """
     per_epoch = batches_per_epoch(split, batch_size)
     sampling.check_short_side_range(short_side_range, spec.crop)
-    plans = train_plans(
+    requests = train_requests(
         split, spec, batch_size=batch_size, short_side_range=short_side_range, flip=flip, seed=seed,
-        position=position, rows=rows,
+        state=state, rows=rows,
     )  # fmt: skip
-    at = position
-    for plan, frames in reading.clips(plans, split, train_side(split, spec, short_side_range)):
-        done = at.batches + 1
-        at = IteratorState(at.epoch + 1) if done == per_epoch else IteratorState(at.epoch, done)
-        yield _batch(plan, frames[:, 0], plan["crop_boxes"][:, 0]), at
+    side = train_side(split, spec, short_side_range)
+    for request, frames in read_batches(requests, split, side):
+        state = state.after_batch(per_epoch)
+        yield _batch(request, frames[:, 0], request.crop_boxes[:, 0]), state
 
 
-def train_plans(
+def train_requests(
     split: Split,
     spec: ClipSpec,
     *,
@@ -89,22 +99,25 @@ def train_plans(
     short_side_range: tuple[int, int],
     flip: bool,
     seed: int,
-    position: IteratorState = IteratorState(),
+    state: IteratorState = IteratorState(),
     rows: Rows = ALL,
-) -> Iterator[reading.Plan]:
-    """What the batches of `train_batches` are made of, without end."""
+) -> Iterator[BatchRequest]:
+    """The requests of the batches of `train_batches`, without end."""
     per_epoch = batches_per_epoch(split, batch_size)
     side = train_side(split, spec, short_side_range)
     while True:
-        order = _random(seed, position.epoch).permutation(len(split))
-        for i in range(position.batches, per_epoch):
-            mine = order[i * batch_size : (i + 1) * batch_size][rows]
-            plans = [
-                _train_plan(split, spec, r, short_side_range, flip, seed, position.epoch)
-                for r in mine
-            ]
-            yield _stack(plans, mine, side, split)
-        position = IteratorState(position.epoch + 1)
+        order = random_generator(seed, state.epoch).permutation(len(split))
+        for i in range(state.batches, per_epoch):
+            records = order[i * batch_size : (i + 1) * batch_size][rows]
+            clips = [
+                _train_clip(
+                    split, spec, record, short_side_range, flip,
+                    random_generator(seed, state.epoch, record),
+                )
+                for record in records
+            ]  # fmt: skip
+            yield _batch_request(split, records, clips, side)
+        state = IteratorState(state.epoch + 1)
 
 
 def train_side(split: Split, spec: ClipSpec, short_side_range: tuple[int, int]) -> int:
@@ -121,37 +134,40 @@ def eval_batches(
     crops: int = 1,
     rows: Rows = ALL,
 ) -> Iterator[Batch]:
-    """Every record of the split once, in order, seen from views x crops.
+    """Every record of the split once, in order, from views x crops.
 
     Args:
       split, spec, rows: as for `train_batches`.
-      batch_size: videos of all hosts together.
+      batch_size: records per global batch.
       views: clips along the video.
-      crops: squares along the long side of each.
+      crops: squares along the longer side of each frame.
 
     Yields:
-      Batches as in training, but frames (b, views * crops, T, S, S, 3), crop_boxes
-      (b, views * crops, 3), and valid (b,) bool: False for the rows that fill up the last batch.
+      Batches as in training, but with frames (b, views * crops, T, S, S, 3), crop_boxes
+      (b, views * crops, 3), and valid (b,) bool: False for rows that only fill up the last batch.
     """
     side = _short_side(split)
+    requests = _eval_requests(split, spec, batch_size, views, crops, rows, side)
+    for request, frames in read_batches(requests, split, side):
+        # Crops vary fastest.
+        yield _batch(request, frames, np.tile(request.crop_boxes, (1, views, 1)))
+
+
+def _eval_requests(
+    split: Split, spec: ClipSpec, batch_size: int, views: int, crops: int, rows: Rows, side: int
+) -> Iterator[BatchRequest]:
     steps = -(-len(split) // batch_size)
-    order = np.arange(steps * batch_size)
-
-    def plans() -> Iterator[reading.Plan]:
-        for batch in order.reshape(steps, batch_size):
-            mine = batch[rows]
-            valid = mine < len(split)
-            mine = np.where(valid, mine, 0)
-            plans = [_test_plan(split, spec, row, views, crops) for row in mine]
-            yield _stack(plans, mine, side, split) | {"valid": valid}
-
-    for plan, frames in reading.clips(plans(), split, side):
-        # One crop_box a clip: crops vary fastest.
-        yield _batch(plan, frames, np.tile(plan["crop_boxes"], (1, views, 1)))
+    for batch in np.arange(steps * batch_size).reshape(steps, batch_size):
+        records = batch[rows]
+        valid = records < len(split)
+        records = np.where(valid, records, 0)
+        clips = [_eval_clip(split, spec, record, views, crops) for record in records]
+        request = _batch_request(split, records, clips, side)
+        yield dataclasses.replace(request, valid=valid)
 
 
 def batches_per_epoch(split: Split, batch_size: int) -> int:
-    """Full batches in one pass over the split."""
+    """Complete batches in one pass over the split."""
     if len(split) < batch_size:
         raise InputError(
             f"split {split.name!r} has {len(split)} clips, fewer than a batch of {batch_size}; "
@@ -160,8 +176,8 @@ def batches_per_epoch(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
-def _random(seed: int, epoch: int, record: int | None = None) -> np.random.Generator:
-    """The draws of an epoch's order (record None), or of one record in it."""
+def random_generator(seed: int, epoch: int, record: int | None = None) -> np.random.Generator:
+    """The random numbers for the order of an epoch (record None), or for one record in it."""
     stream = 0 if record is None else record + 1
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, epoch, stream]))
 
@@ -176,66 +192,71 @@ def _short_side(split: Split) -> int:
     return int(short[0])
 
 
-def _train_plan(
+def _train_clip(
     split: Split,
     spec: ClipSpec,
-    row: int,
+    record: int,
     short_side_range: tuple[int, int],
     flip: bool,
-    seed: int,
-    epoch: int,
+    random: np.random.Generator,
 ) -> dict[str, Any]:
-    random = _random(seed, epoch, row)
-    draws, draw, in_segment = random.random(5), random.integers(2**32), random.random(spec.frames)
-    n, fps = int(split.num_frames[row]), float(split.fps[row])
-    indices = sampling.train_indices(n, fps, spec, draws[0], in_segment)
-    size = int(split.height[row]), int(split.width[row])
+    """What a training clip of a record is made of; the crop box in pixels of the frame."""
+    draws = random.random(5)
+    augment_seed = random.integers(2**32)
+    segment_draws = random.random(spec.frames)
+    num_frames, fps = int(split.num_frames[record]), float(split.fps[record])
+    indices = sampling.train_indices(num_frames, fps, spec, draws[0], segment_draws)
+    size = int(split.height[record]), int(split.width[record])
+    crop_box = sampling.random_crop_box(*size, spec.crop, short_side_range, draws[1:4])
     return {
-        "indices": _stored(split, row, indices)[None],
-        "crop_boxes": sampling.random_crop_box(*size, spec.crop, short_side_range, draws[1:4])[
-            None
-        ],
+        "indices": _stored_indices(split, record, indices)[None],
+        "crop_boxes": crop_box[None],
         "flip": flip and draws[4] < 0.5,
-        "augment_seed": draw,
+        "augment_seed": augment_seed,
     }
 
 
-def _test_plan(split: Split, spec: ClipSpec, row: int, views: int, crops: int) -> dict[str, Any]:
-    n, fps = int(split.num_frames[row]), float(split.fps[row])
-    size = int(split.height[row]), int(split.width[row])
+def _eval_clip(split: Split, spec: ClipSpec, record: int, views: int, crops: int) -> dict[str, Any]:
+    """What the views of a record are made of; crop boxes in pixels of the frame."""
+    num_frames, fps = int(split.num_frames[record]), float(split.fps[record])
+    indices = sampling.test_indices(num_frames, fps, spec, views)
+    size = int(split.height[record]), int(split.width[record])
     return {
-        "indices": _stored(split, row, sampling.test_indices(n, fps, spec, views)),
+        "indices": _stored_indices(split, record, indices),
         "crop_boxes": sampling.test_crop_boxes(*size, crops),
         "flip": False,
         "augment_seed": 0,
     }
 
 
-def _stored(split: Split, row: int, indices: np.ndarray) -> np.ndarray:
-    n, stride = int(split.num_frames[row]), int(split.stride[row])
-    return sampling.stored_indices(indices, stride, -(-n // stride))
+def _stored_indices(split: Split, record: int, indices: np.ndarray) -> np.ndarray:
+    num_frames, stride = int(split.num_frames[record]), int(split.stride[record])
+    return sampling.stored_indices(indices, stride, -(-num_frames // stride))
 
 
-def _stack(plans: list[dict[str, Any]], rows: np.ndarray, side: int, split: Split) -> reading.Plan:
-    """A batch's plans as arrays, and the corner of the square to decode for each crop_box."""
-    crop_boxes = np.stack([plan["crop_boxes"] for plan in plans])  # b crops 3
-    size = np.stack([split.height[rows], split.width[rows]], axis=-1)[:, None]
-    # The square is centred on the crop_box as far as the frame allows.
+def _batch_request(
+    split: Split, records: np.ndarray, clips: list[dict[str, Any]], side: int
+) -> BatchRequest:
+    """The request of a batch, with the squares to decode and the crop boxes within them."""
+    crop_boxes = np.stack([clip["crop_boxes"] for clip in clips])  # b C 3
+    size = np.stack([split.height[records], split.width[records]], axis=-1)[:, None]
+    # A square is centred on its crop box as far as the frame allows.
     centre = crop_boxes[..., :2] + crop_boxes[..., 2:] / 2
     corners = np.clip(np.floor(centre - side / 2), 0, size - side)
     crop_boxes[..., :2] -= corners
-    return {
-        "indices": np.stack([plan["indices"] for plan in plans]).astype(np.int32),
-        "corners": corners.astype(np.int32),
-        "crop_boxes": crop_boxes.astype(np.float32),
-        "flip": np.array([plan["flip"] for plan in plans], bool),
-        "augment_seed": np.array([plan["augment_seed"] for plan in plans], np.uint32),
-        "label": split.label[rows].astype(np.int32),
-        "record": rows.astype(np.int32),
-        "valid": np.ones(len(rows), bool),
-    }
+    return BatchRequest(
+        record=records.astype(np.int32),
+        indices=np.stack([clip["indices"] for clip in clips]).astype(np.int32),
+        corners=corners.astype(np.int32),
+        crop_boxes=crop_boxes.astype(np.float32),
+        flip=np.array([clip["flip"] for clip in clips], bool),
+        augment_seed=np.array([clip["augment_seed"] for clip in clips], np.uint32),
+        label=split.label[records].astype(np.int32),
+        valid=np.ones(len(records), bool),
+    )
 
 
-def _batch(plan: reading.Plan, frames: np.ndarray, crop_boxes: np.ndarray) -> Batch:
-    kept = {key: plan[key] for key in ("flip", "augment_seed", "label", "record", "valid")}
-    return kept | {"frames": frames, "crop_boxes": crop_boxes}
+def _batch(request: BatchRequest, frames: np.ndarray, crop_boxes: np.ndarray) -> Batch:
+    names = ("flip", "augment_seed", "label", "record", "valid")
+    columns = {name: getattr(request, name) for name in names}
+    return {"frames": frames, "crop_boxes": crop_boxes, **columns}

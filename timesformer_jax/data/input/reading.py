@@ -1,14 +1,15 @@
-"""From plans to decoded clips: reads records at their offsets, decodes what the plans ask for.
+"""Reads and decodes the records that a batch needs: the sampled frames of each, and no others.
 
-Python reads and parses records, in threads, and tf.data decodes. TensorFlow's own reader and parser
-copy all frames of a record several times into fresh memory, which takes longer than decoding the
-few that are sampled.
+Python threads read records at their byte offsets and find the sampled frames in them; tf.data
+decodes these. TensorFlow's own reader and parser copy every frame of a record several times into
+fresh memory, which takes longer than decoding the sampled ones.
 """
 
 from __future__ import annotations
 
 import atexit
 import collections
+import dataclasses
 import functools
 import itertools
 import os
@@ -26,34 +27,61 @@ from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES, RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 
-Plan = dict[str, np.ndarray]
-
-# They wait for a disk or a network, not for a processor.
+# Reading waits for a disk or a network and not for a processor, so threads may outnumber the cores.
 READ_THREADS = 16
 READ_AHEAD = 2  # batches
-# JPEG codes squares of so many pixels (4:2:0); from another column on, TensorFlow is 40% slower.
-JPEG_COLUMNS = 16
+# JPEGs are coded in blocks of 16 columns (4:2:0). TensorFlow is 40% slower if a crop starts within
+# a block.
+JPEG_BLOCK = 16
 
 
-def clips(plans: Iterator[Plan], split: Split, side: int) -> Iterator[tuple[Plan, np.ndarray]]:
-    """Reads and decodes batches ahead of their use, in order.
+@dataclasses.dataclass(frozen=True)
+class BatchRequest:
+    """What a batch is made of, chosen before anything is read.
+
+    b records, V views (clips of T frames) of each, C square crops of each frame.
+
+    Attributes:
+      record: (b,) int32, rows of the split.
+      indices: (b, V, T) int32, the stored frames of each view.
+      corners: (b, C, 2) int32, top and left of the squares to decode; they lie within the frame.
+      crop_boxes: (b, C, 3) float32, the crops within these squares: top, left and side in pixels.
+      flip: (b,) bool, whether the clip is mirrored.
+      augment_seed: (b,) uint32, the seed of the clip's augmentation on the device.
+      label: (b,) int32.
+      valid: (b,) bool, False for rows that only fill up the last batch.
+    """
+
+    record: np.ndarray
+    indices: np.ndarray
+    corners: np.ndarray
+    crop_boxes: np.ndarray
+    flip: np.ndarray
+    augment_seed: np.ndarray
+    label: np.ndarray
+    valid: np.ndarray
+
+
+def read_batches(
+    requests: Iterator[BatchRequest], split: Split, side: int
+) -> Iterator[tuple[BatchRequest, np.ndarray]]:
+    """Reads and decodes batches in order, ahead of their use.
 
     Args:
-      plans: what to read, batches of one shape: record (b,), rows of `split`; indices (b, V, T),
-        their stored frames, for V views; corners (b, C, 2), top and left of C squares of each
-        frame, which lie within it.
+      requests: at least one; all arrays of the same shapes.
       split: where the records are.
-      side: of the squares, in pixels.
+      side: of the squares to decode, in pixels.
 
     Yields:
-      A plan and its frames, (b, V * C, T, side, side, 3) uint8 RGB, squares varying fastest.
+      A request and its frames, (b, V * C, T, side, side, 3) uint8 RGB; crops vary fastest.
 
     Raises:
-      InputError: naming the shard that is missing, truncated or damaged, or has a frame that is
-        no image of the size that the index says.
+      InputError: names the shard that is missing, truncated or damaged, or that has a frame which
+        is no image of the size in the index.
     """
-    batches = _clips(plans, split, side)
-    # TensorFlow's threads ask Python for more; asking once the interpreter has ended, they hang.
+    batches = _read_batches(requests, split, side)
+    # TensorFlow's threads call Python to read ahead. After the interpreter has ended they would
+    # wait forever.
     atexit.register(_close, weakref.ref(batches))
     return batches
 
@@ -63,85 +91,102 @@ def _close(batches: weakref.ref[Generator]) -> None:
         generator.close()
 
 
-def _clips(
-    plans: Iterator[Plan], split: Split, side: int
-) -> Generator[tuple[Plan, np.ndarray], None, None]:
-    first = next(plans)
-    waiting: collections.deque[Plan] = collections.deque()
-    failures: list[Exception] = []
-
-    def encoded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        try:
-            for plan, images in encoded_frames(itertools.chain([first], plans), split):
-                waiting.append(plan)
-                yield images, plan["corners"]
-        except Exception as error:  # TensorFlow would tell of it in its own words
-            failures.append(error)
-            raise
-
-    data = decoded(encoded, first, side).batch(len(first["record"])).prefetch(READ_AHEAD)
+def _read_batches(
+    requests: Iterator[BatchRequest], split: Split, side: int
+) -> Generator[tuple[BatchRequest, np.ndarray], None, None]:
+    first = next(requests)
+    source = _EncodedSource(itertools.chain([first], requests), split)
+    data = decode_clips(source, first, side).batch(len(first.record)).prefetch(READ_AHEAD)
     try:
         for frames in data.as_numpy_iterator():
-            yield waiting.popleft(), frames
+            yield source.pending.popleft(), frames
     except tf.errors.OpError as error:
-        cause = failures[0] if failures else _undecodable(split, waiting[0])
+        cause = source.error or _undecodable_frame(split, source.pending[0])
         raise cause or error from None
 
 
-def decoded(
-    encoded: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], like: Plan, side: int
+class _EncodedSource:
+    """Gives tf.data the encoded frames, and keeps what tf.data cannot pass on.
+
+    Attributes:
+      pending: the requests whose frames tf.data has, in order.
+      error: what ended the reading; tf.data would report it in its own words.
+    """
+
+    def __init__(self, requests: Iterator[BatchRequest], split: Split):
+        self.pending: collections.deque[BatchRequest] = collections.deque()
+        self.error: Exception | None = None
+        self._requests = requests
+        self._split = split
+
+    def __call__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        try:
+            for request, images in read_encoded_frames(self._requests, self._split):
+                self.pending.append(request)
+                yield images, request.corners
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def decode_clips(
+    encoded: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], like: BatchRequest, side: int
 ) -> tf.data.Dataset:
-    """The clips of batches of encoded frames, one by one.
+    """Decodes batches of encoded frames, one clip after the other.
 
     Args:
-      encoded: gives batches of frames, as `encoded_frames`, and corners, as in their plan.
-      like: a plan of the same shapes.
+      encoded: returns an iterator over batches: frames as from `read_encoded_frames`, and the
+        corners of their request.
+      like: a request of the same shapes.
       side: of the squares, in pixels.
+
+    Returns:
+      A data set of (V * C, T, side, side, 3) uint8 RGB, an element per record.
     """
-    data = tf.data.Dataset.from_generator(
-        encoded,
-        output_signature=(
-            tf.TensorSpec(like["indices"].shape, tf.string),
-            tf.TensorSpec(like["corners"].shape, tf.int32),
-        ),
+    signature = (
+        tf.TensorSpec(like.indices.shape, tf.string),
+        tf.TensorSpec(like.corners.shape, tf.int32),
     )
     return (
-        data.prefetch(READ_AHEAD)
+        tf.data.Dataset.from_generator(encoded, output_signature=signature)
+        .prefetch(READ_AHEAD)
         .unbatch()
         .map(
-            functools.partial(_decode, side=side),
+            functools.partial(decode_squares, side=side),
             num_parallel_calls=tf.data.AUTOTUNE,
             deterministic=True,
         )
     )
 
 
-def encoded_frames(plans: Iterator[Plan], split: Split) -> Iterator[tuple[Plan, np.ndarray]]:
-    """The frames that plans ask for, as they are stored.
+def read_encoded_frames(
+    requests: Iterator[BatchRequest], split: Split
+) -> Iterator[tuple[BatchRequest, np.ndarray]]:
+    """Reads the requested frames as they are stored.
 
     Yields:
-      A plan and its frames, (b, V, T) objects, each the bytes of a JPEG or PNG.
+      A request and its frames, (b, V, T) objects, each the bytes of a JPEG or PNG.
     """
-    read = functools.partial(_frames, split)
+    read = functools.partial(_read_frames, split)
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for plan in plans:
-            images = list(pool.map(read, plan["record"], plan["indices"]))
-            yield plan, np.array(images, object).reshape(plan["indices"].shape)
+        for request in requests:
+            images = list(pool.map(read, request.record, request.indices))
+            yield request, np.array(images, object).reshape(request.indices.shape)
 
 
-def _frames(split: Split, row: int, indices: np.ndarray) -> list[bytes]:
-    """The frames of a record at (V, T) indices, in a row."""
+def _read_frames(split: Split, row: int, indices: np.ndarray) -> list[bytes]:
+    """The encoded frames of a record at (V, T) indices, flattened."""
     file = split.files[split.shard[row]]
     record = read_record(file, int(split.offset[row]), int(split.size[row]))
-    return split.encoded_frames(record, indices.ravel().tolist())
+    return split.extract_frames(record, indices.ravel().tolist())
 
 
 def read_record(file: str, offset: int, size: int) -> bytes:
-    """The serialized record at a byte offset of a TFRecord file, its checksums checked.
+    """Reads the serialized record at a byte offset of a TFRecord file, and checks its checksums.
 
     Args:
-      file: its path, on gs:// too.
-      offset: bytes from the file's beginning to the record's header.
+      file: path, which may be on gs://.
+      offset: bytes from the beginning of the file to the record's header.
       size: bytes of the serialized record.
 
     Raises:
@@ -164,51 +209,64 @@ def read_record(file: str, offset: int, size: int) -> bytes:
 
 
 def _masked_crc32c(data: bytes) -> int:
-    """The checksum of TFRecords: rotated by 15 bits, plus a constant."""
+    """The checksum of the TFRecord format: CRC-32C rotated right by 15 bits, plus a constant."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 @tf.autograph.experimental.do_not_convert
-def _decode(images: tf.Tensor, corners: tf.Tensor, *, side: int) -> tf.Tensor:
-    """(V, T) JPEGs or PNGs and (C, 2) corners to (V * C, T, side, side, 3) uint8."""
+def decode_squares(images: tf.Tensor, corners: tf.Tensor, *, side: int) -> tf.Tensor:
+    """Decodes the squares of a record's frames.
+
+    Args:
+      images: (V, T) string, JPEGs or PNGs.
+      corners: (C, 2) int32, top and left of the squares.
+      side: of the squares, in pixels.
+
+    Returns:
+      (V * C, T, side, side, 3) uint8 RGB; crops vary fastest.
+    """
     (views, length), crops = images.shape, corners.shape[0]
     images = tf.reshape(images, [-1])
-    top, left = corners[0, 0], corners[0, 1]
-    shift = left % JPEG_COLUMNS
-
-    def from_squares() -> tf.Tensor:
-        """Decodes the square and little else."""
-        window = tf.stack([top, left - shift, side, side + shift])
-        inner = tf.stack([0, shift, 0])
-        squares = [tf.io.decode_and_crop_jpeg(i, window, channels=3) for i in tf.unstack(images)]
-        return tf.stack([tf.slice(square, inner, [side, side, 3]) for square in squares])
-
-    def from_frames() -> tf.Tensor:
-        frames = [tf.io.decode_jpeg(i, channels=3) for i in tf.unstack(images)]  # PNGs too
-        origins = tf.unstack(tf.pad(corners, [[0, 0], [0, 1]]))
-        return tf.stack(
-            [
-                tf.slice(frame, origin, [side, side, 3])
-                for view in range(views)
-                for origin in origins
-                for frame in frames[view * length : (view + 1) * length]
-            ]
-        )
-
+    decode_then_crop = functools.partial(_decode_then_crop, images, corners, side, length)
     if crops > 1:
-        squares = from_frames()
+        squares = decode_then_crop()
     else:
         are_jpegs = tf.reduce_all(tf.strings.substr(images, 0, 3) == b"\xff\xd8\xff")
-        squares = tf.cond(are_jpegs, from_squares, from_frames)
+        decode_crop = functools.partial(_decode_crop, images, corners[0], side)
+        squares = tf.cond(are_jpegs, decode_crop, decode_then_crop)
     return tf.reshape(squares, [views * crops, length, side, side, 3])
 
 
-def _undecodable(split: Split, plan: Plan) -> InputError | None:
-    """Which record is to blame for a batch that TensorFlow could not decode, if one is."""
-    for row, indices in zip(plan["record"], plan["indices"]):
+def _decode_crop(jpegs: tf.Tensor, corner: tf.Tensor, side: int) -> tf.Tensor:
+    """Decodes one square of each frame, and the columns from the block boundary to its left."""
+    top, left = corner[0], corner[1]
+    shift = left % JPEG_BLOCK
+    window = tf.stack([top, left - shift, side, side + shift])
+    origin = tf.stack([0, shift, 0])
+    wider = [tf.io.decode_and_crop_jpeg(jpeg, window, channels=3) for jpeg in tf.unstack(jpegs)]
+    return tf.stack([tf.slice(square, origin, [side, side, 3]) for square in wider])
+
+
+def _decode_then_crop(images: tf.Tensor, corners: tf.Tensor, side: int, length: int) -> tf.Tensor:
+    """Decodes whole frames, then cuts the squares out of each; a view has `length` frames."""
+    frames = [tf.io.decode_jpeg(image, channels=3) for image in tf.unstack(images)]  # PNGs too
+    origins = tf.unstack(tf.pad(corners, [[0, 0], [0, 1]]))
+    return tf.stack(
+        [
+            tf.slice(frame, origin, [side, side, 3])
+            for first in range(0, len(frames), length)
+            for origin in origins
+            for frame in frames[first : first + length]
+        ]
+    )
+
+
+def _undecodable_frame(split: Split, request: BatchRequest) -> InputError | None:
+    """Finds the frame that TensorFlow could not decode in a batch; None if all can be decoded."""
+    for row, indices in zip(request.record, request.indices):
         expected = split.height[row], split.width[row]
-        for frame in _frames(split, row, indices):
+        for frame in _read_frames(split, row, indices):
             try:
                 size = tuple(tf.io.decode_jpeg(frame, channels=3).shape[:2])
                 reason = f"is {size[1]}x{size[0]}, and not {expected[1]}x{expected[0]}"

@@ -40,8 +40,8 @@ _SHARD = re.compile(
 # ---- opening ------------------------------------------------------------------------------------
 
 
-def open_split(source: str, split: str, fps: float | None = None) -> Split:
-    """Opens a split of another project's records; `records.open_split` says how.
+def open_external(source: str, split: str, fps: float | None = None) -> Split:
+    """Opens a split of another project's records; see `open.open_split`.
 
     Args:
       source: an absolute path, a gs:// path, or `tfds:NAME[@DATA_DIR]`.
@@ -112,7 +112,7 @@ def _split(
         width=index["width"],
         label=label,
         video=np.arange(n, dtype=np.int32),
-        encoded_frames=kind.encoded_frames,
+        extract_frames=kind.extract_frames,
     )
 
 

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from PIL import Image
 from tqdm import tqdm
 
-from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES, encoded_frames
+from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES, extract_frames
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import write_atomically
 from timesformer_jax.workers import available_cores, worker_pool
@@ -113,8 +113,8 @@ class SequenceExamples:
             id=ids[0] if ids else "",
         )
 
-    def encoded_frames(self, serialized: bytes, indices: Sequence[int]) -> list[bytes]:
-        """As `Split.encoded_frames`."""
+    def extract_frames(self, serialized: bytes, indices: Sequence[int]) -> list[bytes]:
+        """As `Split.extract_frames`."""
         lists = tf.train.SequenceExample.FromString(serialized).feature_lists.feature_list
         return [_only(lists[self.frames].feature[i]) for i in indices]
 
@@ -131,9 +131,9 @@ class Examples:
         feature = tf.train.Example.FromString(serialized).features.feature
         return Contents(feature[self.video].bytes_list.value, feature[self.label].int64_list.value)
 
-    def encoded_frames(self, serialized: bytes, indices: Sequence[int]) -> list[bytes]:
-        """As `Split.encoded_frames`."""
-        return encoded_frames(serialized, indices, self.video)
+    def extract_frames(self, serialized: bytes, indices: Sequence[int]) -> list[bytes]:
+        """As `Split.extract_frames`."""
+        return extract_frames(serialized, indices, self.video)
 
 
 Format = SequenceExamples | Examples

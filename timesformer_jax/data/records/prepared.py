@@ -80,7 +80,7 @@ def parse(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
     return tf.io.parse_single_example(serialized, _EXAMPLE_SPEC)
 
 
-def open_split(directory: str, split: str) -> Split:
+def open_prepared(directory: str, split: str) -> Split:
     if not tf.io.gfile.exists(os.path.join(directory, INFO_FILE)):
         raise InputError(
             f"{directory} is not a prepared data set (no {INFO_FILE}, which is written last);"

@@ -1,4 +1,4 @@
-"""A split: where its records are and what they hold."""
+"""A split of a data set: where its records are and what they contain."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,30 +7,31 @@ import numpy as np
 
 from timesformer_jax.data.annotations import clip_hash
 from timesformer_jax.data.layout import INDEX_DTYPES
-from timesformer_jax.data.records.wire import encoded_frames
+from timesformer_jax.data.records.wire import extract_frames
 from timesformer_jax.errors import InputError
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where the n records of a split are, and what they hold. The arrays are (n,), a row a record.
+    """The index of a split with n records. The arrays are (n,), a row per record.
 
-    name: `train`, `validation` or `test`; another project's may have any.
-    files: absolute paths of the shards.
-    label_names: name of each class.
-    ids: str. Clip.id.
-    shard: int32, position in `files`.
-    offset: int64, bytes from the file's beginning to the record's (its TFRecord header of
-      RECORD_HEADER_BYTES included: the serialized Example begins after that).
-    size: int64, bytes of the serialized Example.
-    num_frames: int32, frames of the clip in the source; stored: ceil(num_frames / stride).
-    fps: float32, of the source.
-    stride: int32, one of how many source frames is stored.
-    height, width: int32, pixels of the stored frames.
-    label: int32, class.
-    video: int32, which video of the split the record is of: the pieces of a long video share it.
-    encoded_frames: from a serialized record and the numbers of stored frames to those frames, each
-      the bytes of a JPEG or PNG.
+    Attributes:
+      name: `train`, `validation` or `test`; any name in records of other projects.
+      files: absolute paths of the shards.
+      label_names: the name of each class.
+      ids: str, `Clip.id`.
+      shard: int32, index in `files`.
+      offset: int64, bytes from the beginning of the file to the record's TFRecord header. The
+        serialized Example begins RECORD_HEADER_BYTES later.
+      size: int64, bytes of the serialized Example.
+      num_frames: int32, frames of the clip in the source. ceil(num_frames / stride) are stored.
+      fps: float32, frame rate of the source.
+      stride: int32, every stride-th frame of the source is stored.
+      height, width: int32, pixels of the stored frames.
+      label: int32, the class.
+      video: int32, the video that the record is from. The pieces of a long video share it.
+      extract_frames: a function of a serialized record and indices of stored frames. It returns
+        the bytes of each of these frames, a JPEG or PNG.
     """
 
     name: str
@@ -47,37 +48,37 @@ class Split:
     width: np.ndarray
     label: np.ndarray
     video: np.ndarray
-    encoded_frames: Callable[[bytes, Sequence[int]], list[bytes]] = encoded_frames
+    extract_frames: Callable[[bytes, Sequence[int]], list[bytes]] = extract_frames
 
     def __len__(self) -> int:
         return len(self.label)
 
 
 def take_fraction(split: Split, fraction: float) -> Split:
-    """The records of a fraction of a split's videos, the same of every class.
+    """The records of a fraction of a split's videos, the same fraction of every class.
 
-    Which videos they are follows from their ids alone, so that it is the same for every run, and a
-    smaller part lies within a larger.
+    The choice follows from the videos' ids alone: it is the same in every run, and a smaller
+    fraction is a subset of a larger one.
 
     Args:
       split: what to take from.
-      fraction: in (0, 1]; of a class's videos the nearest whole number, but at least one.
+      fraction: in (0, 1]; rounded to whole videos of each class, but at least one.
 
     Raises:
-      InputError: if the fraction is not in (0, 1].
+      InputError: the fraction is not in (0, 1].
     """
     if not 0 < fraction <= 1:
         raise InputError(f"a fraction of the data must be above 0 and at most 1, not {fraction}")
     if fraction == 1:
         return split
-    # A video's pieces are taken together, by the id of its first.
+    # The pieces of a video stay together; the id of its first piece decides.
     _, first, video = np.unique(split.video, return_index=True, return_inverse=True)
-    kept = np.zeros(len(first), bool)
+    taken = np.zeros(len(first), bool)
     labels = split.label[first]
     for label in np.unique(labels):
         videos = np.flatnonzero(labels == label)
         ranked = sorted(videos, key=lambda v: clip_hash(str(split.ids[first[v]])))
-        kept[ranked[: max(round(fraction * len(ranked)), 1)]] = True
-    rows = kept[video]
+        taken[ranked[: max(round(fraction * len(ranked)), 1)]] = True
+    rows = taken[video]
     columns = {column: getattr(split, column)[rows] for column in ("ids", *INDEX_DTYPES)}
     return replace(split, **columns)

@@ -1,32 +1,38 @@
-"""Finds byte strings in a serialized tf.train.Example without parsing it.
+"""Finds byte strings in a serialized tf.train.Example without parsing all of it.
 
-Parsing copies all that a record holds, every stored frame of a clip; of 75 frames that takes a
-quarter of the time of decoding the 8 that are sampled. Walking over the lengths copies nothing.
+Parsing copies everything in a record, every stored frame of a clip. For 75 frames this takes a
+quarter of the time of decoding the 8 sampled ones. Following the lengths in protobuf's wire format
+copies nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-# A TFRecord is a length (8 bytes), its checksum (4), the data, and the data's checksum (4).
+# The TFRecord format: length (8 bytes), checksum of it (4), data, checksum of the data (4).
 RECORD_HEADER_BYTES = 12
 RECORD_OVERHEAD_BYTES = 16
 
-LENGTH_DELIMITED = 2  # the wire type of strings and messages; an Example has no other down to these
+# The wire type of strings and messages. An Example has no other down to its byte strings.
+LENGTH_DELIMITED = 2
 
 
 def bytes_list(example: bytes, name: str) -> list[slice]:
-    """Where the values of a feature lie in a serialized tf.train.Example.
+    """Finds the values of a bytes_list feature.
 
     Args:
-      example: serialized.
-      name: of a feature that is a bytes_list.
+      example: a serialized tf.train.Example.
+      name: of the feature.
+
+    Returns:
+      Where each value is in `example`.
 
     Raises:
       KeyError: there is no such feature.
     """
     for _, features in _fields(example, slice(0, len(example))):
-        for _, entry in _fields(example, features):  # of a map: a key and a value
+        for _, entry in _fields(example, features):
+            # An entry of a map is a message of key and value.
             (_, key), (_, feature) = _fields(example, entry)
             if example[key] == name.encode():
                 lists = (values for _, values in _fields(example, feature))
@@ -35,7 +41,7 @@ def bytes_list(example: bytes, name: str) -> list[slice]:
 
 
 def _fields(message: bytes, place: slice) -> Iterator[tuple[int, slice]]:
-    """The number and place of each field of a message that lies at a place."""
+    """The field number and the place of each field of the message at `place`."""
     at = place.start
     while at < place.stop:
         tag, at = _varint(message, at)
@@ -47,7 +53,7 @@ def _fields(message: bytes, place: slice) -> Iterator[tuple[int, slice]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """An integer in groups of 7 bits, the lowest first, and the position after it."""
+    """Decodes an integer of 7-bit groups, lowest first; returns it and the position after it."""
     value = shift = 0
     while (byte := message[at]) > 127:
         value |= (byte & 127) << shift
@@ -55,9 +61,15 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
     return value | byte << shift, at + 1
 
 
-def encoded_frames(
+def extract_frames(
     serialized: bytes, indices: Sequence[int], feature: str = "video"
 ) -> list[bytes]:
-    """Some of the stored frames of a serialized record, in a feature of this name."""
+    """The encoded frames at `indices` of a serialized record.
+
+    Args:
+      serialized: a tf.train.Example.
+      indices: of stored frames.
+      feature: name of the bytes_list of frames.
+    """
     places = bytes_list(serialized, feature)
     return [serialized[places[i]] for i in indices]
