@@ -1,4 +1,4 @@
-"""Records as DMVR and TFDS write them: what is read is what was written, and what is refused."""
+"""Records as DMVR and TFDS write them: they are read as written, or refused in one line."""
 
 import io
 import itertools
@@ -253,7 +253,7 @@ def test_the_frame_rate_is_what_a_record_says_before_what_is_told(tmp_path):
     ]
     write(tmp_path / "train.tfrecord", serialized)
     assert open_split(tmp_path, "train", fps=8).fps.tolist() == [15, 15, 25, 25, 8, 8, 8]
-    with pytest.raises(InputError, match="3 of 7 records of 'train' do not say their frame"):
+    with pytest.raises(InputError, match="3 of 7 records of 'train' do not state their frame"):
         open_split(tmp_path, "train")
     for impossible in (-1, float("nan"), float("inf")):
         with pytest.raises(InputError, match="must be above 0"):
@@ -267,7 +267,7 @@ def test_training_and_evaluation_are_told_the_frame_rate(tmp_path, monkeypatch):
     config = recipes.demo()
     config.data.update(directory=os.fspath(tmp_path), demo=False)
     config.model.num_classes = 5
-    with pytest.raises(InputError, match="do not say their frame rate"):
+    with pytest.raises(InputError, match="do not state their frame rate"):
         loop.train(config, os.fspath(tmp_path / "run"))
     config.data.fps = 10.0
     with pytest.raises(InputError, match="has 1 labels, the config's model 5"):
@@ -279,7 +279,7 @@ def test_training_and_evaluation_are_told_the_frame_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "load_parameters", lambda *_: (metadata, {}))
     with pytest.raises(InputError, match="has 1 labels"):
         evaluate_checkpoint("run")
-    with pytest.raises(InputError, match="do not say their frame rate"):
+    with pytest.raises(InputError, match="do not state their frame rate"):
         evaluate_checkpoint("run", data=os.fspath(tmp_path))
     with pytest.raises(InputError, match="has 1 labels"):
         evaluate_checkpoint("run", data=os.fspath(tmp_path), fps=10.0)
@@ -295,7 +295,7 @@ def test_clips_as_long_as_they_say_tell_the_frame_rate(rate, seconds, rounding):
     frames = rounding(rate * seconds).astype(np.int32)
     unsaid = np.full(len(seconds), np.nan, np.float32)
     index = {"fps": unsaid, "num_frames": frames, "seconds": seconds}
-    found = external._frame_rates("train", index, None)
+    found = external.frame_rates("train", index, None)
     assert len(set(found.tolist())) == 1
     assert abs(found[0] - rate) <= 1 / seconds.mean() + 1e-4 * rate
 
@@ -307,7 +307,7 @@ def test_clips_shorter_than_they_say_tell_no_frame_rate(tmp_path):
     write(tmp_path / "train", [])
     serialized = [sequence_example(frames[:n], **said) for n in (4, 9)]
     write(tmp_path / "train_1-00000-of-00001", serialized)
-    with pytest.raises(InputError, match="2 of 2 records of 'train_1' do not say"):
+    with pytest.raises(InputError, match="2 of 2 records of 'train_1' do not state"):
         open_split(tmp_path, "train_1")
     assert open_split(tmp_path, "train_1", fps=10).fps.tolist() == [10, 10]
 
@@ -474,15 +474,13 @@ def test_an_index_that_can_be_kept_nowhere_is_made_and_said_to_be_lost(tmp_path,
     assert caplog.text.count("cannot keep the index of train") == 2
 
 
-def test_processes_make_the_same_index(dmvr, monkeypatch):
+def test_processes_make_the_same_index(dmvr):
     directory, _ = dmvr
     files = sorted(map(str, directory.glob("some-train*-of-00002")))
     sizes = [os.path.getsize(file) for file in files]
-    kind = external_index.SequenceExamples()
-    alone = external_index._make_index("train", files, sizes, kind)
-    monkeypatch.setattr(external_index, "BYTES_WORTH_A_WORKER", 1)
-    monkeypatch.setattr(external_index, "available_cores", lambda: 2)
-    together = external_index._make_index("train", files, sizes, kind)
+    record_format = external_index.SequenceExampleFormat()
+    alone = external_index.make_index("train", files, sizes, record_format, workers=1)
+    together = external_index.make_index("train", files, sizes, record_format, workers=2)
     assert alone.keys() == together.keys()
     for column in alone:
         np.testing.assert_array_equal(alone[column], together[column])
@@ -566,7 +564,7 @@ def test_tfds_data_sets_that_cannot_be_opened_are_one_line(data_dir, tmp_path):
         open_split(f"tfds:ucf10@{data_dir}", "train")
     with pytest.raises(InputError, match=r"no split 'validation'; there: .*train"):
         open_split(f"tfds:external_clips/png@{data_dir}", "validation")
-    with pytest.raises(InputError, match="3 of 3 records of 'test' do not say their frame rate"):
+    with pytest.raises(InputError, match="3 of 3 records of 'test' do not state their frame rate"):
         open_split(f"tfds:external_clips/png@{data_dir}", "test")
     source = data_dir / "external_clips" / "png" / "1.2.0"
     (tmp_path / "dataset_info.json").write_text("{")
@@ -594,7 +592,7 @@ def test_tfds_data_sets_that_cannot_be_opened_are_one_line(data_dir, tmp_path):
 )
 def test_features_without_one_video_and_one_label_are_one_line(features, said):
     with pytest.raises(InputError, match=said):
-        external._tfds_format(tfds.features.FeaturesDict(features), "here")
+        external.tfds_format(tfds.features.FeaturesDict(features), "here")
 
 
 def test_sources_are_the_same_from_any_folder(tmp_path, monkeypatch):

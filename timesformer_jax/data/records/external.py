@@ -1,8 +1,8 @@
-"""Records that other projects wrote: DMVR's and Scenic's tables, and TFDS data sets.
+"""Opens data sets that other projects wrote: tables of DMVR and Scenic, and TFDS data sets.
 
-DMVR's are TFRecord shards of tf.train.SequenceExample. All shards of a directory that are named
-alike but for their number are a table, and a table is a split. A TFDS data set is prepared by TFDS,
-here or elsewhere; its records are tf.train.Example. external_index.py reads the records.
+A table is a split: TFRecord shards of tf.train.SequenceExample in one directory, whose names differ
+only in the shard number. The records of a TFDS data set are tf.train.Example. external_index.py
+parses the records.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from absl import logging
 
 from timesformer_jax.data.layout import INFO_FILE
 from timesformer_jax.data.records.external_index import (
-    Examples,
-    Format,
+    ExampleFormat,
     Index,
-    SequenceExamples,
-    index_of,
+    RecordFormat,
+    SequenceExampleFormat,
+    load_or_make_index,
 )
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.errors import InputError
 
-# A data set by its TFDS name: tfds:NAME[/CONFIG][:VERSION][@DATA_DIR].
+# The source of a data set by its name in TFDS: tfds:NAME[/CONFIG][:VERSION][@DATA_DIR].
 TFDS_SCHEME = "tfds:"
 
 _SHARD = re.compile(
@@ -45,30 +45,34 @@ def open_external(source: str, split: str, fps: float | None = None) -> Split:
 
     Args:
       source: an absolute path, a gs:// path, or `tfds:NAME[@DATA_DIR]`.
-      split: a TFDS split; or a table, by its name or by a word of it that no other has.
-      fps: frames a second of the records that do not say theirs.
+      split: a TFDS split; or a table, by its name or by a word of it that no other table has.
+      fps: frame rate of the records that do not state theirs.
     """
     try:
         if source.startswith(TFDS_SCHEME) or tf.io.gfile.exists(os.path.join(source, INFO_FILE)):
             return _open_tfds(source, split, fps)
         return _open_tables(source, split, fps)
-    except tf.errors.OpError as error:  # a file that is gone, or not for this user
+    except tf.errors.OpError as error:  # a missing file, or no permission
         raise InputError(f"cannot read {source}: {str(error).splitlines()[0]}") from error
 
 
 def _open_tables(directory: str, split: str, fps: float | None) -> Split:
-    """DMVR's tables. All are indexed, because together they say what the classes are."""
+    """Opens a table. All tables are indexed, because together they define the classes."""
     tables = _tables(directory)
     if not tables:
         raise InputError(
             f"{directory} is not a prepared data set (make one with `timesformer prepare`), and"
             f" holds no other: no {INFO_FILE} of TFDS and no shards, as train-00000-of-00008"
         )
-    table = _chosen(tables, split, directory)
-    kind = SequenceExamples()
-    indexes = {name: index_of(directory, name, files, kind) for name, files in tables.items()}
+    table = _find_table(tables, split, directory)
+    record_format = SequenceExampleFormat()
+    indexes = {
+        name: load_or_make_index(directory, name, files, record_format)
+        for name, files in tables.items()
+    }
     names, classes = _classes(indexes, directory)
-    return _split(table, tables[table], names, classes[table], indexes[table], kind, fps)
+    index = indexes[table]
+    return _make_split(table, tables[table], names, classes[table], index, record_format, fps)
 
 
 def _open_tfds(source: str, split: str, fps: float | None) -> Split:
@@ -81,21 +85,21 @@ def _open_tfds(source: str, split: str, fps: float | None) -> Split:
             f"{source} is stored as {info.file_format.value}, and only tfrecord can be read;"
             " build it with --file_format=tfrecord"
         )
-    kind, names = _tfds_format(info.features, source)
+    record_format, names = tfds_format(info.features, source)
     files = [os.fspath(path) for path in info.splits[split].filepaths]
-    index = index_of(os.fspath(builder.data_path), split, files, kind)
+    index = load_or_make_index(os.fspath(builder.data_path), split, files, record_format)
     if index["label"].max(initial=-1) >= len(names):
         raise InputError(f"{source} has labels beyond the {len(names)} of its ClassLabel")
-    return _split(split, files, names, index["label"], index, kind, fps)
+    return _make_split(split, files, names, index["label"], index, record_format, fps)
 
 
-def _split(
+def _make_split(
     name: str,
     files: Sequence[str],
     label_names: tuple[str, ...],
     label: np.ndarray,
     index: Index,
-    kind: Format,
+    record_format: RecordFormat,
     fps: float | None,
 ) -> Split:
     _report_skipped(name, index)
@@ -106,13 +110,13 @@ def _split(
         label_names=label_names,
         ids=index["id"],
         **{key: index[key] for key in ("shard", "offset", "size", "num_frames")},
-        fps=_frame_rates(name, index, fps),
+        fps=frame_rates(name, index, fps),
         stride=np.ones(n, np.int32),
         height=index["height"],
         width=index["width"],
         label=label,
         video=np.arange(n, dtype=np.int32),
-        extract_frames=kind.extract_frames,
+        extract_frames=record_format.extract_frames,
     )
 
 
@@ -128,25 +132,33 @@ def _report_skipped(name: str, index: Index) -> None:
         logging.warning("%s: left out of %d records: %s", name, total, "; ".join(skipped))
 
 
-def _frame_rates(name: str, index: Index, told: float | None) -> np.ndarray:
-    """Frames a second of each record: what it says, else what is told, else by the clip's length.
+def frame_rates(name: str, index: Index, default: float | None) -> np.ndarray:
+    """The frame rate of each record: its own, else the default, else from the clips' lengths.
 
-    A generator may write the end that it asked for and not the end that the video has (DMVR's for
-    HMDB-51 writes 20 s for all). So lengths are believed only if they make one rate for all.
+    A generator may write the end that was requested and not the end of the video: DMVR's for
+    HMDB-51 writes 20 s for all clips. So lengths are used only if one rate fits them all.
+
+    Args:
+      name: of the split.
+      index: of its records.
+      default: for records that do not state their frame rate; None: unknown.
+
+    Raises:
+      InputError: the frame rate of some records is unknown.
     """
     fps = index["fps"].copy()
-    unsaid = np.isnan(fps)
-    if told is not None:
-        fps[unsaid] = told
-    elif unsaid.any():
-        frames, seconds = index["num_frames"][unsaid], index["seconds"][unsaid]
-        # A frame more or less is rounding. NaN compares as false.
+    unknown = np.isnan(fps)
+    if default is not None:
+        fps[unknown] = default
+    elif unknown.any():
+        frames, seconds = index["num_frames"][unknown], index["seconds"][unknown]
+        # Lengths are rounded to a frame. A comparison with NaN is false.
         if not ((frames - 1) / seconds).max() <= ((frames + 1) / seconds).min():
             raise InputError(
-                f"{unsaid.sum()} of {len(fps)} records of '{name}' do not say their frame rate;"
-                " say it with --config.data.fps (training) or --fps (evaluation)"
+                f"{unknown.sum()} of {len(fps)} records of '{name}' do not state their frame rate;"
+                " give it with --config.data.fps (training) or --fps (evaluation)"
             )
-        fps[unsaid] = frames.sum() / seconds.sum()
+        fps[unknown] = frames.sum() / seconds.sum()
     return fps
 
 
@@ -154,7 +166,7 @@ def _frame_rates(name: str, index: Index, told: float | None) -> np.ndarray:
 
 
 def _tables(directory: str) -> dict[str, list[str]]:
-    """The shards of each table in a directory and its folders, sorted; a table must be whole."""
+    """The shards of each table in a directory and its subdirectories, sorted, none missing."""
     shards = defaultdict(list)
     for path in _shard_paths(directory):
         name = _SHARD.fullmatch(path)
@@ -178,13 +190,13 @@ def _shard_paths(directory: str) -> Iterator[str]:
         path = os.path.join(directory, name)
         if _is_shard(name):
             yield name
-        # A folder of TFDS is another data set.
+        # A subdirectory with TFDS's description is a data set of its own.
         elif tf.io.gfile.isdir(path) and INFO_FILE not in (inner := _listed(path)):
             yield from (f"{name}/{shard}" for shard in inner if _is_shard(shard))
 
 
 def _listed(directory: str) -> list[str]:
-    """The names in a directory; gs:// ends a folder's with a slash, and lists the folder itself."""
+    """The names in a directory. On gs:// subdirectories end with a slash, and "" is among them."""
     return [name for entry in tf.io.gfile.listdir(directory) if (name := entry.rstrip("/"))]
 
 
@@ -193,8 +205,8 @@ def _is_shard(name: str) -> bool:
     return any(match[group] for group in ("type", "number", "suffix"))
 
 
-def _chosen(tables: Mapping[str, Any], split: str, directory: str) -> str:
-    """The table of that name, else the only one with that word: k400-train for train."""
+def _find_table(tables: Mapping[str, Any], split: str, directory: str) -> str:
+    """The table of that name, else the only one with that word, as k400-train for train."""
     if split in tables:
         return split
     found = [table for table in tables if split in re.split(r"[^A-Za-z0-9]+", table)]
@@ -207,12 +219,14 @@ def _chosen(tables: Mapping[str, Any], split: str, directory: str) -> str:
 def _classes(
     indexes: Mapping[str, Index], directory: str
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """The classes that all tables share: their names, and for each table each record's class.
+    """The names of the classes of all tables, and the class of each record of each table.
 
-    A class is its label's index and is called by its text, or by the index if no record has a text.
-    Where tables number the same texts differently, as DMVR's generator does, a class is its text.
+    A class is a label's index. Its name is the label's text, or the index if no record has a text.
+    DMVR's generator may number the same texts differently in each table; then a class is a text.
     """
-    names = {table: _names(index, f"{table} of {directory}") for table, index in indexes.items()}
+    names = {
+        table: _label_texts(index, f"{table} of {directory}") for table, index in indexes.items()
+    }
     pairs = {pair for texts in names.values() for pair in texts.items()}
     shared = dict(pairs)
     if len(shared) == len(pairs) == len(set(shared.values())):
@@ -228,16 +242,16 @@ def _classes(
     logging.warning(
         "the tables of %s number their labels differently; classes go by clip/label/text", directory
     )
-    in_order = sorted({text for _, text in pairs})
-    place = {text: i for i, text in enumerate(in_order)}
-    return tuple(in_order), {
-        table: np.array([place[names[table][i]] for i in index["label"].tolist()], np.int32)
+    ordered = sorted({text for _, text in pairs})
+    class_of = {text: i for i, text in enumerate(ordered)}
+    return tuple(ordered), {
+        table: np.array([class_of[names[table][i]] for i in index["label"].tolist()], np.int32)
         for table, index in indexes.items()
     }
 
 
-def _names(index: Index, where: str) -> dict[int, str]:
-    """The text of each label of a table that has one."""
+def _label_texts(index: Index, where: str) -> dict[int, str]:
+    """The text of each label of a table, without labels that have none."""
     pairs = set(zip(index["label"].tolist(), index["text"].tolist()))
     names, labels = {}, {}
     for label, text in sorted((label, text) for label, text in pairs if text):
@@ -257,7 +271,7 @@ def _names(index: Index, where: str) -> dict[int, str]:
 
 
 def _builder(source: str) -> tfds.core.DatasetBuilder:
-    """The builder of a data set that is on disk; builds and downloads nothing."""
+    """Opens a data set that TFDS has built. Builds and downloads nothing."""
     try:
         if not source.startswith(TFDS_SCHEME):
             return tfds.builder_from_directory(source)
@@ -268,14 +282,21 @@ def _builder(source: str) -> tfds.core.DatasetBuilder:
         option = f" --data_dir={data_dir}" if data_dir else ""
         raise InputError(
             f"there is no TFDS data set '{name}' in {place}: build it with `tfds build"
-            f" {name}{option}`, or say more of it, as tfds:NAME/CONFIG:VERSION@DATA_DIR"
+            f" {name}{option}`, or give its full name, as tfds:NAME/CONFIG:VERSION@DATA_DIR"
         ) from error
-    except Exception as error:  # of a damaged description, any kind
+    except Exception as error:  # a damaged description raises errors of any kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"TFDS cannot open {source}: {reason}") from error
 
 
-def _tfds_format(features: tfds.features.FeaturesDict, source: str) -> tuple[Examples, tuple]:
+def tfds_format(
+    features: tfds.features.FeaturesDict, source: str
+) -> tuple[ExampleFormat, tuple[str, ...]]:
+    """The format of a TFDS data set's records, and the names of its classes.
+
+    Raises:
+      InputError: the features are not one video and one class label, beside others.
+    """
     videos = [
         key
         for key, feature in features.items()
@@ -292,4 +313,6 @@ def _tfds_format(features: tfds.features.FeaturesDict, source: str) -> tuple[Exa
             f" ({', '.join(features)}); one of each is needed"
         )
     label = features[labels[0]]
-    return Examples(videos[0], labels[0]), tuple(map(label.int2str, range(label.num_classes or 0)))
+    return ExampleFormat(videos[0], labels[0]), tuple(
+        map(label.int2str, range(label.num_classes or 0))
+    )

@@ -1,8 +1,8 @@
-"""What the records of other projects say, and the index that they are read by.
+"""Parses the records of other projects, and makes an index of them.
 
-The pipeline reads records by their offset, so each split is read once to index it. A record
-without frames, without a label or with several labels, or whose frames are not all JPEGs or PNGs
-of one size is left out of the index, which says how many were and why.
+The pipeline reads records at their offsets, so each split is read once to make its index. Some
+records cannot be used: those without frames, without a label or with several labels, or whose
+frames are not all JPEGs or PNGs of one size. The index leaves them out, and counts them by reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -31,41 +31,45 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.storage import write_atomically
 from timesformer_jax.workers import available_cores, worker_pool
 
-# Of an index: raise it when what an index says changes.
+# Of the index; increase it when the content of an index changes.
 VERSION = 1
 
-# What one process reads while another starts, which has to import TensorFlow: some seconds.
-BYTES_WORTH_A_WORKER = 1 << 32
+# One worker per so many bytes: a worker takes some seconds to start, to import TensorFlow.
+BYTES_PER_WORKER = 1 << 32
 
-# A label from here on is no class number but something else, a hash say.
+# A larger label is no class number but something else, for example a hash.
 MAX_CLASSES = 1 << 20
 
-# The columns of an index, with one row a usable record.
+# The columns of an index, a row per usable record.
 _COLUMNS = {
     "shard": np.int32,
     "offset": np.int64,
     "size": np.int64,
     "num_frames": np.int32,
-    "fps": np.float32,  # NaN: not said
-    "seconds": np.float64,  # from the clip's start to its end; NaN: not said
+    "fps": np.float32,  # NaN: unknown
+    "seconds": np.float64,  # from the clip's start to its end; NaN: unknown
     "height": np.int32,
     "width": np.int32,
     "label": np.int32,
-    "text": np.str_,  # of the label; "": not said
+    "text": np.str_,  # of the label; "": unknown
     "id": np.str_,
 }
 Index = dict[str, np.ndarray]
 
 
-# ---- what a record says -------------------------------------------------------------------------
+# ---- records ------------------------------------------------------------------------------------
 
 
-class Contents(NamedTuple):
-    """What a record holds, as written.
+class RecordContents(NamedTuple):
+    """The fields of a record, as written.
 
-    frames: an encoded image each. labels: class numbers. text: what the one label is called.
-    fps: frames a second, seconds: from the clip's start to its end; NaN where it is not said.
-    id: what the clip is called. Text and id are "" where they are not said.
+    Attributes:
+      frames: encoded images.
+      labels: class numbers.
+      text: name of the label, if there is one label; "": unknown.
+      fps: frame rate; NaN: unknown.
+      seconds: from the clip's start to its end; NaN: unknown.
+      id: name of the clip; "": unknown.
     """
 
     frames: Sequence[bytes]
@@ -77,12 +81,13 @@ class Contents(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SequenceExamples:
+class SequenceExampleFormat:
     """DMVR's records: tf.train.SequenceExample with MediaSequence's keys."""
 
     frames: str = "image/encoded"
+    message: ClassVar[str] = "SequenceExample"
 
-    def contents(self, serialized: bytes) -> Contents:
+    def parse(self, serialized: bytes) -> RecordContents:
         """Parses a record. Timestamps are in microseconds."""
         record = tf.train.SequenceExample.FromString(serialized)
         context, lists = record.context.feature, record.feature_lists.feature_list
@@ -104,7 +109,7 @@ class SequenceExamples:
         seconds = (timestamp("clip/end/timestamp") - timestamp("clip/start/timestamp")) / 1e6
         names = texts("clip/label/text") or texts("clip/label/string")
         ids = texts("clip/key", "clip/media_id", "clip/data_path", "video/filename")
-        return Contents(
+        return RecordContents(
             frames,
             context["clip/label/index"].int64_list.value,
             text=names[0] if len(names) == 1 else "",
@@ -120,27 +125,30 @@ class SequenceExamples:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """TFDS's records: tf.train.Example with these names of the video and the label."""
+class ExampleFormat:
+    """TFDS's records: tf.train.Example. video, label: names of these features."""
 
     video: str
     label: str
+    message: ClassVar[str] = "Example"
 
-    def contents(self, serialized: bytes) -> Contents:
+    def parse(self, serialized: bytes) -> RecordContents:
         """Parses a record."""
         feature = tf.train.Example.FromString(serialized).features.feature
-        return Contents(feature[self.video].bytes_list.value, feature[self.label].int64_list.value)
+        return RecordContents(
+            feature[self.video].bytes_list.value, feature[self.label].int64_list.value
+        )
 
     def extract_frames(self, serialized: bytes, indices: Sequence[int]) -> list[bytes]:
         """As `Split.extract_frames`."""
         return extract_frames(serialized, indices, self.video)
 
 
-Format = SequenceExamples | Examples
+RecordFormat = SequenceExampleFormat | ExampleFormat
 
 
 def _only(feature: tf.train.Feature) -> bytes:
-    """The one byte string of a frame; an empty one, which is no image, where there is no one."""
+    """The byte string of a frame; an empty one, which is no image, if there is not exactly one."""
     values = feature.bytes_list.value
     return values[0] if len(values) == 1 else b""
 
@@ -148,22 +156,25 @@ def _only(feature: tf.train.Feature) -> bytes:
 # ---- the index ----------------------------------------------------------------------------------
 
 
-def index_of(directory: str, split: str, files: Sequence[str], kind: Format) -> Index:
-    """The index of a split, read if it is there and belongs to these files, else made and kept.
+def load_or_make_index(
+    directory: str, split: str, files: Sequence[str], record_format: RecordFormat
+) -> Index:
+    """Loads the index of a split if it was made from these files, else makes and saves it.
 
-    It is kept beside the data as SPLIT.records.npz or, where that cannot be written, in the user's
-    cache. Several processes at once do the same work and write the same file, each whole.
+    It is saved beside the data as SPLIT.records.npz or, if that cannot be written, in the user's
+    cache. Several processes at once do the same work and write the same file, each atomically.
     """
-    # One after the other is slow on gs://.
+    # In threads, because a request to gs:// takes long.
     with ThreadPoolExecutor(32) as pool:
         sizes = [stat.length for stat in pool.map(tf.io.gfile.stat, files)]
     shards = [(os.path.basename(file), size) for file, size in zip(files, sizes)]
-    key = hashlib.sha256(repr((VERSION, kind, shards)).encode()).hexdigest()
+    key = hashlib.sha256(repr((VERSION, record_format, shards)).encode()).hexdigest()
     paths = _index_paths(directory, split)
     for path in paths:
         if (index := _read_index(path, key)) is not None:
             return index
-    index = _make_index(split, files, sizes, kind) | {"key": np.array(key)}
+    workers = min(available_cores(), len(files), 1 + sum(sizes) // BYTES_PER_WORKER)
+    index = make_index(split, files, sizes, record_format, workers) | {"key": np.array(key)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **index)
     for path in paths:
@@ -186,7 +197,7 @@ def _index_paths(directory: str, split: str) -> tuple[str, str]:
 
 
 def _read_index(path: str, key: str) -> Index | None:
-    """The index at a path; None if there is none, or a damaged one, or one of other data."""
+    """The index at a path; None if it is missing, damaged or of other data."""
     try:
         with tf.io.gfile.GFile(path, "rb") as file:
             index = dict(np.load(io.BytesIO(file.read())))
@@ -195,13 +206,26 @@ def _read_index(path: str, key: str) -> Index | None:
         return None
 
 
-def _make_index(split: str, files: Sequence[str], sizes: Sequence[int], kind: Format) -> Index:
-    """Reads every record of a split, by a pool of processes if there is much to read."""
-    workers = min(available_cores(), len(files), 1 + sum(sizes) // BYTES_WORTH_A_WORKER)
+def make_index(
+    split: str,
+    files: Sequence[str],
+    sizes: Sequence[int],
+    record_format: RecordFormat,
+    workers: int,
+) -> Index:
+    """Reads every record of a split, in a pool of processes if `workers` is more than 1.
+
+    Args:
+      split: its name, to show progress.
+      files: the shards, in order.
+      sizes: bytes of each.
+      record_format: of the records.
+      workers: number of processes. The index does not depend on it.
+    """
     found = {}
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=f"indexing {split}") as progress:
-        for i, contents in _read_shards(files, kind, workers):
-            found[i] = contents
+        for i, rows_and_skipped in _read_shards(files, record_format, workers):
+            found[i] = rows_and_skipped
             progress.update(sizes[i])
     rows = [{**row, "shard": i} for i in range(len(files)) for row in found[i][0]]
     skipped = [entry for i in range(len(files)) for entry in found[i][1]]
@@ -217,12 +241,14 @@ def _make_index(split: str, files: Sequence[str], sizes: Sequence[int], kind: Fo
     }
 
 
-def _read_shards(files: Sequence[str], kind: Format, workers: int) -> Iterator[tuple[int, Any]]:
+def _read_shards(
+    files: Sequence[str], record_format: RecordFormat, workers: int
+) -> Iterator[tuple[int, Any]]:
     if workers <= 1:
-        yield from ((i, _read_shard(file, kind)) for i, file in enumerate(files))
+        yield from ((i, _read_shard(file, record_format)) for i, file in enumerate(files))
         return
     with worker_pool(workers) as pool:
-        tasks = {pool.submit(_read_shard, file, kind): i for i, file in enumerate(files)}
+        tasks = {pool.submit(_read_shard, file, record_format): i for i, file in enumerate(files)}
         try:
             for task in as_completed(tasks):
                 yield tasks[task], task.result()
@@ -232,56 +258,56 @@ def _read_shards(files: Sequence[str], kind: Format, workers: int) -> Iterator[t
             ) from error
 
 
-def _read_shard(file: str, kind: Format) -> tuple[list[dict], list[tuple[str, str]]]:
-    """The index rows of a shard's records, and why and which were left out."""
+def _read_shard(file: str, record_format: RecordFormat) -> tuple[list[dict], list[tuple[str, str]]]:
+    """The index rows of a shard's records, and a reason and a name for each that is left out."""
     rows, skipped = [], []
     offset = 0
     try:
         shard = tf.data.TFRecordDataset(file, buffer_size=1 << 23)
         for i, serialized in enumerate(shard.as_numpy_iterator()):
-            contents = kind.contents(serialized)
+            contents = record_format.parse(serialized)
             name = contents.id or f"{os.path.basename(file)}:{i}"
             try:
                 row = _row(contents)
-            except _Unusable as error:
+            except _UnusableRecord as error:
                 skipped.append((str(error), name))
             else:
                 rows.append({**row, "offset": offset, "size": len(serialized), "id": name})
             offset += len(serialized) + RECORD_OVERHEAD_BYTES
     except (tf.errors.OpError, DecodeError) as error:
         raise InputError(
-            f"{file} cannot be read as uncompressed TFRecords of {type(kind).__name__} from byte"
+            f"{file} cannot be read as uncompressed TFRecords of {record_format.message}s from byte"
             f" {offset} on ({str(error).splitlines()[0]}); copy it there again, or write it again"
         ) from error
     return rows, skipped
 
 
-class _Unusable(Exception):
-    """Why a record cannot be used, as what it is `with`."""
+class _UnusableRecord(Exception):
+    """A record that cannot be used. The message is the reason, to follow "with"."""
 
 
-def _row(contents: Contents) -> dict[str, Any]:
+def _row(contents: RecordContents) -> dict[str, Any]:
     labels = set(contents.labels)
     if not contents.frames:
-        raise _Unusable("no frames")
+        raise _UnusableRecord("no frames")
     if len(labels) > 1:
-        raise _Unusable("several labels")
-    # TFDS writes -1 where there is no label.
+        raise _UnusableRecord("several labels")
+    # TFDS writes -1 for an unknown label.
     if not labels or not 0 <= (label := labels.pop()) < MAX_CLASSES:
-        raise _Unusable("no label")
-    shapes = {_shape(frame) for frame in contents.frames}
+        raise _UnusableRecord("no label")
+    shapes = {_image_size(frame) for frame in contents.frames}
     if len(shapes) > 1:
-        raise _Unusable("frames of several sizes")
+        raise _UnusableRecord("frames of several sizes")
     height, width = shapes.pop()
-    said = {key: getattr(contents, key) for key in ("text", "fps", "seconds")}
+    fields = {key: getattr(contents, key) for key in ("text", "fps", "seconds")}
     size = {"num_frames": len(contents.frames), "height": height, "width": width}
-    return {"label": label, **size, **said}
+    return {"label": label, **size, **fields}
 
 
-def _shape(frame: bytes) -> tuple[int, int]:
-    """Height and width of an encoded image, by its header."""
+def _image_size(frame: bytes) -> tuple[int, int]:
+    """Height and width in the header of an encoded image."""
     try:
         with Image.open(io.BytesIO(frame), formats=("JPEG", "PNG")) as image:
             return image.height, image.width
     except (OSError, Image.DecompressionBombError) as error:
-        raise _Unusable("frames that are neither JPEG nor PNG") from error
+        raise _UnusableRecord("frames that are neither JPEG nor PNG") from error

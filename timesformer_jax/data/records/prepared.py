@@ -1,15 +1,15 @@
-"""What a record holds, and where the records of a data set lie.
+"""Reads and writes prepared directories: the format of records, and the files around them.
 
-A prepared directory is a TFDS data set (`tfds.builder_from_directory` opens it) of TFRecord
-shards, one tf.train.Example a clip, with one JPEG a stored frame. Beside the shards of each split
-lies an index, so that one record can be read without the ones before it:
+A prepared directory is a TFDS data set (`tfds.builder_from_directory` opens it): TFRecord shards,
+one tf.train.Example per clip, one JPEG per stored frame. Each split also has an index, so that one
+record can be read without those before it:
 
     NAME-SPLIT.tfrecord-00000-of-00008   the shards
-    SPLIT.index.npz                      a row a record: where it is and what shape it has
-    labels.txt                           a label a line; the class is the line's position
-    features.json, dataset_info.json     TFDS's; the second is written last
+    SPLIT.index.npz                      a row per record: where it is, and its shape
+    labels.txt                           a label per line; the class is the line's number, from 0
+    features.json, dataset_info.json     TFDS's description; the second file is written last
 
-Data sets of other projects are opened by external.py.
+external.py opens data sets of other projects.
 """
 
 import errno
@@ -28,17 +28,17 @@ from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 
-# TensorFlow reads and decodes; left alone it would take the GPU's whole memory from JAX.
+# TensorFlow only reads and decodes. By default it would take all GPU memory, which JAX needs.
 tf.config.set_visible_devices([], "GPU")
 
 
 def features(label_names: Sequence[str]) -> tfds.features.FeaturesDict:
-    """The one definition of a record.
+    """The features of a record.
 
-    video: the stored frames, each a JPEG; stored frame i is source frame i * stride of the clip,
-      so there are ceil(num_frames / stride).
+    video: the stored frames, each a JPEG. Stored frame i is frame i * stride of the clip, so there
+      are ceil(num_frames / stride).
     label: the class. id: Clip.id.
-    fps: frames a second of the source. num_frames: frames of the clip in the source.
+    fps: frame rate of the source. num_frames: frames of the clip in the source.
     """
     return tfds.features.FeaturesDict(
         {
@@ -52,35 +52,37 @@ def features(label_names: Sequence[str]) -> tfds.features.FeaturesDict:
     )
 
 
-# How a record is parsed does not depend on the labels.
+# Parsing does not depend on the label names.
 _EXAMPLE_SPEC = features(()).tf_example_spec
 
 
 def serialize(definition: tfds.features.FeaturesDict, example: Mapping) -> bytes:
-    """A record's bytes, the same in every process (a protobuf map has no order of its own).
+    """The bytes of a record, the same in every process.
 
     Args:
-      definition: of `features`.
-      example: a value a feature; `video` as a list of JPEG byte strings, `label` as a name.
+      definition: from `features`.
+      example: a value per feature; `video` is a list of JPEG byte strings, `label` a name.
     """
     proto = tf.train.Example.FromString(definition.serialize_example(example))
+    # The entries of a protobuf map have no order of their own.
     return proto.SerializeToString(deterministic=True)
 
 
 def parse(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Parses one record, inside tf.data too; the frames stay JPEGs.
+    """Parses one record, also within tf.data; the frames stay JPEGs.
 
     Args:
       serialized: () string.
 
     Returns:
-      video: (stored frames,) string, a JPEG each; label, stride, num_frames: () int64;
+      video: (stored frames,) string, JPEGs; label, stride, num_frames: () int64;
       fps: () float32; id: () string.
     """
     return tf.io.parse_single_example(serialized, _EXAMPLE_SPEC)
 
 
 def open_prepared(directory: str, split: str) -> Split:
+    """Opens a split of a prepared directory; see `open.open_split`."""
     if not tf.io.gfile.exists(os.path.join(directory, INFO_FILE)):
         raise InputError(
             f"{directory} is not a prepared data set (no {INFO_FILE}, which is written last);"
@@ -102,14 +104,14 @@ def open_prepared(directory: str, split: str) -> Split:
     return Split(
         name=split,
         files=tuple(os.path.join(directory, name) for name in index["files"].tolist()),
-        label_names=read_label_map(directory),
+        label_names=_read_label_names(directory),
         ids=index["ids"],
         **{column: index[column] for column in INDEX_DTYPES},
     )
 
 
 def split_names(directory: str) -> list[str]:
-    """The splits that a prepared directory has an index of, sorted."""
+    """The splits of a prepared directory that have an index, sorted."""
     suffix = index_path("", "")
     return sorted(
         name.removesuffix(suffix)
@@ -118,17 +120,17 @@ def split_names(directory: str) -> list[str]:
     )
 
 
-def read_label_map(directory: str) -> tuple[str, ...]:
-    """The label names of a prepared directory, by class."""
+def _read_label_names(directory: str) -> tuple[str, ...]:
+    """The name of each class."""
     with tf.io.gfile.GFile(os.path.join(directory, LABELS_FILE)) as file:
         return tuple(file.read().splitlines())
 
 
 class ShardWriter:
-    """Writes records to a TFRecord file, knowing where each begins; a context manager."""
+    """A context manager that writes records to a TFRecord file and returns where each begins."""
 
     def __init__(self, path: str):
-        with _os_errors():
+        with _write_errors():
             self._writer = tf.io.TFRecordWriter(path)
         self._position = 0
 
@@ -136,13 +138,13 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_):
-        with _os_errors():
+        with _write_errors():
             self._writer.close()
 
     def write(self, record: bytes) -> dict[str, int]:
-        """Appends a record; returns the index columns that say where it is."""
+        """Appends a record; returns its index columns `offset` and `size`."""
         place = {"offset": self._position, "size": len(record)}
-        with _os_errors():
+        with _write_errors():
             self._writer.write(record)
         self._position += len(record) + RECORD_OVERHEAD_BYTES
         return place
@@ -153,7 +155,7 @@ def write_index(directory: str, split: str, files: Sequence[str], rows: Sequence
 
     Args:
       files: names of the shards, in order.
-      rows: for each record `id` and the columns of INDEX_DTYPES.
+      rows: `id` and the columns of INDEX_DTYPES for each record.
     """
     columns = {
         column: np.array([row[column] for row in rows], dtype)
@@ -162,7 +164,7 @@ def write_index(directory: str, split: str, files: Sequence[str], rows: Sequence
     ids = np.array([row["id"] for row in rows], np.str_)
     buffer = io.BytesIO()
     np.savez(buffer, files=np.array(files, np.str_), ids=ids, **columns)
-    with _os_errors(), tf.io.gfile.GFile(index_path(directory, split), "wb") as file:
+    with _write_errors(), tf.io.gfile.GFile(index_path(directory, split), "wb") as file:
         file.write(buffer.getvalue())
 
 
@@ -173,13 +175,16 @@ def write_metadata(
     shard_lengths: Mapping[str, Sequence[int]],
     num_bytes: Mapping[str, int],
 ) -> None:
-    """Writes the label map and TFDS's description; of all files, dataset_info.json comes last.
+    """Writes the label names and TFDS's description. dataset_info.json is the last of all files.
 
     Args:
-      shard_lengths: for each split the number of records of each shard.
-      num_bytes: for each split the size of its shards.
+      directory: the prepared directory.
+      name: of the data set.
+      label_names: the name of each class.
+      shard_lengths: the number of records in each shard, for each split.
+      num_bytes: the size of the shards, for each split.
     """
-    with _os_errors(), tf.io.gfile.GFile(os.path.join(directory, LABELS_FILE), "w") as file:
+    with _write_errors(), tf.io.gfile.GFile(os.path.join(directory, LABELS_FILE), "w") as file:
         file.write("".join(f"{label}\n" for label in label_names))
     splits = [
         tfds.core.SplitInfo(
@@ -192,21 +197,21 @@ def write_metadata(
         )
         for split, lengths in shard_lengths.items()
     ]
-    with _os_errors(), _quiet_tfds():
+    with _write_errors(), _quiet_tfds():
         tfds.folder_dataset.write_metadata(
             data_dir=directory,
             features=features(label_names),
             split_infos=splits,
             filename_template=None,
-            # It would decode a record with TensorFlow, and print that it does.
+            # The check would decode a record with TensorFlow, and print about it.
             check_data=False,
             description="Clips of video, a JPEG a frame, prepared by timesformer_jax.",
         )
 
 
 @contextmanager
-def _os_errors() -> Iterator[None]:
-    """TensorFlow's errors of writing, as the OSError that Python raises for the same."""
+def _write_errors() -> Iterator[None]:
+    """Raises TensorFlow's errors of writing as the OSError that Python would raise."""
     try:
         yield
     except tf.errors.ResourceExhaustedError as error:
@@ -217,7 +222,7 @@ def _os_errors() -> Iterator[None]:
 
 @contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Keeps back TFDS's warning that it uses a deprecated name of its own."""
+    """Hides a warning of TFDS about a deprecated name that TFDS itself uses."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
