@@ -192,7 +192,9 @@ def test_attention_products_grow_as_comparisons_do(scheme):
         # What is left at two widths is linear in the width only in the attention products.
         config = tsf.TimeSformerConfig(attention=scheme, depth=1, patch_size=16)
         patches, layers = frames * 196, config.scheme.layers
-        copies = [layer.joins_cls * (layer.partition(frames, (14, 14)).max() + 1) for layer in layers]
+        copies = [
+            layer.joins_cls * (layer.partition(frames, (14, 14)).max() + 1) for layer in layers
+        ]
         d = config.hidden_size
         linear = patches * 3 * 16 * 16 * d + (patches + 1) * 8 * d * d + d * 400
         linear += sum((patches + c) * 4 * d * d for c in copies)
