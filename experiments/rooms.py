@@ -46,7 +46,7 @@ def layers() -> list[list[str]]:
 
 def drawing(layers: list[list[str]]) -> str:
     """One line a room, with its lines of code and the rooms it imports from; layers stand apart."""
-    graph = grimp.build_graph(PACKAGE)
+    graph = grimp.build_graph(PACKAGE, cache_dir=None)
     order = [room for layer in layers for room in layer]
     width = max(map(len, order))
     text = f"{'room':{width}}  lines  imports from\n"

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import hypothesis
 import jaxtyping
@@ -44,6 +45,22 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+
+# Tests start the command line many times with the same tiny model: each program is compiled once.
+_PROGRAMS = tempfile.TemporaryDirectory(prefix="compiled")
+_PROGRAM_CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": _PROGRAMS.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
+
+# What a test that uses one of these fixtures does, as a mark.
+_MARKS = {"timesformer": "processes", "peers": "processes"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark in {_MARKS[name] for name in item.fixturenames if name in _MARKS}:
+            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")
@@ -105,8 +122,12 @@ def interruptible(arguments):
     return [sys.executable, "-c", reset, *arguments]
 
 
-def environment():
-    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace(_DEVICES, "")}
+def environment(optimised=False):
+    """Of a process with one device, whose programs are compiled quickly, or as they are used."""
+    flags = os.environ["XLA_FLAGS"].replace(_DEVICES, "")
+    if optimised:
+        flags = flags.replace(_QUICK, "")
+    return os.environ | _PROGRAM_CACHE | {"XLA_FLAGS": flags}
 
 
 def tiny_run(data, workdir, **changes):
