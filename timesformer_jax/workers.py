@@ -55,7 +55,9 @@ def worker_pool(processes: int, reports=None) -> Iterator[ProcessPoolExecutor]:
         pool.terminate()
         names = {-number: number.name for number in CRASH_SIGNALS}
         exit_codes = {process.pid: process.exitcode for process in pool.started}
-        if signals := {pid: names[code] for pid, code in exit_codes.items() if code in names}:
+        if signals := {
+            pid: names[code] for pid, code in exit_codes.items() if pid and code in names
+        }:
             raise WorkerCrash(signals) from error
         raise InputError(
             "a worker process was killed (out of memory?); run the same command again, with"
@@ -92,7 +94,9 @@ def run_tasks(
     Raises:
       InputError: a worker was killed, or crashed while it handled no item.
     """
-    results, crashed, log = {}, {}, _ProgressLog()
+    results: dict[str, Any] = {}
+    crashed: dict[str, str] = {}
+    log = _ProgressLog()
     while len(results) < len(tasks):
         remaining = [name for name in tasks if name not in results]
         reports = SPAWN.SimpleQueue()
@@ -190,7 +194,9 @@ def _start_worker(reports) -> None:
 
 def _exit_with_parent() -> None:
     """Waits for the end of the parent: a parent killed with SIGKILL cannot end its workers."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
@@ -199,7 +205,7 @@ class _Pool(ProcessPoolExecutor):
 
     def __init__(self, processes: int, **options: Any):
         self._others = set(multiprocessing.active_children())
-        self.started = set()
+        self.started: set[multiprocessing.process.BaseProcess] = set()
         super().__init__(processes, mp_context=SPAWN, **options)
 
     def submit(self, *arguments: Any, **options: Any) -> Future:

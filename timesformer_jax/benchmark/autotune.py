@@ -38,7 +38,7 @@ def choose_kernels(
 
     Once it is `over`, a row for each of those left says that it was not timed; the table has none.
     """
-    first = {}
+    first: dict = {}
     for config in configs:
         clips = max(1, TOKENS // (config.num_frames * math.prod(config.grid)))
         for kind, shape, dtype in attentions(config, clips):

@@ -78,7 +78,7 @@ def benchmark_input(
     if data and synthetic:
         raise InputError("give --data or --synthetic, not both")
     clip = {"frames": frames, "frame_stride": frame_stride, "crop": crop}
-    told = clip | {"short_side_range": short_side_range, "batch_size": batch_size}
+    told: dict[str, Any] = clip | {"short_side_range": short_side_range, "batch_size": batch_size}
     told = {name: value for name, value in told.items() if value is not None}
     if config is None:
         spec = ClipSpec(**{name: told[name] for name in clip if name in told})
@@ -134,12 +134,12 @@ def measure(
     each = math.ceil(batches / ROUNDS)
     about, memory = machine(), {"begin": _resident()}
     ours = pipeline.train_batches(split, spec, **options)
-    loops = {"ours": ours}
+    loops: dict[str, Any] = {"ours": ours}
     if reference:
         loops["reference"] = _reference(split, spec, options)
     for loop in loops.values():
         _take(loop, WARM_UP)
-    rates = {name: [] for name in loops}
+    rates: dict[str, list] = {name: [] for name in loops}
     for i in range(ROUNDS):
         for name, loop in loops.items():
             rates[name].append(_rate(loop, each, size))
@@ -214,7 +214,7 @@ def _stages(
     }
     for cut in cuts.values():
         _take(cut, WARM_UP)
-    stages = {name: [] for name in ("whole", *cuts)}
+    stages: dict[str, list] = {name: [] for name in ("whole", *cuts)}
     for _ in range(ROUNDS):
         until = 0.0
         for name, cut in cuts.items():

@@ -39,7 +39,7 @@ def batches(plans: Iterator[Sequence[Clip]], crop: int) -> Iterator[None]:
       plans: of the batches.
       crop: side of the clips in pixels.
     """
-    waiting = collections.deque()
+    waiting: collections.deque = collections.deque()
     with ProcessPoolExecutor(available_cores(), mp_context=SPAWN) as pool:
         for plan in plans:
             waiting.append(pool.submit(_discard, plan, crop))

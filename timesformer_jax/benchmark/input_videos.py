@@ -71,7 +71,7 @@ def frames(number: int) -> Iterator[np.ndarray]:
     largest = min(photograph.width / WIDTH, photograph.height / HEIGHT)
     # From one place and scale to another, at a constant speed.
     ends = np.stack([rng.uniform(0.6, 0.95, 2) * largest, *rng.uniform(0, 1, (2, 2))], axis=-1)
-    for scale, right, down in np.linspace(*ends, FPS * SECONDS):
+    for scale, right, down in np.linspace(ends[0], ends[1], FPS * SECONDS):
         width, height = scale * WIDTH, scale * HEIGHT
         left, top = right * (photograph.width - width), down * (photograph.height - height)
         box = (left, top, left + width, top + height)

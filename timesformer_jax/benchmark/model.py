@@ -162,9 +162,7 @@ def inference(
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     clip = ClipSpec(frames=config.num_frames, crop=config.image_size)
 
-    graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: TimeSformer(config, rngs=nnx.Rngs(0)))
-    )
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: TimeSformer(config, rngs=nnx.Rngs(0))))
 
     def logits(state: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
         return nnx.merge(graph, state)(preprocess(batch["frames"], batch["crop_boxes"], clip))
@@ -230,7 +228,7 @@ def batch_shapes(config: TimeSformerConfig, size: int) -> dict[str, jax.ShapeDty
 def random_batches(config: TimeSformerConfig, size: int) -> list[dict[str, jax.Array]]:
     """Sets of batches of those shapes on the device, every pixel drawn."""
     rng = np.random.default_rng(0)
-    crop_box = np.float32([1, 1, config.image_size])
+    crop_box = np.array([1, 1, config.image_size], np.float32)
 
     def batch() -> dict[str, np.ndarray]:
         frames = batch_shapes(config, size)["frames"].shape

@@ -67,7 +67,8 @@ def measured(program: Program, yard: Yardstick, seconds: float) -> dict[str, Any
         begin = time.perf_counter()
         compiled = program.lower().compile()
         found["compile_seconds"] = time.perf_counter() - begin
-        stats, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+        stats: Any = compiled.memory_analysis()
+        costs = compiled.cost_analysis() or {}
         found["bytes"] = (
             stats.argument_size_in_bytes
             + stats.output_size_in_bytes
@@ -91,7 +92,7 @@ def measured(program: Program, yard: Yardstick, seconds: float) -> dict[str, Any
         "flops_per_second": flops,
         "gemm_share": {kind: flops[kind] / yard.gemm[kind] for kind in flops},
         "mfu": flops["wall"] / yard.datasheet if yard.datasheet else None,
-        "peak_bytes": after if after is not None and after > before else None,
+        "peak_bytes": after if after and before is not None and after > before else None,
     }
 
 

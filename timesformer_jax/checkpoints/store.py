@@ -137,7 +137,7 @@ class Checkpoints:
         self._save(step, {"params": params}, {"metadata": metadata.to_json()})
 
     def _save(self, step: int, arrays: dict[str, Any], values: dict[str, Any]) -> None:
-        checksums = {name: array_checksums(tree) for name, tree in arrays.items()}
+        checksums: dict[str, Any] = {name: array_checksums(tree) for name, tree in arrays.items()}
         checksums |= {name: json_checksum(value) for name, value in values.items()}
         values = values | {"checksums": checksums}
         with _write_errors(self.directory):
@@ -269,7 +269,7 @@ class Checkpoints:
         json_args = {name: ocp.args.JsonRestore() for name in [*values, "checksums"]}
         args = ocp.args.Composite(**array_args, **json_args)
         items = self._manager.restore(step, args=args)
-        found = {name: array_checksums(items[name]) for name in arrays}
+        found: dict[str, Any] = {name: array_checksums(items[name]) for name in arrays}
         found |= {name: json_checksum(items[name]) for name in values}
         for name, checksum in found.items():
             if checksum != items["checksums"][name]:

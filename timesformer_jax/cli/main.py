@@ -409,7 +409,7 @@ def _step_aside_for(handler: Handler) -> None:
         with tqdm.external_write_mode(file=sys.stderr):
             emit(record)
 
-    handler.emit = emit_alone
+    handler.emit = emit_alone  # type: ignore[method-assign]  # of this one handler
 
 
 def _is_for_people(record: LogRecord) -> bool:

@@ -120,11 +120,11 @@ def over_partition(qkv: Tokens, grid: Grid, partition: Partition) -> Tokens:
 
     flat = _regroup(qkv.patches, -1)  # b t n ... -> b (t n) ...
     parts = [
-        over_space(Tokens(_take(qkv.cls, s), _take(flat, i)), grid) for s, i in zip(alike, index)
+        over_space(Tokens(None if qkv.cls is None else _take(qkv.cls, s), _take(flat, i)), grid)
+        for s, i in zip(alike, index)
     ]
-    cls = None
-    if qkv.cls is not None:
-        cls = _put_back([part.cls for part in parts], alike)
+    tokens = [part.cls for part in parts if part.cls is not None]
+    cls = _put_back(tokens, alike) if tokens else None
     patches = _put_back([_regroup(part.patches, -1) for part in parts], index)
     return Tokens(cls, patches.reshape(*qkv.patches.shape[:3], -1))
 
@@ -152,10 +152,8 @@ def _regroup(x: jax.Array, *sizes: int) -> jax.Array:
     return x.reshape(len(x), *sizes, *x.shape[3:])
 
 
-def _take(x: jax.Array | None, index: np.ndarray) -> jax.Array | None:
+def _take(x: jax.Array, index: np.ndarray) -> jax.Array:
     """x[:, index]. No index comes twice, so that the gradient needs no atomic additions."""
-    if x is None:
-        return None
     return x.at[:, index].get(unique_indices=True, mode="promise_in_bounds")
 
 

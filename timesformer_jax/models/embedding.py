@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.models.attention import Grid, Tokens
@@ -111,7 +110,7 @@ def resize_time(
     return jax.image.resize(table, (new, table.shape[1]), "linear", antialias=False)
 
 
-def _nearest(table: ArrayLike, axis: int, size: int) -> jax.Array:
+def _nearest(table: jax.Array | np.ndarray, axis: int, size: int) -> jax.Array:
     """Resizes one axis to `size` by nearest neighbour, index floor(i * old / new)."""
     old = table.shape[axis]
     # In float32 as PyTorch computes it, which at a few sizes (26 to 22) is one off the exact rule.

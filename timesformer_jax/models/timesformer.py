@@ -58,6 +58,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Tokens, grid: Grid, key: MaybeKey = None, rate: Rate = 0.0) -> Tokens:
         """The residual update of `x`; its cls is None where the token takes no part."""
+        assert x.cls is not None  # the residual stream always has the token
         sequences = self.layer.partition(x.patches.shape[1], grid)
         if self.layer.within == "position":
             x = x._replace(patches=sequence.to_positions(x.patches))
@@ -141,6 +142,7 @@ class Block(nnx.Module):
 
 def _add(x: Tokens, update: Tokens) -> Tokens:
     """x + update, whose cls may be None."""
+    assert x.cls is not None  # the residual stream always has the token
     cls = x.cls if update.cls is None else x.cls + update.cls
     return _residual_stream(Tokens(cls, x.patches + update.patches))
 
@@ -152,6 +154,7 @@ def _residual_stream(x: Tokens) -> Tokens:
         # XLA would put clips and frames innermost, along which the gradients of the positions are
         # summed, and transpose in every layer.
         patches = with_layout_constraint(patches, Layout(tuple(range(patches.ndim))))
+    assert x.cls is not None
     return Tokens(constrain(x.cls, "token"), patches)
 
 

@@ -31,7 +31,7 @@ class Collective(NamedTuple):
     kind: str
     num_bytes: int
     axes: tuple[str, ...]
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here needs
 
 
 def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collective]:
@@ -48,7 +48,7 @@ def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collect
     Raises:
       ValueError: if the text is not a compiled program, or names devices in an unknown notation.
     """
-    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
     computations, entry = _computations(text)
     found: Counter = Counter()
 
@@ -65,7 +65,7 @@ def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collect
                     visit(called, times * _trips(attributes))
 
     visit(entry, 1)
-    listed = [Collective(*what, count) for what, count in found.items()]
+    listed = [Collective(*what, count=count) for what, count in found.items()]
     return sorted(listed, key=lambda c: (-c.num_bytes * c.count, c))
 
 
@@ -151,7 +151,9 @@ def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
 def _groups(kind: str, attributes: str, devices: int) -> list[list[int]]:
     """Which devices exchange with one another; pairs, where each sends to one."""
     if kind == "collective-permute":
-        return _lists(re.search(r"source_target_pairs=\{(.*?\})?\}", attributes)[0])
+        pairs = re.search(r"source_target_pairs=\{(.*?\})?\}", attributes)
+        assert pairs is not None  # XLA prints them always
+        return _lists(pairs[0])
     everyone = [list(range(devices))]
     flagged = kind in ("all-gather", "all-reduce", "reduce-scatter")
     if flagged and "use_global_device_ids=true" not in attributes:
@@ -178,8 +180,9 @@ def _along_named_axes(axes: str, order: str | None, along: str) -> list[list[int
     `'a':(2)2` is a part of an axis: of (2, 2, the rest) that it is cut into, the second.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.-]+)'?=(\d+)", axes)}
-    shape, chosen = [], []
-    parts = {name: [] for name in sizes}
+    shape: list[int] = []
+    chosen = []
+    parts: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
     for name, before, size in re.findall(r"'?([\w.-]+)'?(?::\((\d+)\)(\d+))?", along):
         parts[name].append((int(before or 1), int(size or sizes[name])))
     for name, size in sizes.items():

@@ -48,7 +48,7 @@ class Memory(NamedTuple):
 
 def compiled_memory(program: Program, compiled: jax.stages.Compiled) -> Memory:
     """Memory as the compiler has laid it out."""
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     params, optimizer, inputs = _arguments(program)
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Memory(

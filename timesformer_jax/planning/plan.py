@@ -100,9 +100,10 @@ class Plan:
 
         None where that time does not know of the memory, and so says nothing of it.
         """
-        if self.best.roofline is None or self.best.moved is None:
+        best, counted = self.best, self.counted.roofline
+        if best.roofline is None or counted is None or best.moved is None:
             return None
-        return self.counted.roofline.compute / self.step_seconds
+        return counted.compute / best.roofline.overlapped
 
 
 def make_plan(
@@ -176,7 +177,7 @@ def _compile(chip: Chip | None, program: Program, options: dict) -> tuple[Estima
         if (needed := exceeded(e)) is None:
             raise
         return None, needed
-    costs = {} if program.loops else compiled.cost_analysis()
+    costs = {} if program.loops else compiled.cost_analysis() or {}
     memory = compiled_memory(program, compiled)
     flops, moved = costs.get("flops"), costs.get("bytes accessed")
     hidden = program.loops and program.mesh.devices.flat[0].platform == "tpu"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -45,7 +44,7 @@ class Program(NamedTuple):
     mesh: Mesh
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
-    step: Callable[..., Any]
+    step: jax.stages.Wrapped
     train: str
     parts: int
 

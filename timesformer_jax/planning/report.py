@@ -9,7 +9,7 @@ import jax
 
 from timesformer_jax.distributed.hardware import GIB, Torus
 from timesformer_jax.planning.plan import Estimate, Plan
-from timesformer_jax.planning.roofline import sent
+from timesformer_jax.planning.roofline import Roofline, sent
 
 _KINDS = {
     "parameters": "parameters",
@@ -24,8 +24,8 @@ _KINDS = {
 def as_text(plan: Plan) -> str:
     """The plan in lines of less than 100 characters."""
     lines = [_head(plan), "", _verdict(plan), ""]
-    columns = [("compiled", plan.compiled), ("counted", plan.counted)]
-    columns = [(name, estimate) for name, estimate in columns if estimate]
+    found = [("compiled", plan.compiled), ("counted", plan.counted)]
+    columns = [(name, estimate) for name, estimate in found if estimate]
     lines += [_row("memory a chip, GiB", [name for name, _ in columns])]
     for kind, name in _KINDS.items():
         values = [getattr(estimate.memory, kind) / GIB for _, estimate in columns]
@@ -38,7 +38,7 @@ def as_text(plan: Plan) -> str:
     for name, estimate in columns:
         lines += _sent(name, estimate, plan)
     if plan.best.roofline:
-        lines += ["", *_times(plan)]
+        lines += ["", *_times(plan, plan.best.roofline)]
     if plan.largest_batch is not None:
         lines += ["", _largest(plan)]
     return "\n".join([*lines, "", "assumed:", *(f"  {line}" for line in assumptions(plan))])
@@ -67,7 +67,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compiled": plan.compiled and _estimate_json(plan.compiled, plan),
         "counted": _estimate_json(plan.counted, plan),
         "step_seconds": plan.step_seconds,
-        "clips_per_second": roof and plan.program.batch_size / plan.step_seconds,
+        "clips_per_second": roof and plan.program.batch_size / roof.overlapped,
         "mfu": plan.mfu,
         "assumptions": assumptions(plan),
     }
@@ -172,8 +172,7 @@ def _sent(name: str, estimate: Estimate, plan: Plan) -> list[str]:
     return lines
 
 
-def _times(plan: Plan) -> list[str]:
-    roof = plan.best.roofline
+def _times(plan: Plan, roof: Roofline) -> list[str]:
     parts = {"compute": roof.compute, "memory": roof.memory, "communication": roof.communication}
     lines = ["roofline of a step, ms"]
     for name, seconds in parts.items():

@@ -71,7 +71,10 @@ def parameter_shapes(config: TimeSformerConfig) -> dict[str, tuple[int, ...]]:
 def lazy_new_head(config: TimeSformerConfig) -> dict[str, LazyArray]:
     """The parameters of a newly initialised head by path."""
     head = {f"head/{name}": np.asarray(value) for name, value in new_head(config).items()}
-    return {path: LazyArray(value.shape, lambda value=value: value) for path, value in head.items()}
+    return {
+        path: LazyArray(value.shape, functools.partial(np.asarray, value))
+        for path, value in head.items()
+    }
 
 
 def _copy_spatial_attention(

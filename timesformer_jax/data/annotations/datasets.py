@@ -185,7 +185,7 @@ def _published_counts(parsed: ParsedAnnotations, known: Dataset | None) -> Mappi
 
 def _valid_clips(rows: Sequence[Row], labels: Sequence[str] | None) -> list[Clip]:
     allowed = None if labels is None else frozenset(labels)
-    seen = {}
+    seen: dict[str, str] = {}
     for where, clip in rows:
         if len(clip.label.splitlines()) != 1:
             raise InputError(f"{where}: the label {clip.label!r} is not one line; rename it")

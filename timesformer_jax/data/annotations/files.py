@@ -34,7 +34,7 @@ class AnnotationFiles:
     @cached_property
     def by_name(self) -> dict[str, epath.Path]:
         """All files in the folders."""
-        found = {}
+        found: dict[str, epath.Path] = {}
         for folder in self.folders:
             with read_errors(folder):
                 found |= {path.name: path for path in folder.iterdir()}
@@ -64,8 +64,9 @@ def annotation_files(annotations: Location | Sequence[Location]) -> AnnotationFi
     Raises:
       InputError: there is no such file or folder.
     """
-    many = isinstance(annotations, Sequence) and not isinstance(annotations, str)
-    paths = [epath.Path(path) for path in (annotations if many else [annotations])]
+    if isinstance(annotations, str) or not isinstance(annotations, Sequence):
+        annotations = [annotations]
+    paths = [epath.Path(path) for path in annotations]
     given, folders = [], []
     for path in paths:
         with read_errors(path):

@@ -60,7 +60,7 @@ def read(
 
 def _best_tasks(path: epath.Path) -> dict[str, tuple[str, int]]:
     """For each video: the place that lists its task, and the task."""
-    best = {}
+    best: dict[str, tuple[int, int, str]] = {}
     for where, row in read_table(path, _COLUMNS, _HINT):
         rank, task = (parse_integer(where, name, row[name]) for name in _COLUMNS[1:])
         name = row["video_id"]

@@ -110,7 +110,8 @@ def _published(folder: VideoFolder, path: epath.Path, split: str) -> Iterator[Ro
         if not of_row:
             raise InputError(f"{where} has no split; name the file train.csv, val.csv or test.csv")
         name = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-        file, times = folder.find(name), (None, None)
+        file = folder.find(name)
+        times: tuple[float | None, float | None] = (None, None)
         if file is None and (whole := folder.find(row["youtube_id"])):
             file, times = whole, (float(start), float(end))
         yield where, Clip(file or f"{name}.mp4", row.get("label", ""), *times, of_row, name=name)
@@ -125,7 +126,9 @@ def _with_commas(path: epath.Path) -> Iterator[tuple[str, str, str]]:
 
 def _with_spaces(path: epath.Path) -> Iterator[tuple[str, str, str]]:
     for where, line in nonblank_lines(path):
-        text, label = _PATH_AND_LABEL.fullmatch(line).groups(default="")
+        match = _PATH_AND_LABEL.fullmatch(line)
+        assert match is not None  # the pattern takes any line
+        text, label = match.groups(default="")
         if re.fullmatch(r"-\d+|-?\d+(\s+-?\d+)+", label):
             raise InputError(f"{where}: '{label}' is not one class; give a path and a label a line")
         yield where, text, label

@@ -64,7 +64,7 @@ def _class_names(path: epath.Path) -> tuple[str, ...]:
     indices = {
         name: parse_integer(f"{path} '{name}'", "class", str(classes[name])) for name in classes
     }
-    names = tuple(sorted(indices, key=indices.get))
+    names = tuple(sorted(indices, key=indices.__getitem__))
     if not names or [indices[name] for name in names] != list(range(len(names))):
         raise InputError(f"{path} does not number its labels 0, 1, 2, ...; download it again")
     return names
@@ -116,7 +116,8 @@ def _frame_locator(
     ]
     if not paths or not folder.frame_folders:
         return None
-    counts, named = Counter(), {}
+    counts: Counter = Counter()
+    named = {}
     for path in paths:
         for name, frames_folder in _frame_list(path):
             counts[name] += 1

@@ -82,7 +82,7 @@ def _number(annotations: AnnotationFiles, pattern: str, default: str) -> str:
 
 
 def _class_names(path: epath.Path) -> tuple[str, ...]:
-    names = []
+    names: list[str] = []
     for where, line in nonblank_lines(path):
         index, _, name = line.partition(" ")
         if not name or parse_integer(where, "class", index) != len(names) + 1:

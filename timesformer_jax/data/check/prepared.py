@@ -148,7 +148,7 @@ def _check_index(split: Split) -> Iterator[str]:
 
 def _indexed_shards(root: epath.Path, split: Split) -> list[IndexedShard]:
     manifests = root / MANIFESTS if (root / MANIFESTS).is_dir() else None
-    rows = [[] for _ in split.files]
+    rows: list[list[dict]] = [[] for _ in split.files]
     columns = (getattr(split, column).tolist() for column in INDEX_DTYPES)
     for clip, *values in zip(split.ids.tolist(), *columns):
         row = {"id": clip, **dict(zip(INDEX_DTYPES, values))}

@@ -26,7 +26,9 @@ def summarize(
       decode_fraction: fraction of the clips that were decoded.
     """
     failures = count_failures(root / FAILURES_FILE)
-    rows = [("split", "clips", "records", "shards", "MB", "frames", "short side", "fps", "failed")]
+    rows: list[tuple[object, ...]] = [
+        ("split", "clips", "records", "shards", "MB", "frames", "short side", "fps", "failed")
+    ]
     for split in splits:
         size = sum(num_bytes[epath.Path(file).name] for file in split.files)
         rows.append(

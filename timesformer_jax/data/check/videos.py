@@ -171,7 +171,7 @@ def _property_counts(infos: Iterable[VideoInfo]) -> list[tuple[object, ...]]:
         "size": [f"{info.width}x{info.height}" for info in infos],
         "fps": [f"{info.fps:.4g}" for info in infos],
     }
-    rows = [("property", "value", "videos")]
+    rows: list[tuple[object, ...]] = [("property", "value", "videos")]
     for name, values in properties.items():
         ranked = Counter(values).most_common()
         rows += [(name, value, count) for value, count in ranked[:MAX_VALUES]]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import av
 from av.stream import Disposition
@@ -60,7 +61,7 @@ def video_errors() -> Iterator[None]:
 def open_container(path: str) -> av.container.InputContainer:
     """Opens a file, which may be on gs://, or a folder of images."""
     # A title in an unknown encoding must not make the video unusable.
-    options = {"metadata_errors": "replace"}
+    options: dict[str, Any] = {"metadata_errors": "replace"}
     if is_remote(path):
         if not (file := epath.Path(path)).exists():
             raise VideoError(MISSING_FILE)

@@ -59,7 +59,7 @@ def test_indices(num_frames: int, fps: float, spec: ClipSpec, views: int) -> np.
     )
 
 
-test_indices.__test__ = False  # pytest must not collect it as a test
+test_indices.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it as a test
 
 
 def clip_indices(
@@ -183,7 +183,7 @@ def test_crop_boxes(height: int, width: int, crops: int) -> np.ndarray:
     return np.array([[p * (height - side), p * (width - side), side] for p in positions])
 
 
-test_crop_boxes.__test__ = False  # pytest must not collect it as a test
+test_crop_boxes.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it as a test
 
 
 def decoded_side(short_side: int, crop: int, least_short_side: int) -> int:

@@ -253,6 +253,7 @@ def load_photographs(split: str) -> tuple[Image.Image, ...]:
         raise InputError(
             "the demo's photographs are part of scikit-image; pip install scikit-image"
         )
+    assert package.origin is not None  # a package with an __init__.py
     folder = Path(package.origin).parent / "data"
     images = []
     for name in PHOTOGRAPHS:

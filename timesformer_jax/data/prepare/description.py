@@ -59,7 +59,7 @@ def write_description(
     Raises:
       InputError: no clip of a split could be decoded.
     """
-    by_split = defaultdict(dict)
+    by_split: defaultdict[str, dict] = defaultdict(dict)
     for shard in shards:
         by_split[shard.split][shard.name] = shard.read_manifest()
     for split, manifests in by_split.items():
@@ -93,7 +93,9 @@ def _index_rows(manifests: Sequence[Mapping]) -> list[dict]:
 
 def summarize(output: epath.Path, shards: Sequence[Shard], num_classes: int) -> Summary:
     """Counts what is in the shards."""
-    clips, records, failures, num_bytes = defaultdict(int), defaultdict(int), 0, 0
+    clips: defaultdict[str, int] = defaultdict(int)
+    records: defaultdict[str, int] = defaultdict(int)
+    failures, num_bytes = 0, 0
     for shard in shards:
         manifest = shard.read_manifest()
         clips[shard.split] += len({row["video"] for row in manifest["records"]})

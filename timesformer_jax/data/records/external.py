@@ -170,6 +170,7 @@ def _tables(directory: str) -> dict[str, list[str]]:
     shards = defaultdict(list)
     for path in _shard_paths(directory):
         name = _SHARD.fullmatch(path)
+        assert name is not None  # the pattern takes any name
         place = int(name["count"] or 1), int(name["number"] or 0)
         shards[name["table"]].append((*place, os.path.join(directory, path)))
     for table, places in shards.items():
@@ -202,6 +203,7 @@ def _listed(directory: str) -> list[str]:
 
 def _is_shard(name: str) -> bool:
     match = _SHARD.fullmatch(name)
+    assert match is not None  # the pattern takes any name
     return any(match[group] for group in ("type", "number", "suffix"))
 
 
@@ -253,7 +255,8 @@ def _classes(
 def _label_texts(index: Index, where: str) -> dict[int, str]:
     """The text of each label of a table, without labels that have none."""
     pairs = set(zip(index["label"].tolist(), index["text"].tolist()))
-    names, labels = {}, {}
+    names: dict[int, str] = {}
+    labels: dict[str, int] = {}
     for label, text in sorted((label, text) for label, text in pairs if text):
         if label in names:
             raise InputError(

@@ -176,7 +176,7 @@ def load_or_make_index(
     workers = min(available_cores(), len(files), 1 + sum(sizes) // BYTES_PER_WORKER)
     index = make_index(split, files, sizes, record_format, workers) | {"key": np.array(key)}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **index)
+    np.savez_compressed(buffer, **index)  # type: ignore[arg-type]  # as numpy's stubs have it
     for path in paths:
         try:
             tf.io.gfile.makedirs(os.path.dirname(path))

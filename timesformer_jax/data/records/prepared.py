@@ -163,7 +163,7 @@ def write_index(directory: str, split: str, files: Sequence[str], rows: Sequence
     }
     ids = np.array([row["id"] for row in rows], np.str_)
     buffer = io.BytesIO()
-    np.savez(buffer, files=np.array(files, np.str_), ids=ids, **columns)
+    np.savez(buffer, files=np.array(files, np.str_), ids=ids, **columns)  # type: ignore[arg-type]  # not allow_pickle
     with _write_errors(), tf.io.gfile.GFile(index_path(directory, split), "wb") as file:
         file.write(buffer.getvalue())
 

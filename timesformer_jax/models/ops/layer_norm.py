@@ -23,7 +23,7 @@ def reference(
     x: Float[Array | np.ndarray, "... d"], scale: Vector, bias: Vector
 ) -> Float[Array, "... d"]:
     """(x - mean) / standard deviation * scale + bias, in float32."""
-    x = x.astype(jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     return (x - mean) / jnp.sqrt(variance + EPSILON) * scale + bias
 
@@ -48,10 +48,15 @@ def layer_norm(
 class LayerNorm(nnx.LayerNorm):
     """`nnx.LayerNorm` of the last axis, computed and returned in float32 always."""
 
+    scale: nnx.Param
+    bias: nnx.Param
+
     def __init__(self, width: int, rngs: nnx.Rngs):
         super().__init__(width, epsilon=EPSILON, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Float[Array | np.ndarray, "... d"]) -> Float[Array, "... d"]:
+    def __call__(  # type: ignore[override]  # there is no mask
+        self, x: Float[Array | np.ndarray, "... d"]
+    ) -> Float[Array, "... d"]:
         """(..., D) of any float dtype to (..., D) float32."""
         return layer_norm(x, self.scale[...], self.bias[...])
 

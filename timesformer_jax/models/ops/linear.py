@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.distributed.sharding import gather_fsdp
@@ -68,7 +67,7 @@ class Linear(nnx.LinearGeneral):
         super().__init__(*args, **kwargs)
         self.rule = f"{rule}/kernel"
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Any) -> Any:  # type: ignore[override]  # no out_sharding
         """A tree of (..., inputs) to (..., *outputs) of the layer's dtype."""
         return self.apply(x, self.kernel[...], self.bias[...])
 
@@ -157,7 +156,7 @@ def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> ArrayLike:
     return _as_matrix(gather_fsdp(kernel, rule), kernel.ndim - 1)
 
 
-def _as_matrix(x: ArrayLike, features: int) -> ArrayLike:
+def _as_matrix(x: Any, features: int) -> Any:
     """Merges the last `features` axes into one, and all axes before them, on a single device.
 
     XLA makes a matrix of an operand with more axes itself, on a CPU by a transposed copy, into

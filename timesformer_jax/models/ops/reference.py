@@ -25,7 +25,7 @@ def with_reference(reference: Callable) -> Callable[[Callable], Callable]:
             chosen = reference if use_references.value else fast
             return chosen(*arguments, **options)
 
-        operation.reference, operation.fast = reference, fast
+        operation.reference, operation.fast = reference, fast  # type: ignore[attr-defined]
         return operation
 
     return decorate

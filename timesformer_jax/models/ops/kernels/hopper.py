@@ -199,7 +199,7 @@ def _wgmma(a: Any, b: Any) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def _by_row(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _by_row(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, (0,))
 
 
@@ -209,7 +209,9 @@ def _call(
     """Runs `block` for all heads, positions and clips: it reads `inputs`, the first of them qkv."""
     b, t, n, _, heads, d = inputs[0].shape
     dtype = inputs[0].dtype
-    tile = _Tile(t, n, heads, d, dtype, _rows(t), together, interpret is not None)
+    rows = _rows(t)
+    assert rows is not None  # `unsupported` refuses such a length
+    tile = _Tile(t, n, heads, d, dtype, rows, together, interpret is not None)
     kernel = plgpu.kernel(
         functools.partial(block, tile),
         out_type=jax.ShapeDtypeStruct(shape, dtype),
