@@ -31,7 +31,7 @@ def keep_freed() -> None:
 
 def _has_accelerator() -> bool:
     """Whether JAX would find a GPU or TPU, as far as that is known before it looks."""
-    if platforms := jax.config.jax_platforms:
+    if platforms := jax.config.jax_platforms:  # type: ignore[attr-defined]  # set at run time
         return platforms != "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return bool(plugins) or importlib.util.find_spec("libtpu") is not None

@@ -162,7 +162,8 @@ def program(config: TimeSformerConfig, name: str, batch_size: int) -> Program:
         logits, labels = forward(params, video), jnp.zeros(len(video), int)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    function: Callable = {"forward": forward, "training": jax.value_and_grad(loss)}[name]
+    functions: dict[str, Callable] = {"forward": forward, "training": jax.value_and_grad(loss)}
+    function = functions[name]
     clip = batch_size, config.num_frames, config.image_size
 
     def lower() -> jax.stages.Lowered:

@@ -345,7 +345,9 @@ def load_parameters(
         return metadata, checkpoints.restore_parameters(step, metadata.model, sharding)
 
     with contextlib.closing(checkpoints):
-        step, found = checkpoints.read_newest(read) if step is None else (step, read(step))
+        newest = checkpoints.read_newest(read) if step is None else (step, read(step))
+        assert newest is not None  # `_open` refuses a directory without checkpoints
+        step, found = newest
         logging.info("parameters of step %d of %s", step, checkpoints.directory)
         return found
 

@@ -155,7 +155,12 @@ def _detected(
             if num_processes != 1 and None in (coordinator, num_processes, process_id):
                 coordinator, num_processes, process_id, _ = (
                     ClusterEnv.auto_detect_unset_distributed_params(
-                        coordinator, num_processes, process_id, [], None, seconds
+                        coordinator,
+                        num_processes,
+                        process_id,
+                        [],
+                        None,
+                        seconds,  # type: ignore[arg-type]  # goes to a float
                     )
                 )
     except Exception as e:  # of any kind, from the cluster's own library or settings
@@ -173,6 +178,7 @@ def _detected(
         return None
     if missing:
         raise InputError(f"several processes need {' and '.join(missing)} too")
+    assert coordinator is not None and num_processes is not None and process_id is not None
     if not re.fullmatch(r".+:\d+", coordinator):
         raise InputError(f"--coordinator must be host:port, not {coordinator}")
     if not 0 <= process_id < num_processes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -91,7 +92,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     rows = batch_rows(mesh, size)
 
     def put(name: str, value: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             here = np.searchsorted(rows, np.arange(size)[index[0]])
             return value[here, *index[1:]]
 

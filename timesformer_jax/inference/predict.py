@@ -59,7 +59,7 @@ class Predictor:
         frames = decode.decode_clip(
             video, start, end, sample=sample, short_side=clip.short_side
         ).frames
-        crop_boxes = sampling.test_crop_boxes(*frames.shape[1:3], self.crops)
+        crop_boxes = sampling.test_crop_boxes(frames.shape[1], frames.shape[2], self.crops)
         clips = frames.reshape(self.views, clip.frames, *frames.shape[1:])
         clips = np.repeat(clips, self.crops, axis=0)  # crops vary fastest
         return np.asarray(self._probabilities(clips, np.tile(crop_boxes, (self.views, 1))))

@@ -58,15 +58,16 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Tokens, grid: Grid, key: MaybeKey = None, rate: Rate = 0.0) -> Tokens:
         """The residual update of `x`; its cls is None where the token takes no part."""
-        assert x.cls is not None  # the residual stream always has the token
+        cls = x.cls
+        assert cls is not None  # the residual stream always has the token
         sequences = self.layer.partition(x.patches.shape[1], grid)
         if self.layer.within == "position":
             x = x._replace(patches=sequence.to_positions(x.patches))
-        y = Tokens(self._copies(x.cls, int(sequences.max()) + 1), x.patches)
+        y = Tokens(self._copies(cls, int(sequences.max()) + 1), x.patches)
         y = jax.tree.map(self._split_heads, self.qkv(jax.tree.map(self.norm, y)))
         y = _named(OUTPUT, self.layer.attend(y, grid))
         y = self._project(y, functools.partial(drop_path, rate=rate, sequences=sequences, key=key))
-        if y.cls is not None and y.cls.ndim > x.cls.ndim:
+        if y.cls is not None and y.cls.ndim > cls.ndim:
             y = y._replace(cls=constrain(y.cls, "token").mean(axis=1))
         if self.layer.within == "position":
             y = y._replace(patches=sequence.to_frames(y.patches))

@@ -65,7 +65,7 @@ def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collect
                     visit(called, times * _trips(attributes))
 
     visit(entry, 1)
-    listed = [Collective(*what, count=count) for what, count in found.items()]
+    listed = [Collective(*what, count) for what, count in found.items()]  # type: ignore[call-arg]
     return sorted(listed, key=lambda c: (-c.num_bytes * c.count, c))
 
 

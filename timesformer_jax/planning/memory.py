@@ -117,7 +117,7 @@ def _residuals(model: TimeSformerConfig, frames: int, side: int, clips: int) -> 
 
     jaxpr = jax.make_jaxpr(forward)(params, video).jaxpr
     given = {id(variable) for variable in jaxpr.invars}
-    kept = {
+    kept: dict[int, Any] = {
         id(variable): variable.aval
         for variable in jaxpr.outvars
         if isinstance(variable, Var) and id(variable) not in given

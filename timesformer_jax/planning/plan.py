@@ -152,7 +152,7 @@ def make_plan(
         return _compile(places.chip, other, options)[1]
 
     largest = None
-    if find_batch:
+    if find_batch and limit is not None:
         empty = counted.memory.parameters + counted.memory.optimizer
         largest = largest_batch(bytes_of, limit, program.unit, config.batch_size, empty)
     return Plan(places, program, limit, needed, counted, compiled, seconds, bool(options), largest)

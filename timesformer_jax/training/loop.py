@@ -207,7 +207,7 @@ def _open_checkpoints(config: ConfigDict, workdir: epath.Path) -> Checkpoints:
 def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, pipeline.IteratorState]:
     """The state and the data position to start at; the run with the license of its parameters."""
     state, position, metadata = resume.restore(checkpoints, run.target, run.metadata)
-    if state is None:
+    if state is None or position is None:
         initial, metadata = resume.initial_parameters(run.config, metadata)
         state = init_state(initial, run.optimizer, run.target)
         position = pipeline.IteratorState()

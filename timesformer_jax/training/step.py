@@ -110,7 +110,7 @@ def make_train_step(
     train: str = "all",
     accumulate_steps: int = 1,
     ema: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """The jitted training step. It donates the state: do not use the old state after a call.
 
     Args:
@@ -186,7 +186,7 @@ def _make_inputs(
                 video, labels, batch["augment_seed"], augmentation,
                 fill=clip.mean, classes=model.num_classes, mesh=mesh,
             )  # fmt: skip
-        return Examples(normalise(video, clip), targets, labels)
+        return Examples(normalise(jnp.asarray(video), clip), jnp.asarray(targets), labels)
 
     return inputs
 

@@ -59,8 +59,10 @@ def augment(
     if augmentation.distorts:
         # Under vmap a switch over the operations would run all of them on every clip and hold all
         # results. So each device maps over its clips and runs only the operations drawn for each.
-        def one_by_one(*shard: jax.Array) -> jax.Array:
-            return jax.lax.map(lambda one: distort(*one, augmentation, fill), shard)
+        def one_by_one(clips: jax.Array, seeds: jax.Array) -> jax.Array:
+            return jax.lax.map(
+                lambda one: distort(one[0], one[1], augmentation, fill), (clips, seeds)
+            )
 
         clips = _on_each_device(mesh, one_by_one)(clips, seeds)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), augmentation.label_smoothing)

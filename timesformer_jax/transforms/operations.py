@@ -90,7 +90,7 @@ def randaugment(
         clip = jax.lax.switch(drawn, tuple(OPERATIONS.values()), clip, signed, jnp.asarray(fill))
         return clip, None
 
-    return jax.lax.scan(layer, clip, jax.random.split(key, layers))[0]
+    return jax.lax.scan(layer, jnp.asarray(clip), jax.random.split(key, layers))[0]
 
 
 # RandAugment's operations. Each takes a clip, a strength in [-1, 1] and a fill colour.
@@ -140,7 +140,7 @@ def sharpness(clip: Clip, factor: Scalar) -> Clip:
     rows = clip[:, :-2] + clip[:, 1:-1] + clip[:, 2:]
     boxes = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
     inner = (boxes + 4 * clip[:, 1:-1, 1:-1]) / 13
-    return _blend(clip.at[:, 1:-1, 1:-1].set(inner), clip, factor)
+    return _blend(jnp.asarray(clip).at[:, 1:-1, 1:-1].set(inner), clip, factor)
 
 
 def autocontrast(clip: Clip) -> Clip:
@@ -204,7 +204,7 @@ def warp(clip: Clip, matrix: list, offset: list, fill: Float[Array, "3"]) -> Cli
     def channel(image: jax.Array) -> jax.Array:
         return map_coordinates(image, [at - 0.5 for at in source], order=1, mode="nearest")
 
-    warped = jax.vmap(jax.vmap(channel, -1, -1))(clip)
+    warped = jax.vmap(jax.vmap(channel, -1, -1))(jnp.asarray(clip))
     return jnp.where(inside[..., None], warped, fill)
 
 

@@ -144,4 +144,4 @@ def _load_resized(
         # The patches are resized as if they were a sequence: 196 to 784 takes patch i // 4.
         patches = resize_time(table[1:], math.prod(new), method)
         return np.asarray(jnp.concatenate([table[:1], patches]))
-    return np.asarray(resize_space(table, old, new, method))
+    return np.asarray(resize_space(table, (old[0], old[1]), (new[0], new[1]), method))

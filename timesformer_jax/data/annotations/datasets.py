@@ -125,7 +125,7 @@ def read(
     order = parsed.labels if labels is None else tuple(labels)
     clips = sorted(_valid_clips(parsed.rows, labels), key=lambda clip: clip.id)
     missing = tuple(clip.id for clip in clips if not folder.contains(clip.path))
-    if len(missing) == len(clips):
+    if files is not None and len(missing) == len(clips):
         raise InputError(
             f"none of the {len(clips)} clips of {files.where} is in {videos} (first:"
             f" {clips[0].path}); give the folder that holds them"

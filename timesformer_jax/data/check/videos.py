@@ -151,13 +151,17 @@ def _summary(listing: Listing, results: Mapping[str, ClipResult], decode_fractio
     clips = [clip for clip in listing.clips if results[clip.id].reason != MISSING_FILE]
     decoded = sum(is_decoded(clip.id, decode_fraction) for clip in clips)
     read = f"the packets of {len(clips)} clips are read, and {decoded} of them are decoded"
-    rows = [("split", "clips", "hours", "bad")]
+    rows: list[tuple[object, ...]] = [("split", "clips", "hours", "bad")]
     for split in dict.fromkeys(clip.split for clip in clips):
         of_split = [results[clip.id] for clip in clips if clip.split == split]
         hours = sum(result.seconds for result in of_split) / 3600
         bad = sum(bool(result.reason) for result in of_split)
         rows.append((split, len(of_split), f"{hours:.2f}", bad))
-    infos = {clip.path: results[clip.id].info for clip in clips if not results[clip.id].reason}
+    infos = {
+        clip.path: info
+        for clip in clips
+        if not results[clip.id].reason and (info := results[clip.id].info)
+    }
     properties = _property_counts(infos.values())
     return "\n".join([listing.report(), read, format_table(rows), format_table(properties)])
 

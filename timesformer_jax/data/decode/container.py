@@ -122,7 +122,9 @@ def read_stream_duration(
     so a truncated one cannot be told from a shorter video.
     """
     if container.format.name == "avi":
-        return None if not stream.duration else float(stream.duration * stream.time_base)
+        if not stream.duration or stream.time_base is None:
+            return None
+        return float(stream.duration * stream.time_base)
     if container.format.name != "matroska,webm":
         return None
     tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.?\d*)", stream.metadata.get("DURATION", ""))

@@ -193,7 +193,8 @@ class VideoFile:
                     return
         decoded = 0 if last is None else (timeline.times <= until + TIME_TOLERANCE).sum()
         _check_complete(decoded, len(timeline.times), "frames")
-        yield from [last] * len(due)
+        if last is not None:
+            yield from [last] * len(due)
 
     def to_rgb(self, frame: av.VideoFrame, short_side: int | None = None) -> np.ndarray:
         """Converts a decoded frame to an upright (H, W, 3) uint8 RGB array of square pixels.
@@ -262,6 +263,7 @@ class VideoFile:
         yield from self._container.demux(self._stream)
 
     def _seek(self, seconds: float) -> None:
+        assert self._stream.time_base is not None  # of a stream that was opened
         stamp = round(seconds / self._stream.time_base) + self._start_stamp
         self._container.seek(stamp, stream=self._stream, backward=True)
         self._at_start = False

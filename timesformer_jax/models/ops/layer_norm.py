@@ -67,7 +67,7 @@ def _layer_norm(x: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> jax.Array:
 
 
 def _normalised(x: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> tuple:
-    wide = x.astype(jnp.float32)
+    wide = jnp.asarray(x, jnp.float32)
     mean = wide.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + EPSILON)
     return (wide - mean) * inverse * scale + bias, (x, mean, inverse, scale)

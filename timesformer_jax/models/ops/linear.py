@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.distributed.sharding import gather_fsdp
@@ -63,6 +64,8 @@ class Linear(nnx.LinearGeneral):
     `rule` is the path of the kernel in the sharding rules (`distributed.sharding`).
     """
 
+    bias: nnx.Param
+
     def __init__(self, *args, rule: str, **kwargs):
         super().__init__(*args, **kwargs)
         self.rule = f"{rule}/kernel"
@@ -98,7 +101,7 @@ def fused(first: Linear, second: Linear) -> tuple[Float[Array, "i o"], Float[Arr
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(rule: str, x: Any, kernel: ArrayLike, bias: ArrayLike) -> Any:
     matrix = _gathered_matrix(rule, x, kernel)
-    bias = bias.astype(matrix.dtype)
+    bias = jnp.asarray(bias, matrix.dtype)
 
     def apply(x):
         y = jnp.tensordot(_as_matrix(x, 1), matrix, 1)
@@ -152,7 +155,7 @@ _linear.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> ArrayLike:
     """The kernel in the dtype of `x`; rounded before devices gather it, which halves the bytes."""
-    kernel = kernel.astype(jax.tree.leaves(x)[0].dtype)
+    kernel = jnp.asarray(kernel, jax.tree.leaves(x)[0].dtype)
     return _as_matrix(gather_fsdp(kernel, rule), kernel.ndim - 1)
 
 

@@ -52,7 +52,7 @@ def _through_time_unsupported(shape: tuple[int, ...], dtype: Any) -> str | None:
 
 # Of temporal and spatial attention, by name: the function, and what says why it cannot be had.
 # pallas_2 is `temporal` with two heads together.
-KERNELS: dict[str, dict[str, tuple[Callable, Callable]]] = {
+KERNELS: dict[str, dict[str, tuple[Any, Callable]]] = {
     "temporal": {
         "pallas": (tiles.attention, tiles.unsupported),
         "cudnn": (_through_time, _through_time_unsupported),
@@ -201,7 +201,7 @@ def measure(
                 reference = _numbers_by_head(functions, qkv)
             elif reason is None and reference is None:
                 reason = "xla has no values to compare it with"
-            elif reason is None:
+            elif reason is None and reference is not None:
                 reason = _difference(reference, _numbers(functions, qkv))
             if reason is None:
                 forward, gradient = (seconds(function, qkv) for function in functions)
