@@ -179,7 +179,8 @@ def _detected(
     if missing:
         raise InputError(f"several processes need {' and '.join(missing)} too")
     assert coordinator is not None
-    assert num_processes is not None and process_id is not None
+    assert num_processes is not None
+    assert process_id is not None
     if not re.fullmatch(r".+:\d+", coordinator):
         raise InputError(f"--coordinator must be host:port, not {coordinator}")
     if not 0 <= process_id < num_processes:
