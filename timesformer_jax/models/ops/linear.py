@@ -153,7 +153,7 @@ def _backward(rule: str, saved: tuple, g: Any) -> tuple:
 _linear.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> ArrayLike:
+def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> Any:
     """The kernel in the dtype of `x`; rounded before devices gather it, which halves the bytes."""
     kernel = jnp.asarray(kernel, jax.tree.leaves(x)[0].dtype)
     return _as_matrix(gather_fsdp(kernel, rule), kernel.ndim - 1)
