@@ -64,7 +64,8 @@ def benchmark_input(
       synthetic: a folder to measure on instead, which gets synthetic videos, prepared.
       split: of the data.
       config: a recipe, which says what follows.
-      frames, frame_stride, crop, short_side_range, batch_size: as in a recipe; by default 8, 32, 224, 256 to 320, 16.
+      frames, frame_stride, crop, short_side_range, batch_size: as in a recipe; by default 8, 32,
+        224, 256 to 320, 16.
       batches: how many to measure, dealt out to rounds; memory is read after 10, 50 and 100%.
       reference: whether to measure a loop over simplejpeg and OpenCV too, in turns.
       json: a file to write the figures to.
