@@ -6,8 +6,8 @@ Two CPU cores, a few minutes. Expect 99% top-1 of 8 directions; with
 `--config.model.attention=space`, which sees no motion, chance (docs/demo_motion.json).
 """
 
-from timesformer_jax.recipes import demo, varied
+from timesformer_jax.recipes import demo, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(demo(), arguments)
+    return with_arguments(demo(), arguments)

@@ -10,8 +10,8 @@ There is no config of the authors: that the frames are spread over the whole div
 The paper reports 74.9 top-1. We have not trained it.
 """
 
-from timesformer_jax.recipes import diving48, varied
+from timesformer_jax.recipes import diving48, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(diving48("timesformer_base"), arguments)
+    return with_arguments(diving48("timesformer_base"), arguments)

@@ -6,8 +6,8 @@
 One GPU. AdamW at 1e-4 for 15 epochs; a batch of 8 clips.
 """
 
-from timesformer_jax.recipes import finetune, varied
+from timesformer_jax.recipes import finetune, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(finetune(), arguments)
+    return with_arguments(finetune(), arguments)

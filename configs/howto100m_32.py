@@ -14,8 +14,8 @@ The paper reports 61.2 top-1 (SlowFast: 50.8). We have not trained it; the autho
 published (docs/data.md).
 """
 
-from timesformer_jax.recipes import howto100m, varied
+from timesformer_jax.recipes import howto100m, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(howto100m(32), arguments)
+    return with_arguments(howto100m(32), arguments)

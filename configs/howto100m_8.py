@@ -13,8 +13,8 @@ The paper reports 56.8 top-1 (SlowFast: 48.2). We have not trained it; the autho
 published (docs/data.md).
 """
 
-from timesformer_jax.recipes import howto100m, varied
+from timesformer_jax.recipes import howto100m, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(howto100m(8), arguments)
+    return with_arguments(howto100m(8), arguments)

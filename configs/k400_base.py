@@ -16,11 +16,11 @@ The paper's ablations are arguments, :NAME=VALUE,NAME=VALUE after the file's nam
     init                imagenet1k 75.8 (table 2), scratch 64.8
     backbone            vit_l about 1 below, vit_s about 5 below; patch_size=32 about 3 below
     frames, crop        figure 5; over the same span, so frames=16 is at a rate of 16
-    fraction            0.25, 0.5, 0.75 of each class's training videos (figure 4)
+    train_fraction      0.25, 0.5, 0.75 of each class's training videos (figure 4)
 """
 
-from timesformer_jax.recipes import kinetics400, varied
+from timesformer_jax.recipes import kinetics400, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(kinetics400("timesformer_base"), arguments)
+    return with_arguments(kinetics400("timesformer_base"), arguments)

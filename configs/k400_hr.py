@@ -11,8 +11,8 @@ The authors' model reaches 79.6 / 94.0 top-1 / top-5 (model zoo, 1 x 3 views).
 We have not trained it.
 """
 
-from timesformer_jax.recipes import kinetics400, varied
+from timesformer_jax.recipes import kinetics400, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(kinetics400("timesformer_hr"), arguments)
+    return with_arguments(kinetics400("timesformer_hr"), arguments)

@@ -8,8 +8,8 @@ config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoi
 The paper reports 77.4 top-1 (table 1). We have not trained it.
 """
 
-from timesformer_jax.recipes import kinetics400, varied
+from timesformer_jax.recipes import kinetics400, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(kinetics400(attention="joint"), arguments)
+    return with_arguments(kinetics400(attention="joint"), arguments)

@@ -10,8 +10,8 @@ The authors' model reaches 79.1 / 94.4 top-1 / top-5 (model zoo, 1 x 3 views).
 We have not trained it.
 """
 
-from timesformer_jax.recipes import kinetics600, varied
+from timesformer_jax.recipes import kinetics600, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(kinetics600("timesformer_base"), arguments)
+    return with_arguments(kinetics600("timesformer_base"), arguments)

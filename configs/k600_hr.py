@@ -12,8 +12,8 @@ The authors' model reaches 81.8 / 95.8 top-1 / top-5 (model zoo, 1 x 3 views).
 We have not trained it.
 """
 
-from timesformer_jax.recipes import kinetics600, varied
+from timesformer_jax.recipes import kinetics600, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(kinetics600("timesformer_hr"), arguments)
+    return with_arguments(kinetics600("timesformer_hr"), arguments)

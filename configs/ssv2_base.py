@@ -14,11 +14,11 @@ The paper's ablations are arguments, as of configs/k400_base.py, with top-1
 (the paper's divided model: 59.5):
     attention           space 36.6, joint 58.5, local_global 56.3, axial 56.2 (table 1)
     position_embedding  none 45.8, space 52.5 (table 4)
-    fraction            0.25, 0.5, 0.75 of each class's training videos (figure 4)
+    train_fraction      0.25, 0.5, 0.75 of each class's training videos (figure 4)
 """
 
-from timesformer_jax.recipes import something_v2, varied
+from timesformer_jax.recipes import something_v2, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(something_v2("timesformer_base"), arguments)
+    return with_arguments(something_v2("timesformer_base"), arguments)

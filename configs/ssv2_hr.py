@@ -13,8 +13,8 @@ The authors' model reaches 61.8 / 86.9 top-1 / top-5 (model zoo, 1 x 3 views).
 We have not trained it.
 """
 
-from timesformer_jax.recipes import something_v2, varied
+from timesformer_jax.recipes import something_v2, with_arguments
 
 
 def get_config(arguments=""):
-    return varied(something_v2("timesformer_hr"), arguments)
+    return with_arguments(something_v2("timesformer_hr"), arguments)

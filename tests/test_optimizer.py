@@ -67,7 +67,7 @@ def test_rates_fall_from_the_head_down():
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_of_what_is_not_trained_there_is_no_state(name):
     config = recipes.recipe().optimizer
-    config.update(name=name, train="head", layer_decay=0.5, clip_norm=1.0)
+    config.update(name=name, trainable="head", layer_decay=0.5, clip_norm=1.0)
     params = model_parameters()
     optimizer = make_optimizer(config, optax.constant_schedule(0.01))
     state = optimizer.init(params)
@@ -137,7 +137,7 @@ def test_an_impossible_layer_decay_is_one_line(layer_decay):
         make_optimizer(config, optax.constant_schedule(0.01))
 
 
-@pytest.mark.parametrize("field", ["name", "schedule", "train"])
+@pytest.mark.parametrize("field", ["name", "schedule", "trainable"])
 def test_unknown_names_are_one_line(field):
     config = recipes.recipe().optimizer
     config[field] = "adam"

@@ -26,7 +26,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.models.costs import macs, parameter_count
 from timesformer_jax.models.presets import preset
 from timesformer_jax.models.timesformer import TimeSformerConfig
-from timesformer_jax.recipes import varied
+from timesformer_jax.recipes import with_arguments
 from timesformer_jax.training import loop, resume
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import abstract_state, make_train_step
@@ -136,7 +136,7 @@ def test_the_published_recipes(name):
     assert rate in (None, config.clip.frame_stride)
     assert config.data.short_side_range == ((448, 512) if crop == 448 else (256, 320))
     assert config.data.flip == (data != "ssv2")
-    assert config.data.fraction == 1
+    assert config.data.train_fraction == 1
     assert config.model.num_classes == classes
     assert config.model.attention == {"k400_joint": "joint", "k400_space": "space"}.get(
         name, "divided"
@@ -213,7 +213,7 @@ def test_pieces_of_howto100m_are_as_long_as_a_clip():
          {"model.hidden_size": 384, "model.num_heads": 6,
           "pretrained": "vit_small_patch16_224_in1k.pth"}),
         ("init=scratch", {"pretrained": ""}),
-        ("fraction=0.25", {"data.fraction": 0.25}),
+        ("train_fraction=0.25", {"data.train_fraction": 0.25}),
     ],
 )  # fmt: skip
 def test_an_argument_changes_what_belongs_together_and_nothing_else(arguments, changed):
@@ -246,7 +246,7 @@ def flat(config: ConfigDict):
 )
 def test_arguments_that_cannot_be_are_refused(arguments, said):
     with pytest.raises(InputError, match=said):
-        varied(recipes.kinetics400(), arguments)
+        with_arguments(recipes.kinetics400(), arguments)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatc
         found.append(split)
         raise InputError("seen")
 
-    config = config_of("demo", "fraction=0.25")
+    config = config_of("demo", "train_fraction=0.25")
     config.data.directory, config.data.demo = str(demo_data), False
     config.batch_size = config.eval.batch_size = 8
     config.model.depth = 1

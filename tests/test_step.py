@@ -58,10 +58,11 @@ class Compiled:
         config.update(dict(optimizer))
         self.mesh = mesh
         self.optimizer = make_optimizer(config, SCHEDULE)
-        self.target = abstract_state(model, self.optimizer, mesh, ema=options.get("ema", 0) > 0)
+        ema = options.get("ema_decay", 0) > 0
+        self.target = abstract_state(model, self.optimizer, mesh, ema=ema)
         step = make_train_step(
             model, CLIP, self.optimizer, SCHEDULE, self.target, mesh, 0, augmentation,
-            train=config.train, **options,
+            trainable=config.trainable, **options,
         )  # fmt: skip
         with jax.set_mesh(mesh):
             self.traced = step.trace(self.target, put_batch(mesh, batch()))
@@ -94,7 +95,7 @@ def plain():
 
 @functools.cache
 def averaging():
-    return Compiled(one_device(), optimizer={"name": "adamw", "clip_norm": 1.0}, ema=0.9)
+    return Compiled(one_device(), optimizer={"name": "adamw", "clip_norm": 1.0}, ema_decay=0.9)
 
 
 # bfloat16
@@ -151,7 +152,7 @@ def test_bfloat16_multiplies_in_it_and_adds_up_in_float32():
 
 def test_in_bfloat16_the_state_and_the_metrics_are_float32():
     model = TimeSformerConfig(**vars(MODEL) | {"dtype": "bfloat16"})
-    state, metrics = Compiled(one_device(), model, {"name": "adamw"}, ema=0.9).traced.out_info
+    state, metrics = Compiled(one_device(), model, {"name": "adamw"}, ema_decay=0.9).traced.out_info
     integers = [x for x in jax.tree.leaves(state) if x.dtype != jnp.float32]
     assert all(x.dtype == jnp.int32 and x.ndim == 0 for x in integers)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(metrics))
@@ -236,7 +237,7 @@ def test_the_moving_average_is_that_of_the_parameters():
 
 
 def test_training_the_head_alone_leaves_the_rest_and_computes_no_gradient_of_it():
-    head = Compiled(one_device(), optimizer={"train": "head"})
+    head = Compiled(one_device(), optimizer={"trainable": "head"})
     (first, after), (metrics,) = head.run()
     (_, expected), (all_metrics,) = plain().run()
     assert metrics["loss"] == pytest.approx(all_metrics["loss"], rel=1e-5)
@@ -324,8 +325,8 @@ def test_the_average_is_saved_goes_on_is_evaluated_and_is_what_one_predicts_with
     """Goes on scanned and with remat, which are no matter of the checkpoint."""
     states, evaluated, told = [], [], []
 
-    def make(*_, ema, **__):
-        told.append(ema)
+    def make(*_, ema_decay, **__):
+        told.append(ema_decay)
 
         def step(state, _):
             states.append(jax.device_get(state))
@@ -345,7 +346,7 @@ def test_the_average_is_saved_goes_on_is_evaluated_and_is_what_one_predicts_with
 
     monkeypatch.setattr(loop, "make_train_step", make)
     monkeypatch.setattr(loop, "evaluate", evaluate)
-    config.ema, config.epochs = 0.5, 1
+    config.ema_decay, config.epochs = 0.5, 1
     loop.train(config, tmp_path / "run")
     config.epochs = 2
     config.model.update(scan_layers=True, remat="block")
@@ -359,8 +360,8 @@ def test_the_average_is_saved_goes_on_is_evaluated_and_is_what_one_predicts_with
     for found in (loaded, evaluated[-1]):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), after[-1].ema)
 
-    config.ema = 0.0
-    with pytest.raises(InputError, match=r"ema is 0\.0, saved was 0\.5"):
+    config.ema_decay = 0.0
+    with pytest.raises(InputError, match=r"ema_decay is 0\.0, saved was 0\.5"):
         loop.train(config, tmp_path / "run")
     assert told == [0.5, 0.5, 0.0]
 
@@ -370,10 +371,10 @@ def test_the_average_is_saved_goes_on_is_evaluated_and_is_what_one_predicts_with
     [
         ("accumulate_steps", 0, "accumulate_steps must be at least 1"),
         ("accumulate_steps", 3, "3 parts each; set --config.batch_size to a multiple of 24"),
-        ("ema", 1.0, "ema must be below 1"),
-        ("ema", -0.1, "ema must be at least 0"),
+        ("ema_decay", 1.0, "ema_decay must be below 1"),
+        ("ema_decay", -0.1, "ema_decay must be at least 0"),
         ("optimizer.clip_norm", -1.0, "clip_norm must be at least 0"),
-        ("optimizer.train", "tail", "optimizer.train must be all or head"),
+        ("optimizer.trainable", "tail", "optimizer.trainable must be all or head"),
         ("model.remat", "blocks", "remat must be one of .*did you mean 'block'"),
     ],
 )

@@ -47,7 +47,7 @@ GROWS = 1.02  # a doubled batch whose rate is not that much higher ends the sear
 
 # The recipes' optimizer, without ml_collections.
 RECIPE = SimpleNamespace(
-    name="sgd", momentum=0.9, weight_decay=1e-4, clip_norm=0.0, layer_decay=1.0, train="all"
+    name="sgd", momentum=0.9, weight_decay=1e-4, clip_norm=0.0, layer_decay=1.0, trainable="all"
 )  # fmt: skip
 
 

@@ -89,11 +89,11 @@ def build(config: ConfigDict, devices: list[jax.Device], batch_size: int) -> Pro
         config.optimizer, config.optimizer.reference_batch_size, _STEPS_PER_EPOCH
     )
     optimizer = make_optimizer(config.optimizer, schedule)
-    state = abstract_state(model, optimizer, mesh, ema=config.ema > 0)
-    train, parts = config.optimizer.train, config.accumulate_steps
+    state = abstract_state(model, optimizer, mesh, ema=config.ema_decay > 0)
+    train, parts = config.optimizer.trainable, config.accumulate_steps
     step = make_train_step(
         model, clip, optimizer, schedule, state, mesh, config.seed, Augmentation(**config.augment),
-        train=train, accumulate_steps=parts, ema=config.ema,
+        trainable=train, accumulate_steps=parts, ema_decay=config.ema_decay,
     )  # fmt: skip
     side = decoded_side(clip.short_side, clip.crop, low)
     batch = _batch(mesh, batch_size, clip.frames, side)

@@ -1,6 +1,6 @@
 """Training recipes as ml_collections configs, and the paper's ablations as arguments of them."""
 
-from timesformer_jax.recipes.ablations import varied, vary
+from timesformer_jax.recipes.ablations import with_arguments, ablate
 from timesformer_jax.recipes.recipes import (
     demo,
     diving48,
@@ -23,6 +23,6 @@ __all__ = [
     "kinetics600",
     "recipe",
     "something_v2",
-    "varied",
-    "vary",
+    "with_arguments",
+    "ablate",
 ]

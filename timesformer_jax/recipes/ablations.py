@@ -25,12 +25,12 @@ BACKBONES = {
 INITS = {"imagenet21k": "in21k", "imagenet1k": "in1k", "scratch": ""}
 
 
-def varied(config: ConfigDict, arguments: str = "") -> ConfigDict:
-    """A recipe with arguments: `varied(kinetics400(), "attention=joint,frames=16")`.
+def with_arguments(config: ConfigDict, arguments: str = "") -> ConfigDict:
+    """A recipe with arguments: `with_arguments(kinetics400(), "attention=joint,frames=16")`.
 
     Args:
       config: changed in place.
-      arguments: what follows the file's name and a colon on the command line: those of `vary`, as
+      arguments: what follows the file's name and a colon on the command line: those of `ablate`, as
         name=value with commas between.
 
     Raises:
@@ -38,7 +38,7 @@ def varied(config: ConfigDict, arguments: str = "") -> ConfigDict:
     """
     if not arguments:
         return config
-    kinds = {name: kind for name, kind in get_type_hints(vary).items() if get_args(kind)}
+    kinds = {name: kind for name, kind in get_type_hints(ablate).items() if get_args(kind)}
     given = {}
     for argument in arguments.split(","):
         name, equals, value = argument.partition("=")
@@ -54,12 +54,12 @@ def varied(config: ConfigDict, arguments: str = "") -> ConfigDict:
             given[name] = kind(value)
         except ValueError:
             raise InputError(f"{name} must be a number ({kind.__name__}), not {value!r}") from None
-    config = vary(config, **given)
+    config = ablate(config, **given)
     config.name = f"{config.name}:{arguments}"
     return config
 
 
-def vary(
+def ablate(
     config: ConfigDict,
     *,
     attention: str | None = None,
@@ -70,7 +70,7 @@ def vary(
     patch_size: int | None = None,
     backbone: str | None = None,
     init: str | None = None,
-    fraction: float | None = None,
+    train_fraction: float | None = None,
 ) -> ConfigDict:
     """Changes a recipe in the ways that the paper compares.
 
@@ -86,7 +86,7 @@ def vary(
       backbone: vit_s, vit_b or vit_l.
       init: imagenet21k, imagenet1k or scratch; with patch_size and backbone it says the file of
         config.pretrained.
-      fraction: of each class's training videos (figure 4).
+      train_fraction: of each class's training videos (figure 4).
 
     Raises:
       InputError: if a value is impossible.
@@ -104,8 +104,8 @@ def vary(
         config.clip.crop = crop
         low, high = (224, 256) if crop > 224 else (256, 320)
         config.data.short_side_range = (round(low * crop / 224), round(high * crop / 224))
-    if fraction is not None:
-        config.data.fraction = fraction
+    if train_fraction is not None:
+        config.data.train_fraction = train_fraction
     if patch_size is not None:
         config.model.patch_size = patch_size
     if backbone is not None:

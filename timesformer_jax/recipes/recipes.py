@@ -33,7 +33,7 @@ def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> Config
     config.pretrained = ""  # a checkpoint to start from
     config.log_every_steps = 50
     config.accumulate_steps = 1  # parts in which a batch goes through the model
-    config.ema = 0.0  # the moving average of the weights keeps this much a step; 0: none
+    config.ema_decay = 0.0  # the moving average of the weights keeps this much a step; 0: none
 
     fields = dataclasses.asdict(preset(model))
     clip = dataclasses.asdict(
@@ -54,7 +54,7 @@ def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> Config
     config.data.fps = 0.0  # of records that do not say theirs
     config.data.short_side_range = (256, 320)  # random short side, in pixels
     config.data.flip = True
-    config.data.fraction = 1.0  # of each class's training videos
+    config.data.train_fraction = 1.0  # of each class's training videos
 
     config.augment = ConfigDict(dataclasses.asdict(OFF))  # the paper has none
 
@@ -71,7 +71,7 @@ def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> Config
     config.optimizer.epochs = config.get_ref("epochs")
     config.optimizer.clip_norm = 0.0  # the largest norm of the gradient; 0: any
     config.optimizer.layer_decay = 1.0  # of the learning rate, for each layer from the head down
-    config.optimizer.train = "all"  # or "head"
+    config.optimizer.trainable = "all"  # or "head"
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1})
 

@@ -23,15 +23,17 @@ def check_config(config: ConfigDict) -> None:
         "epochs": 1, "batch_size": 1, "log_every_steps": 1, "eval.batch_size": 1, "eval.views": 1,
         "eval.every_epochs": 0, "checkpoint.keep": 1, "checkpoint.keep_best": 0,
         "checkpoint.every_steps": 0, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
-        "accumulate_steps": 1, "ema": 0,
+        "accumulate_steps": 1, "ema_decay": 0,
         "profile.start_step": 1, "profile.steps": 0,
     }  # fmt: skip
     values = flatten_config(config.to_dict())
     for name, bound in minimum.items():
         if not bound <= values[name] < math.inf:
             raise InputError(f"--config.{name} must be at least {bound}, not {values[name]}")
-    if values["ema"] >= 1:
-        raise InputError(f"--config.ema must be below 1, 0.9999 for example, not {values['ema']}")
+    if values["ema_decay"] >= 1:
+        raise InputError(
+            f"--config.ema_decay must be below 1, 0.9999 for example, not {values['ema_decay']}"
+        )
     if not 0 < values["optimizer.learning_rate"] < math.inf:
         rate = values["optimizer.learning_rate"]
         raise InputError(f"--config.optimizer.learning_rate must be above 0, not {rate}")

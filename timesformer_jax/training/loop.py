@@ -165,7 +165,7 @@ def _make_run(config: ConfigDict) -> Run:
     train_split, eval_split = (
         open_split(data.directory, split, data.fps) for split in (data.train_split, data.eval_split)
     )
-    train_split = take_fraction(train_split, data.fraction)
+    train_split = take_fraction(train_split, data.train_fraction)
     short_side = int(min(train_split.height[0], train_split.width[0]))
     clip = ClipSpec(**config.clip, short_side=short_side)
     model = model_config(config, train_split.label_names)
@@ -178,10 +178,11 @@ def _make_run(config: ConfigDict) -> Run:
     steps_per_epoch = pipeline.batches_per_epoch(train_split, config.batch_size)
     schedule = learning_rate(config.optimizer, config.batch_size, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
-    target = abstract_state(model, optimizer, mesh, ema=config.ema > 0)
+    target = abstract_state(model, optimizer, mesh, ema=config.ema_decay > 0)
     train_step = make_train_step(
         model, clip, optimizer, schedule, target, mesh, config.seed, augmentation,
-        train=config.optimizer.train, accumulate_steps=config.accumulate_steps, ema=config.ema,
+        trainable=config.optimizer.trainable, accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
     )  # fmt: skip
     return Run(
         config, train_split, eval_split, metadata, mesh, optimizer, target, train_step,

@@ -13,7 +13,7 @@ from timesformer_jax.errors import InputError
 if TYPE_CHECKING:  # the step also runs without ml_collections
     from ml_collections import ConfigDict
 
-TRAINS = ("all", "head")
+TRAINABLE = ("all", "head")
 
 
 def learning_rate(config: ConfigDict, batch_size: int, steps_per_epoch: int) -> optax.Schedule:
@@ -69,7 +69,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     Args:
       config: config.optimizer. name is "sgd" or "adamw", with weight_decay and, for SGD, momentum;
         clip_norm is the largest global norm of the gradient, 0 for no clipping; layer_decay is for
-        `scale_by_layer`, 1 for none; train is for `trained`.
+        `scale_by_layer`, 1 for none; trainable is for `trained`.
       schedule: the learning rate.
 
     Returns:
@@ -80,8 +80,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     Raises:
       InputError: if a name is unknown or a number out of range.
     """
-    if config.train not in TRAINS:
-        raise InputError(f"optimizer.train must be all or head, not {config.train!r}")
+    if config.trainable not in TRAINABLE:
+        raise InputError(f"optimizer.trainable must be all or head, not {config.trainable!r}")
     if not 0 < config.layer_decay <= 1:
         raise InputError(
             f"optimizer.layer_decay must be above 0 and at most 1, not {config.layer_decay}"
@@ -94,8 +94,10 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         decay = scale_by_layer(config.layer_decay)
     optimizer = optax.chain(clip, _rule(config, schedule), decay)
     return optax.GradientTransformation(
-        lambda params: optimizer.init(trained(params, config.train)),
-        lambda grads, state, params: optimizer.update(grads, state, trained(params, config.train)),
+        lambda params: optimizer.init(trained(params, config.trainable)),
+        lambda grads, state, params: optimizer.update(
+            grads, state, trained(params, config.trainable)
+        ),
     )
 
 
@@ -111,9 +113,9 @@ def _rule(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransfo
     raise InputError(f"optimizer.name must be sgd or adamw, not {config.name!r}")
 
 
-def trained(params: dict, train: str) -> dict:
+def trained(params: dict, trainable: str) -> dict:
     """The parameters that training changes: "all", or only the "head"."""
-    return params if train == "all" else {train: params[train]}
+    return params if trainable == "all" else {trainable: params[trainable]}
 
 
 def scale_by_layer(decay: float) -> optax.GradientTransformation:

@@ -62,7 +62,10 @@ def _check_same_run(
     )
     changed = [f"{k} is {ours[k]}, saved was {theirs[k]}" for k in ours if ours[k] != theirs[k]]
     changed += [] if saved.labels == metadata.labels else ["the labels are others"]
-    fixed = ("batch_size", "seed", "ema", "optimizer.name", "optimizer.train", "data.fraction")
+    fixed = (
+        "batch_size", "seed", "ema_decay", "optimizer.name", "optimizer.trainable",
+        "data.train_fraction",
+    )  # fmt: skip
     others = _changes(metadata, saved)
     changed += [f"{k} is {v[0]}, saved was {v[1]}" for k, v in others.items() if k in fixed]
     if changed:

@@ -107,9 +107,9 @@ def make_train_step(
     seed: int,
     augmentation: Augmentation = OFF,
     *,
-    train: str = "all",
+    trainable: str = "all",
     accumulate_steps: int = 1,
-    ema: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> jax.stages.Wrapped:
     """The jitted training step. It donates the state: do not use the old state after a call.
 
@@ -120,10 +120,10 @@ def make_train_step(
       mesh: the devices.
       seed: of drop path; the number of the step is folded in.
       augmentation: of the clips and labels; none by default.
-      train: as for `optimizer.trained`; the other parameters get no gradient.
+      trainable: as for `optimizer.trained`; the other parameters get no gradient.
       accumulate_steps: microbatches, computed one after another to save memory; each device's
         clips must divide evenly. The result is that of the whole batch, but for drop path.
-      ema: the decay of the moving average, where the state has one.
+      ema_decay: of the moving average, where the state has one.
 
     Returns:
       A function of the state and a batch (frames (B, T, S, S, 3) uint8, crop_boxes (B, 3), flip
@@ -136,18 +136,18 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        trainable, examples = trained(state.params, train), inputs(batch)
+        subset, examples = trained(state.params, trainable), inputs(batch)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            (loss, accuracy), grads = gradient(trainable, state.params, examples, key)
+            (loss, accuracy), grads = gradient(subset, state.params, examples, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = state.params | optax.apply_updates(trainable, updates)
+        params = state.params | optax.apply_updates(subset, updates)
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        average = None if state.ema is None else _moving_average(state.ema, params, ema)
+        average = None if state.ema is None else _moving_average(state.ema, params, ema_decay)
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     state_shardings = jax.tree.map(lambda x: x.sharding, target)
