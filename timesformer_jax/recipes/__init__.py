@@ -1,6 +1,6 @@
 """Training recipes as ml_collections configs, and the paper's ablations as arguments of them."""
 
-from timesformer_jax.recipes.ablations import with_arguments, ablate
+from timesformer_jax.recipes.ablations import ablate, with_arguments
 from timesformer_jax.recipes.recipes import (
     demo,
     diving48,
@@ -14,6 +14,7 @@ from timesformer_jax.recipes.recipes import (
 )
 
 __all__ = [
+    "ablate",
     "demo",
     "diving48",
     "finetune",
@@ -24,5 +25,4 @@ __all__ = [
     "recipe",
     "something_v2",
     "with_arguments",
-    "ablate",
 ]
