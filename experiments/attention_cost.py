@@ -15,8 +15,8 @@ import sys
 from typing import Any
 
 import matplotlib.pyplot as plt
+from docs_tables import DOCS
 from matplotlib.axes import Axes
-from page import DOCS
 
 from timesformer_jax.models.costs import macs
 from timesformer_jax.models.presets import preset

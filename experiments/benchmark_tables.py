@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from page import DOCS, markdown, put
+from docs_tables import DOCS, markdown_table, replace_table
 
 from timesformer_jax.benchmark import report
-from timesformer_jax.benchmark.flags import gain
 from timesformer_jax.distributed.hardware import GIB
 
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -32,22 +31,24 @@ def tabulated(page: str) -> str:
             for file in (folder / f"{each}.json" for each in files)
             if file.exists()
         ]
-        page = put(page, "benchmark_tables.py", name, "\n\n".join(texts) or "Not measured yet.")
+        page = replace_table(
+            page, "benchmark_tables.py", name, "\n\n".join(texts) or "Not measured yet."
+        )
     return page
 
 
 def device(figures: dict[str, Any]) -> str:
     """What was measured on, in words."""
     host, kind = figures["machine"], figures["device"]["kind"]
-    yard = figures["yardstick"]
+    peak = figures["device_peak"]
     name = f"{host['processor']}, {host['cores']} cores" if kind == "cpu" else kind
-    gemm = f"{report.tera(yard['gemm']['wall'])} TFLOP/s"
-    if "cpu" in yard["gemm"]:
-        gemm += f", in a second of a core's time {report.tera(yard['gemm']['cpu'])} TFLOP"
+    gemm = f"{report.tera(peak['gemm']['wall'])} TFLOP/s"
+    if "cpu" in peak["gemm"]:
+        gemm += f", in a second of a core's time {report.tera(peak['gemm']['cpu'])} TFLOP"
     return (
         f"**{name}** (load {host['load_average']:.1f}, JAX {figures['versions']['jax']}), "
-        f"{yard['dtype']}; large product measured {gemm}"
-        + (f"; datasheet {report.tera(yard['datasheet'])} TFLOP/s" if yard["datasheet"] else "")
+        f"{peak['dtype']}; large product measured {gemm}"
+        + (f"; datasheet {report.tera(peak['datasheet'])} TFLOP/s" if peak["datasheet"] else "")
     )
 
 
@@ -63,10 +64,10 @@ def attention(figures: dict[str, Any]) -> str:
         for row in figures["rows"]
     ]  # fmt: skip
     about = f"{settings['preset']}, {settings['depth']} blocks, batch {settings['batch_size']}"
-    return f"{device(figures)}; {about}:\n\n{markdown(head, lines, words=2)}"
+    return f"{device(figures)}; {about}:\n\n{markdown_table(head, lines, words=2)}"
 
 
-UNITS = ("ms (least-largest)", "GiB", "share of the product")
+UNITS = ("ms (min-max)", "GiB", "share of the product")
 
 
 def cells(found: dict[str, Any]) -> list[str]:
@@ -84,22 +85,22 @@ def shares(share: dict[str, float]) -> str:
 
 
 def model(figures: dict[str, Any]) -> str:
-    """A line for each preset, work and batch."""
-    head = ["preset", "work", "batch", "clips/s", *UNITS, "MFU"]
+    """A line for each preset, workload and batch."""
+    head = ["preset", "workload", "batch", "clips/s", *UNITS, "MFU"]
     lines = []
     for row in figures["rows"]:
         done = row["status"] == "measured"
         mfu = f"{row['mfu']:.1%}" if row.get("mfu") else ""
         rate = f"{row['clips_per_second']['wall']:.3g}" if done else ""
-        lines.append([row["preset"], row["work"], row["batch_size"], rate, *cells(row), mfu])
+        lines.append([row["preset"], row["workload"], row["batch_size"], rate, *cells(row), mfu])
     remat = figures["settings"]["remat"]
-    return f"{device(figures)}; remat {remat}:\n\n{markdown(head, lines, words=2)}"
+    return f"{device(figures)}; remat {remat}:\n\n{markdown_table(head, lines, words=2)}"
 
 
-def race(works: dict[str, Any]) -> str:
-    """A table for each work."""
+def race(workloads: dict[str, Any]) -> str:
+    """A table for each workload."""
     texts = []
-    for name, figures in works.items():
+    for name, figures in workloads.items():
         host, versions = figures["machine"], figures["versions"]
         on_cpu = figures["device"] == "cpu"
         where = (
@@ -107,14 +108,14 @@ def race(works: dict[str, Any]) -> str:
         )
         about = where if on_cpu else versions["device"]
         others = ", ".join(f"{k} {v}" for k, v in versions.items() if k != "device")
-        head = ["contender", "batch", "clips/s (least-largest)", "share of the product",
+        head = ["contender", "batch", "clips/s (min-max)", "share of the product",
                 "ours is faster"]  # fmt: skip
         if on_cpu:
             head += ["clips in a core's second", "ours is faster, of a core"]
         lines = [racer(row, len(head), on_cpu) for row in figures["contenders"]]
         texts.append(
             f"**{about}**, {others}; `{name}`, {figures['gmacs']:.2f} GMACs a clip, "
-            f"{figures['rounds']} rounds:\n\n{markdown(head, lines, words=1)}"
+            f"{figures['rounds']} rounds:\n\n{markdown_table(head, lines, words=1)}"
         )
     return "\n\n".join(texts)
 
@@ -124,24 +125,26 @@ def racer(row: dict[str, Any], width: int, on_cpu: bool) -> list[Any]:
         return [row["name"], row["tried"][-1]["reason"], *[""] * (width - 2)]
     line = [row["name"], report.batch(row)]
     for kind in ("wall", "cpu") if on_cpu else ("wall",):
-        line.append(report.three(row["clips_per_second"][kind]))
+        line.append(report.median_and_range(row["clips_per_second"][kind]))
         if kind == "wall":
             line.append(shares(row["product_share"]))
         # Where ours did not end the race there is nothing to compare with.
-        line.append(report.three(row["ours_is_faster"][kind]) if "ours_is_faster" in row else "")
+        line.append(
+            report.median_and_range(row["ours_is_faster"][kind]) if "ours_is_faster" in row else ""
+        )
     return line
 
 
 def flags(figures: dict[str, Any]) -> str:
     """A line for each of XLA's flags."""
     settings = figures["settings"]
-    lines = [[f"`{row['text']}`", row["why"], gain(row)] for row in figures["rows"]]
-    what = f"`{settings['preset']}`, {settings['work']}, batch {settings['batch_size']}"
+    lines = [[f"`{row['text']}`", row["why"], report.gain(row)] for row in figures["rows"]]
+    what = f"`{settings['preset']}`, {settings['workload']}, batch {settings['batch_size']}"
     host = figures["machine"]
     return (
         f"**{figures['device']}** ({host['cores']} cores of {host['processor']}, load "
         f"{host['load_average']:.1f}, JAX {figures['versions']['jax']}), {what}:\n\n"
-        + markdown(["flag", "why it might", "gain (least to largest)"], lines, words=3)
+        + markdown_table(["flag", "why it might", "gain (min to max)"], lines, words=3)
     )
 
 

@@ -34,7 +34,7 @@ run() { timeout --foreground --kill-after=10 9m "$python" "$@" || failed+=("$par
 for part in "${parts[@]}"; do
     case $part in
         kernels)  # all other parts then use the fastest
-            run $benchmark attention --choose --minutes=7 --schemes=divided,joint \
+            run $benchmark attention --autotune --minutes=7 --schemes=divided,joint \
                 --json="$out/kernels.json" ;;
         attention)  # the paper's figure 3
             run $benchmark attention --minutes=7 --schemes=divided,joint \
@@ -44,8 +44,8 @@ for part in "${parts[@]}"; do
             run $benchmark attention --minutes=7 --json="$out/schemes.json" \
                 --schemes=space,time,space_then_time,parallel,axial,local_global ;;
         model) run $benchmark model --minutes=7 --json="$out/model.json" ;;
-        inference | training) run $race --works="base_$part" ;;
-        flags) run $benchmark flags --minutes=7 --json="$out/flags.json" ;;
+        inference | training) run $race --workloads="base_$part" ;;
+        flags) run experiments/xla_flags.py --minutes=7 --json="$out/flags.json" ;;
     esac
 done
 part=tables run experiments/benchmark_tables.py

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from timesformer_jax.benchmark.timing import timed
+from timesformer_jax.benchmark.timing import time_runs
 
 SETS = 2  # of clips, which steps take in turn
 CHECKED_STEPS = 3
@@ -186,7 +186,7 @@ class Contender:
         return {kind: flops / took for kind, took in self._timed(run, seconds).items()}
 
     def _timed(self, run: Callable[[int], Any], seconds: float) -> dict[str, float]:
-        timing = timed(run, self._wait, seconds, least=1)
+        timing = time_runs(run, self._wait, seconds, min_samples=1)
         self._rest()
         return {"wall": timing.wall["median"], "cpu": timing.cpu["median"]}
 

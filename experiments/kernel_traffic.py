@@ -29,7 +29,7 @@ from timesformer_jax.benchmark import model
 from timesformer_jax.distributed.hardware import CHIPS
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.models.attention import Tokens, attend_along_frames, attend_along_patches
-from timesformer_jax.models.ops.kernels import select as choice
+from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.presets import preset
 
 H100 = """
@@ -142,7 +142,7 @@ def attentions(place: jax.NamedSharding) -> None:
         ("spatial", attend_along_patches, with_token),
     ):
         runs = {"xla": around(xla)}
-        for name, (attention, _) in choice.KERNELS[kind].items():
+        for name, (attention, _) in select.KERNELS[kind].items():
             if "_" not in name:  # pallas_2 moves what pallas does
                 runs[name] = around(attention)
         for name, attention in runs.items():
@@ -158,24 +158,24 @@ def attentions(place: jax.NamedSharding) -> None:
 def programs(mesh: jax.sharding.Mesh) -> None:
     """The table of inference and training: what two and three layers differ by is a layer."""
     fastest = {"temporal": "pallas", "spatial": "cudnn"}
-    print("| work | attention | a layer, GB | 12 layers, GB | ms |")
+    print("| workload | attention | a layer, GB | 12 layers, GB | ms |")
     print("|---|---|---|---|---|")
-    for work, (name, choose) in itertools.product(
+    for workload, (name, implementation) in itertools.product(
         model.PROGRAMS,
         {"xla": lambda *_: "xla", "kernels": lambda kind, *_: fastest[kind]}.items(),
     ):
-        choice.choose = choose
-        two, three = (whole(work, depth, mesh) for depth in (2, 3))
+        select.select_implementation = implementation
+        two, three = (whole(workload, depth, mesh) for depth in (2, 3))
         twelve = two + 10 * (three - two)
-        cells = [work, name, f"{(three - two) / 1e9:.1f}", f"{twelve / 1e9:.0f}"]
+        cells = [workload, name, f"{(three - two) / 1e9:.1f}", f"{twelve / 1e9:.0f}"]
         cells.append(f"{twelve / CHIPS['h100'].memory_rate * 1e3:.0f}")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def whole(work: str, depth: int, mesh: jax.sharding.Mesh) -> int:
+def whole(workload: str, depth: int, mesh: jax.sharding.Mesh) -> int:
     """Bytes of a program of `benchmark model`, base with so many layers."""
     config = preset("timesformer_base", dtype="bfloat16", depth=depth)
-    program = model.PROGRAMS[work](config, BATCH.value, mesh)
+    program = model.PROGRAMS[workload](config, BATCH.value, mesh)
     return traffic(program.lower().compile().as_text())
 
 

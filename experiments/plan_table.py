@@ -17,7 +17,7 @@ import sys
 from typing import NamedTuple
 
 from absl import app, flags
-from page import DOCS, markdown, put
+from docs_tables import DOCS, markdown_table, replace_table
 
 from timesformer_jax.distributed.hardware import GIB
 
@@ -120,7 +120,7 @@ def needs(plans: dict) -> str:
                 f"{plan['step_seconds'] * 1e3:.0f}", f"{plan['clips_per_second']:.0f}",
                 f"{plan['mfu']:.0%}", largest(plans, model, topology),
             ])  # fmt: skip
-    return markdown(head, lines, words=2)
+    return markdown_table(head, lines, words=2)
 
 
 def largest(plans: dict, model: str, topology: str) -> str:
@@ -151,7 +151,7 @@ def scaling(plans: dict) -> str:
                 f"{max(times(first)) / max(times(plan)):.1%}",
                 f"{sum(times(first)) / sum(times(plan)):.1%}",
             ])  # fmt: skip
-    return markdown(head, lines, words=3)
+    return markdown_table(head, lines, words=3)
 
 
 def times(plan: dict) -> tuple[float, float]:
@@ -162,7 +162,7 @@ def times(plan: dict) -> tuple[float, float]:
 
 def write(name: str, table: str) -> None:
     """Puts a table between its marks on the page."""
-    PAGE.write_text(put(PAGE.read_text(), "plan_table.py", name, table))
+    PAGE.write_text(replace_table(PAGE.read_text(), "plan_table.py", name, table))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """This project against PyTorch: transformers' TimeSformer on the same device, in the same minutes.
 
     .venv/bin/python experiments/race_pytorch.py --json=benchmarks/results/DEVICE/race.json
-    .venv/bin/python experiments/race_pytorch.py --device=cuda --works=base_inference ...
+    .venv/bin/python experiments/race_pytorch.py --device=cuda --workloads=base_inference ...
 
 Contenders do the same work with the same weights on the same clips (contenders.py): ours in JAX;
 transformers' model as it is; and that model made faster by every means that leave it the same. Each
@@ -10,7 +10,7 @@ a turn waits until nobody else needs its cores, and is taken again if somebody d
 wait for one another suffer from that by far more than their share. Before the clock starts outputs
 are compared: logits, or in training the losses of three steps. On a GPU each contender runs at its
 best batch and the two frameworks have equal shares of the memory; on a CPU at the batch of the
-work, with equal threads.
+workload, with equal threads.
 Ends with status 1 if an output differs.
 """
 
@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 from contenders import Lost, Options, Runner, Task
-from quiet import Others, busy_cores, spare_cores
+from cpu_load import Others, busy_cores, spare_cores
 
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
-from timesformer_jax.benchmark.model import best_of, search
+from timesformer_jax.benchmark.model import best_row, search_batch_sizes
 from timesformer_jax.benchmark.timing import spread
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs
@@ -49,7 +49,7 @@ DEMO = {  # configs/demo.py
 }  # fmt: skip
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """kind: "inference" or "training"; batches: on a CPU, and the first that is tried on a GPU."""
 
     kind: str
@@ -57,10 +57,10 @@ class Work(NamedTuple):
     batches: dict[str, int]
 
 
-WORKS = {
-    "base_inference": Work("inference", BASE, {"cpu": 1, "cuda": 16}),
-    "base_training": Work("training", BASE, {"cpu": 1, "cuda": 16}),
-    "demo_training": Work("training", DEMO, {"cpu": 32, "cuda": 256}),
+WORKLOADS = {
+    "base_inference": Workload("inference", BASE, {"cpu": 1, "cuda": 16}),
+    "base_training": Workload("training", BASE, {"cpu": 1, "cuda": 16}),
+    "demo_training": Workload("training", DEMO, {"cpu": 32, "cuda": 256}),
 }
 OURS, AS_IS = "ours", "transformers"
 FASTEST = Options(bfloat16=True, rounded=True, sdpa=True, compiled=True, fused=True)
@@ -87,53 +87,55 @@ MEMORY_SHARE = 0.4  # twice, and what five contenders hold while another compute
 SEARCH_SHARE = {"cpu": 0.5, "cuda": 0.85}
 GRACE = 60.0  # seconds for a turn that was begun before the end
 
-WORKED = flags.DEFINE_list("works", list(WORKS), f"of {', '.join(WORKS)}")
+SELECTED = flags.DEFINE_list("workloads", list(WORKLOADS), f"of {', '.join(WORKLOADS)}")
 DEVICE = flags.DEFINE_enum("device", "cpu", list(CONTENDERS), "what to race on")
 ONLY = flags.DEFINE_list("contenders", None, "numbers of contenders from 1 on; by default all")
-BATCHES = flags.DEFINE_list("batch_sizes", None, "to try, in place of the work's")
+BATCHES = flags.DEFINE_list("batch_sizes", None, "to try, in place of the workload's")
 THREADS = flags.DEFINE_integer("threads", 2, "of a CPU, for each", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each contender", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 1.0, "of a turn, at least", lower_bound=0.0)
 MINUTES = flags.DEFINE_float("minutes", 30.0, "after which no batch or round is begun")
-JSON = flags.DEFINE_string("json", None, "file for the figures; other works in it are kept")
+JSON = flags.DEFINE_string("json", None, "file for the figures; other workloads in it are kept")
 
 
 def main(_: Sequence[str]) -> None:
-    unknown = [name for name in WORKED.value if name not in WORKS]
+    unknown = [name for name in SELECTED.value if name not in WORKLOADS]
     if unknown:
-        sys.exit(f"error: --works has no {unknown[0]!r}; there are: {', '.join(WORKS)}")
+        sys.exit(f"error: --workloads has no {unknown[0]!r}; there are: {', '.join(WORKLOADS)}")
     report.check_folder(JSON.value)
     os.environ["JAX_PLATFORMS"] = DEVICE.value
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(MEMORY_SHARE)
     ends = time.monotonic() + 60 * MINUTES.value
-    for i, name in enumerate(WORKED.value):
-        # Each work gets its share of what is left.
-        share = (ends - time.monotonic()) / (len(WORKED.value) - i)
-        figures = race(WORKS[name], time.monotonic() + share)
+    for i, name in enumerate(SELECTED.value):
+        # Each workload gets its share of what is left.
+        share = (ends - time.monotonic()) / (len(SELECTED.value) - i)
+        figures = race(WORKLOADS[name], time.monotonic() + share)
         print(f"\n{name}\n{as_text(figures)}\n", flush=True)
         keep(name, figures)
 
 
 def keep(name: str, figures: dict[str, Any]) -> None:
-    """Puts the figures of a work into the file, beside those of others."""
+    """Puts the figures of a workload into the file, beside those of others."""
     if JSON.value is not None:
         path = pathlib.Path(JSON.value)
-        works = json.loads(path.read_text()) if path.exists() else {}
-        report.write(JSON.value, works | {name: figures})
+        workloads = json.loads(path.read_text()) if path.exists() else {}
+        report.write(JSON.value, workloads | {name: figures})
 
 
-def race(work: Work, ends: float) -> dict[str, Any]:
-    """The figures of a work, as JSON values.
+def race(workload: Workload, ends: float) -> dict[str, Any]:
+    """The figures of a workload, as JSON values.
 
     Args:
       ends: when, of `time.monotonic`; SEARCH_SHARE of the time until then is for batches.
     """
     searched = time.monotonic() + SEARCH_SHARE[DEVICE.value] * (ends - time.monotonic())
     with tempfile.TemporaryDirectory() as folder:
-        task = Task(work.kind, work.model, folder, DEVICE.value, THREADS.value, MEMORY_SHARE)
+        task = Task(
+            workload.kind, workload.model, folder, DEVICE.value, THREADS.value, MEMORY_SHARE
+        )
         with running(task) as runners:
-            rows = all_ready(runners, work.batches[DEVICE.value], searched, ends)
+            rows = all_ready(runners, workload.batches[DEVICE.value], searched, ends)
             compare(rows, TOLERANCE[DEVICE.value])
             rounds = take_turns(runners, rows, ROUNDS.value, ends)
             if not any(rounds.values()):
@@ -146,12 +148,12 @@ def race(work: Work, ends: float) -> dict[str, Any]:
         "device": DEVICE.value,
         "versions": about,
         "threads": THREADS.value if DEVICE.value == "cpu" else None,
-        "kind": work.kind,
-        "model": work.model,
-        "gmacs": macs(TimeSformerConfig(**work.model)) / 1e9,
+        "kind": workload.kind,
+        "model": workload.model,
+        "gmacs": macs(TimeSformerConfig(**workload.model)) / 1e9,
         "rounds": len(next(iter(rounds.values()))),
         "tolerance": TOLERANCE[DEVICE.value],
-        "contenders": summary(work, rows, rounds, KINDS[DEVICE.value]),
+        "contenders": summary(workload, rows, rounds, KINDS[DEVICE.value]),
     }
 
 
@@ -226,8 +228,8 @@ def ready(runner: Runner, batch: int, until: float, ends: float) -> dict[str, An
     sizes = report.numbers("batch_sizes", BATCHES.value) if BATCHES.value else None
     if sizes is None and DEVICE.value == "cpu":
         sizes = [batch]
-    tried = list(search(measure, sizes, start=batch))
-    best = best_of(tried)
+    tried = list(search_batch_sizes(measure, sizes, start=batch))
+    best = best_row(tried)
     if best is None:
         return {"tried": tried}
     batch = best["batch_size"]
@@ -305,7 +307,7 @@ def take_turn(runner: Runner, ends: float) -> dict[str, Any] | None:
 
 
 def summary(
-    work: Work,
+    workload: Workload,
     rows: dict[str, dict[str, Any]],
     turns: dict[str, list[dict[str, Any]]],
     kinds: Sequence[str],
@@ -317,7 +319,7 @@ def summary(
       turns: of `take_turns`, of those that ran.
       kinds: of seconds: "wall", and on a CPU "cpu", of a core.
     """
-    flops = (2 if work.kind == "inference" else 6) * macs(TimeSformerConfig(**work.model))
+    flops = (2 if workload.kind == "inference" else 6) * macs(TimeSformerConfig(**workload.model))
     # The fastest framework's: the product is the same for all.
     products = {
         kind: max(spread([t["gemm"][kind] for t in turns[name]])["median"] for name in turns)
@@ -368,9 +370,13 @@ def as_text(figures: dict[str, Any]) -> str:
             continue
         start = f"{row['name']:<47}{report.batch(row):>18}"
         for kind, rate in row["clips_per_second"].items():
-            ratio = report.three(row["ours_is_faster"][kind]) if "ours_is_faster" in row else ""
+            ratio = (
+                report.median_and_range(row["ours_is_faster"][kind])
+                if "ours_is_faster" in row
+                else ""
+            )
             share = f"{row['product_share'][kind]:>8.0%}"
-            lines.append(f"{start}  {report.three(rate):<22}{share}  {ratio}")
+            lines.append(f"{start}  {report.median_and_range(rate):<22}{share}  {ratio}")
             start = f"{'  in a second of a core':<65}"
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,9 +19,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timesformer_jax.benchmark import attention, model, programs, report, timing
-from timesformer_jax.benchmark import autotune as choose
-from timesformer_jax.benchmark.machine import Yardstick
+from timesformer_jax.benchmark import attention, autotune, model, programs, report, timing
+from timesformer_jax.benchmark.machine import DevicePeak
 from timesformer_jax.cli import main as cli
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
@@ -35,7 +35,7 @@ CONFIG = TimeSformerConfig(
     num_classes=3, image_size=16, num_frames=2, patch_size=8, hidden_size=8, depth=1, num_heads=2,
     init="width_scaled",
 )  # fmt: skip
-YARD = Yardstick("float32", {"wall": 1e12, "cpu": 1e12}, 2e12, 1e9)
+PEAK = DevicePeak("float32", {"wall": 1e12, "cpu": 1e12}, 2e12, 1e9)
 
 
 class Clock:
@@ -56,10 +56,10 @@ def test_runs_are_timed_without_the_first(monkeypatch, each, runs):
         started.append(i)
         return i
 
-    found = timing.timed(run, waited.append, seconds=3, least=2)
+    found = timing.time_runs(run, waited.append, seconds=3, min_samples=2)
     assert started == list(range(len(started)))
     assert found.wall["median"] == pytest.approx(each)
-    assert found.wall["largest"] == pytest.approx(each)
+    assert found.wall["max"] == pytest.approx(each)
     assert found.cpu["median"] == pytest.approx(2 * each)
     assert found.runs == runs
     assert 3 <= found.samples * runs * each < 4
@@ -75,8 +75,8 @@ def test_slow_runs_are_sampled_as_often_as_asked(monkeypatch):
     def run(i):
         clock.now += next(took)
 
-    found = timing.timed(run, lambda _: None, seconds=0, least=3)
-    assert found.wall == {"median": 2.0, "least": 1.0, "largest": 7.0}
+    found = timing.time_runs(run, lambda _: None, seconds=0, min_samples=3)
+    assert found.wall == {"median": 2.0, "min": 1.0, "max": 7.0}
 
 
 # ---- the search of the best batch ---------------------------------------------------------------
@@ -96,10 +96,10 @@ def test_batches_double_while_they_fit_and_the_rate_grows(fits, rates, start):
         found = {"batch_size": size, "status": "measured"}
         return found | {"clips_per_second": {"wall": rates[n]}}
 
-    rows = list(model.search(measure, None, start))
+    rows = list(model.search_batch_sizes(measure, None, start))
     assert [row["batch_size"] for row in rows] == [start * 2**n for n in range(len(rows))]
     done = [row["clips_per_second"]["wall"] for row in rows if row["status"] == "measured"]
-    best = model.best_of(rows)
+    best = model.best_row(rows)
     assert (best is None) == (not done)
     if done:
         assert best["clips_per_second"]["wall"] == max(done)
@@ -111,7 +111,11 @@ def test_batches_double_while_they_fit_and_the_rate_grows(fits, rates, start):
 
 def test_given_batches_are_all_measured():
     rows = [{"batch_size": n, "status": "does not fit"} for n in range(9)]
-    assert list(model.search(rows.__getitem__, [4, 2, 8])) == [rows[4], rows[2], rows[8]]
+    assert list(model.search_batch_sizes(rows.__getitem__, [4, 2, 8])) == [
+        rows[4],
+        rows[2],
+        rows[8],
+    ]
 
 
 # ---- one program --------------------------------------------------------------------------------
@@ -127,7 +131,7 @@ def doubling(start=None):
 
 
 def test_figures_follow_from_the_seconds_and_the_yardstick():
-    found = programs.measured(doubling(), YARD, seconds=60)
+    found = programs.measure_program(doubling(), PEAK, seconds=60)
     assert found["status"] == "measured"
     assert found["bytes"] == 2 * 256 * 4
     assert found["executed_flops"] == 256
@@ -143,7 +147,7 @@ def test_what_does_not_fit_is_compiled_and_not_run():
     def start(compiled):
         raise AssertionError("it was run")
 
-    found = programs.measured(doubling(start), YARD._replace(memory=2047), seconds=60)
+    found = programs.measure_program(doubling(start), PEAK._replace(memory=2047), seconds=60)
     assert found["status"] == "does not fit"
     assert found["bytes"] == 2048
     assert found["reason"] == "needs 0.0 of 0.0 GiB"
@@ -155,20 +159,20 @@ def test_a_device_that_fails_ends_the_row_alone(when):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
     program = doubling(fail) if when == "run" else doubling()._replace(lower=fail)
-    found = programs.measured(program, YARD, seconds=60)
+    found = programs.measure_program(program, PEAK, seconds=60)
     assert found["status"] == "does not fit"
     assert found["reason"] == "needs more of 0.9 GiB"
 
     def broken(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    found = programs.measured(doubling(broken), YARD, seconds=60)
+    found = programs.measure_program(doubling(broken), PEAK, seconds=60)
     assert (found["status"], found["reason"]) == ("failed", "INTERNAL: something else")
 
 
 def test_what_would_take_too_long_is_not_compiled():
     program = doubling()._replace(lower=None, flops=30e12)
-    found = programs.measured(program, YARD, seconds=60)
+    found = programs.measure_program(program, PEAK, seconds=60)
     assert found == {"status": "not run", "reason": "predicted 120 s"}
 
 
@@ -222,9 +226,9 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-from timesformer_jax.cli import main as cli
+from timesformer_jax.cli.main import main
 import timesformer_jax.benchmark.model
-cli.main(["timesformer", *sys.argv[1:]])
+main(["timesformer", *sys.argv[1:]])
 """
 
 
@@ -261,7 +265,7 @@ def test_attention_is_measured_where_there_is_no_tensorflow(tmp_path):
                 assert 0.3 < found["executed_flops"] / (times * macs(config)) < 2
     statuses = {row[name]["status"] for row in rows for name in attention.PASSES}
     assert statuses == {"measured", "does not fit"}
-    assert figures["yardstick"]["memory"] == pytest.approx(0.0009 * 2**30)
+    assert figures["device_peak"]["memory"] == pytest.approx(0.0009 * 2**30)
     lines = done.stdout.splitlines()
     assert len(lines) == 6
     assert "does not fit: needs 0.0 of 0.0 GiB" in lines[-1]
@@ -270,10 +274,13 @@ def test_attention_is_measured_where_there_is_no_tensorflow(tmp_path):
 def test_the_kernels_of_every_clip_are_timed_once_and_kept(tmp_path, monkeypatch):
     table = tmp_path / "measured.json"
     table.write_text("[]")
-    monkeypatch.setattr(choose.choice, "TABLE", table)
-    monkeypatch.setattr(choose, "TOKENS", 3 * 2 * 4 + 7)
-    monkeypatch.setattr(choose, "_seconds", lambda function, qkv: float(function(qkv).size))
-    rows = [row for rows in choose.choose_kernels([CONFIG, CONFIG], lambda: False) for row in rows]
+    monkeypatch.setattr(autotune.select, "TABLE", table)
+    monkeypatch.setattr(autotune, "PATCHES", 3 * 2 * 4 + 7)
+    monkeypatch.setattr(
+        autotune, "time_runs",
+        lambda run, *_: SimpleNamespace(wall={"median": float(run(0).size)}),
+    )  # fmt: skip
+    rows = [row for rows in autotune.autotune([CONFIG, CONFIG], math.inf) for row in rows]
     assert json.loads(table.read_text()) == rows
     timed = {row["kind"]: row for row in rows if row["implementation"] == "xla"}
     assert (timed["temporal"]["length"], timed["spatial"]["length"]) == (2, 5)
@@ -282,11 +289,11 @@ def test_the_kernels_of_every_clip_are_timed_once_and_kept(tmp_path, monkeypatch
     assert timed["spatial"]["seconds"]["forward"] == 3 * 2 * 5 * 8
     others = [row for row in rows if row["implementation"] != "xla"]
     assert others
-    assert all("H100" in choose.as_line(row) for row in others)  # which this is not
-    assert "2 tokens  xla" in choose.as_line(timed["temporal"])
-    left = [row for rows in choose.choose_kernels([CONFIG], lambda: True) for row in rows]
+    assert all("H100" in autotune.as_line(row) for row in others)  # which this is not
+    assert "2 tokens  xla" in autotune.as_line(timed["temporal"])
+    left = [row for rows in autotune.autotune([CONFIG], -math.inf) for row in rows]
     assert [(row["kind"], row["length"]) for row in left] == [("temporal", 2), ("spatial", 5)]
-    assert all("not timed: no time left" in choose.as_line(row) for row in left)
+    assert all("not timed: no time left" in autotune.as_line(row) for row in left)
     assert json.loads(table.read_text()) == rows
 
 
@@ -298,13 +305,13 @@ def test_what_is_timed_is_what_the_model_asks_for(scheme, monkeypatch):
         asked.add((kind, shape, jnp.dtype(dtype).name))
         return "xla"
 
-    monkeypatch.setattr(choose.choice, "choose", recorded)
+    monkeypatch.setattr(autotune.select, "select_implementation", recorded)
     # 7 x 7 patches: halves that differ.
     config = dataclasses.replace(CONFIG, attention=scheme, image_size=56, num_frames=3)
     model, video = abstract(config), jax.ShapeDtypeStruct((2, 3, 56, 56, 3), jnp.float32)
     nnx.eval_shape(lambda model, video: model(video), model, video)
-    assert set(choose.attentions(config, 2)) == asked
-    assert bool(asked) == (scheme != "time")
+    assert set(autotune.attention_cases(config, 2)) == asked
+    assert asked
 
 
 @pytest.mark.parametrize("heads", [0, 1])
@@ -317,9 +324,10 @@ def test_attention_that_does_not_fit_stands_in_its_row(heads, monkeypatch):
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return values(qkv)
 
-    monkeypatch.setattr(choose.choice, "_HOPPER", choose.choice.re.compile("cpu"))
-    monkeypatch.setitem(choose.choice.KERNELS, "spatial", {"other": (values, lambda *_: None)})
-    xla, other = choose.choice.measure(
+    monkeypatch.setattr(autotune.select, "HOPPER", re.compile("cpu"))
+    kernel = autotune.select.Kernel(values, lambda *_: None)
+    monkeypatch.setitem(autotune.select.KERNELS, "spatial", {"other": kernel})
+    xla, other = autotune.measure(
         "spatial", (1, 1, 3, 3, 2, 8), "float32", large, lambda f, qkv: float(f(qkv).size)
     )
     assert xla["error"] == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
@@ -333,15 +341,15 @@ def test_attention_that_does_not_fit_stands_in_its_row(heads, monkeypatch):
     ("arguments", "said"),
     [
         (["attention", "--schemes=divide"], "did you mean 'divided'"),
-        (["attention", "--frames=8,x"], "--frames=8,x must be numbers"),
-        (["attention", "--sides=0"], "--sides=0 must be numbers"),
+        (["attention", "--frames=8,x"], "--frames=8,x must be whole numbers"),
+        (["attention", "--sides=0"], "--sides=0 must be whole numbers"),
         (["attention", "--sides=100"], "image_size 100 is not divisible by patch_size 16"),
         (["attention", "--json=/nowhere/x.json"], "the folder of --json=/nowhere/x.json"),
         (["attention", "--json=/"], "--json=/ is a folder; name a file"),
         (["attention", "--dtype=float16"], "dtype must be one of float32, bfloat16"),
         (["model", "--presets=timesformer_bas"], "did you mean 'timesformer_base'"),
-        (["model", "--works=train"], "there are inference, training"),
-        (["model", "--batch_sizes=-1"], "--batch_sizes=-1 must be numbers"),
+        (["model", "--workloads=train"], "there are inference, training"),
+        (["model", "--batch_sizes=-1"], "--batch_sizes=-1 must be whole numbers"),
         (["model", "--remat=all"], "remat must be one of"),
     ],
 )
@@ -353,11 +361,11 @@ def test_what_cannot_be_measured_is_one_line(arguments, said):
 
 
 def test_no_row_is_begun_when_the_time_is_over(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(model, "yardstick", lambda *_: YARD)
+    monkeypatch.setattr(model, "measure_peak", lambda *_: PEAK)
     path = tmp_path / "model.json"
     model.benchmark_model(minutes=0.0, json=str(path))
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["work"], row["batch_size"], row["status"]) for row in rows] == [
+    assert [(row["workload"], row["batch_size"], row["status"]) for row in rows] == [
         ("inference", 1, "not run"),
         ("training", 1, "not run"),
     ]
@@ -416,7 +424,7 @@ def test_contenders_do_the_same_work(weights, kind):
     assert len(found["ours"]) == (5 if kind == "inference" else contenders.CHECKED_STEPS)
     for check in found.values():
         np.testing.assert_allclose(check, found["as is"], rtol=1e-4, atol=1e-5)
-    if kind == "training":  # the optimizer's work shows
+    if kind == "training":  # the optimizer has an effect
         assert found["ours"][0] - found["ours"][-1] > 0.01
     else:
         assert np.ptp(found["ours"]) > 0.01
@@ -458,7 +466,7 @@ def test_a_contender_that_is_lost_in_the_race_leaves_it(experiments, monkeypatch
 
 def test_the_summary_pairs_the_turns_of_a_round(experiments):
     race = importlib.import_module("race_pytorch")
-    work = race.Work("training", race.DEMO, {"cpu": 32})
+    workload = race.Workload("training", race.DEMO, {"cpu": 32})
     rows = {
         "ours": {"batch_size": 32, "tried": [{"batch_size": 32, "status": "measured"}]},
         "theirs": {"batch_size": 64, "tried": [{"batch_size": 128} | report.NO_TIME_LEFT]},
@@ -471,11 +479,11 @@ def test_the_summary_pairs_the_turns_of_a_round(experiments):
         ]
         for name, seconds in {"ours": (1.0, 2.0, 4.0), "theirs": (4.0, 8.0, 4.0)}.items()
     }
-    ours, theirs, lost = race.summary(work, rows, turns, ["wall"])
-    assert ours["ours_is_faster"]["wall"] == {"median": 1, "least": 1, "largest": 1}
+    ours, theirs, lost = race.summary(workload, rows, turns, ["wall"])
+    assert ours["ours_is_faster"]["wall"] == {"median": 1, "min": 1, "max": 1}
     # A clip takes them 1/16, 1/8 and 1/16 of a second, us 1/32, 1/16 and 1/8.
-    assert theirs["ours_is_faster"]["wall"] == {"median": 2, "least": 0.5, "largest": 2}
-    assert ours["clips_per_second"]["wall"] == {"median": 16, "least": 8, "largest": 32}
+    assert theirs["ours_is_faster"]["wall"] == {"median": 2, "min": 0.5, "max": 2}
+    assert ours["clips_per_second"]["wall"] == {"median": 16, "min": 8, "max": 32}
     products = macs(TimeSformerConfig(**race.DEMO))
     assert ours["product_share"]["wall"] == pytest.approx(6 * products * 16 / 2e12)
     assert "clips_per_second" not in lost
@@ -488,7 +496,9 @@ def test_the_summary_pairs_the_turns_of_a_round(experiments):
     assert "64 (128 not tried)" in at_64
     assert "it broke" in last
     # Ours may be what did not end.
-    alone = race.summary(work, {"theirs": rows["theirs"]}, {"theirs": turns["theirs"]}, ["wall"])
+    alone = race.summary(
+        workload, {"theirs": rows["theirs"]}, {"theirs": turns["theirs"]}, ["wall"]
+    )
     tables = importlib.import_module("benchmark_tables")
     name, batch, rate, _, ratio = tables.racer(alone[0], 5, on_cpu=False)
     assert (name, batch, rate, ratio) == ("theirs", "64 (128 not tried)", "16 (8-16)", "")
@@ -551,7 +561,7 @@ def test_one_command_runs_every_part(benchmarks, tmp_path):
     assert done.returncode == 0
     for part in ("kernels", "attention", "schemes", "model", "race", "flags"):
         assert f"--json={tmp_path}/results/gpu/{part}.json" in ran
-    assert all(f"--works=base_{work}" in ran for work in ("inference", "training"))
+    assert all(f"--workloads=base_{workload}" in ran for workload in ("inference", "training"))
     commands = [line.split()[2:] for line in ran.splitlines() if line.startswith("-m ")]
     given = [cli._command(command).keywords for command in commands]  # flags that there are
     schemes = [name for flags in given for name in flags.get("schemes") or []]

@@ -50,14 +50,14 @@ def test_what_is_measured_is_what_the_clips_are(synthetic, tmp_path, capsys):
     for name in ("ours", "reference", "ratio"):
         for kind in ("wall", "cpu"):
             spread = figures[name][kind]
-            assert 0 < spread["least"] <= spread["median"] <= spread["largest"]
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"]
     assert list(figures["memory"]) == ["begin", "10%", "50%", "100%"]
     assert figures["memory"]["begin"] > 50e6
     # A stage alone may take less than the rounds differ by.
     stages = ["whole", "planning", "reading", "finding frames", "decoding", "batching"]
     assert list(figures["stages"]) == stages
-    assert all(took["least"] <= took["largest"] for took in figures["stages"].values())
-    assert figures["stages"]["whole"]["least"] > 0
+    assert all(took["min"] <= took["max"] for took in figures["stages"].values())
+    assert figures["stages"]["whole"]["min"] > 0
     assert figures["iterator_state_bytes"] < 1e6
     out = capsys.readouterr().out
     assert f"2 records of {split.size.mean() / 1e3:.0f} kB, 75 frames each" in out

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,10 +19,10 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from meshes import mesh_of
 
+from timesformer_jax.benchmark import autotune
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.models.ops.kernels import cudnn as spatial
-from timesformer_jax.models.ops.kernels import hopper as temporal
-from timesformer_jax.models.ops.kernels import select as choice
+from timesformer_jax.models.ops.kernels import cudnn, hopper, select
+from timesformer_jax.models.ops.kernels.select import Kernel
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import TimeSformer, abstract
 from timesformer_jax.planning.collectives import collectives
@@ -60,8 +61,8 @@ def close(found, expected, dtype):
     return error < TOLERANCE[dtype]  # False for NaN, which memory holds before it is written
 
 
-# Sequences that fill a tile together, positions that do not; tiles of 96 rows, whose products
-# overlap, and of 128, whose do not; heads side by side.
+# Tiles of several positions, and a last tile with fewer; tiles of 96 rows, whose products overlap,
+# and of 128, whose products do not; several heads per block.
 CASES = [
     ((2, 8, 11, 3, 2, 64), "bfloat16", 2),
     ((1, 16, 3, 3, 1, 32), "float16", 1),
@@ -72,12 +73,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "together"), CASES, ids=str)
-def test_temporal_attention_and_its_gradient(shape, dtype, together):
+@pytest.mark.parametrize(("shape", "dtype", "heads_per_block"), CASES, ids=str)
+def test_temporal_attention_and_its_gradient(shape, dtype, heads_per_block):
     qkv = random(shape, dtype)
     g = random((*shape[:3], shape[4] * shape[5]), dtype, seed=1)
     interpret = InterpretGPUParams(detect_races=True)
-    attention = functools.partial(temporal.attention, together=together, interpret=interpret)
+    attention = functools.partial(
+        hopper.attention, heads_per_block=heads_per_block, interpret=interpret
+    )
 
     out, vjp = jax.vjp(jax.jit(attention), qkv)
     (gradient,) = vjp(g)
@@ -100,10 +103,10 @@ def loss(attention):
 @pytest.mark.parametrize("frames", [8, 96])
 def test_the_kernel_lowers_for_cuda_and_reads_the_projection_where_it_lies(frames):
     qkv = jax.ShapeDtypeStruct((2, frames, 49, 3, 2, 64), jnp.bfloat16)
-    forward = lowered(temporal.attention, qkv)
+    forward = lowered(hopper.attention, qkv)
     assert forward.count("custom_call @mosaic_gpu") == 1
     assert "stablehlo.transpose" not in forward
-    backward = lowered(jax.grad(loss(jax.checkpoint(temporal.attention))), qkv)
+    backward = lowered(jax.grad(loss(jax.checkpoint(hopper.attention))), qkv)
     assert backward.count("custom_call @mosaic_gpu") == 1  # the forward pass is not needed again
     assert "stablehlo.transpose" not in backward
 
@@ -122,13 +125,13 @@ def test_the_kernel_lowers_for_cuda_and_reads_the_projection_where_it_lies(frame
     ids=str,
 )
 def test_what_the_kernel_does_not_take_is_told(shape, dtype, why):
-    assert why in temporal.unsupported(shape, dtype, together=1 + (why == "3 heads"))
+    assert why in hopper.unsupported(shape, dtype, heads_per_block=1 + (why == "3 heads"))
 
 
 @hypothesis.given(t=st.integers(1, 256), d=st.sampled_from([32, 64, 128]))
 def test_a_tile_is_whole_sequences_that_tensor_cores_take(t, d):
-    taken = temporal.unsupported((1, t, 5, 3, 2, d), "bfloat16") is None
-    rows = temporal._rows(t)
+    taken = hopper.unsupported((1, t, 5, 3, 2, d), "bfloat16") is None
+    rows = hopper.tile_rows(t)
     if taken:
         assert rows % t == 0
         assert 64 <= rows <= 128
@@ -137,20 +140,20 @@ def test_a_tile_is_whole_sequences_that_tensor_cores_take(t, d):
 
 
 @pytest.fixture
-def cudnn(monkeypatch):
+def cudnn_installed(monkeypatch):
     """A cuDNN to trace for."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91501)
-    monkeypatch.setattr(spatial, "cudnn_version", lambda: (9, 15, 1))
+    monkeypatch.setattr(cudnn, "cudnn_version", lambda: (9, 15, 1))
 
 
 @pytest.mark.parametrize("length", [2, 197, 198])
-@pytest.mark.usefixtures("cudnn")
+@pytest.mark.usefixtures("cudnn_installed")
 def test_every_length_that_cudnn_is_said_to_take_can_be_trained(length):
     qkv = jax.ShapeDtypeStruct((2, 3, length, 3, 2, 64), jnp.bfloat16)
-    assert spatial.unsupported(qkv.shape, qkv.dtype) is None
-    assert jax.eval_shape(spatial.attention, qkv).shape == (2, 3, length, 128)
-    assert "__cudnn$fmha" in lowered(spatial.attention, qkv)
-    assert "__cudnn$fmhaSoftmaxBackward" in lowered(jax.grad(loss(spatial.attention)), qkv)
+    assert cudnn.unsupported(qkv.shape, qkv.dtype) is None
+    assert jax.eval_shape(cudnn.attention, qkv).shape == (2, 3, length, 128)
+    assert "__cudnn$fmha" in lowered(cudnn.attention, qkv)
+    assert "__cudnn$fmhaSoftmaxBackward" in lowered(jax.grad(loss(cudnn.attention)), qkv)
 
 
 @pytest.mark.parametrize("length", [6, 7])
@@ -166,7 +169,7 @@ def test_what_cudnn_is_given_is_the_attention(monkeypatch, kind, length):
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_the_host)
     shape = (2, length, 5, 3, 2, 8) if kind == "temporal" else (2, 5, length, 3, 2, 8)
     qkv, g = random(shape, "float32"), random((*shape[:3], 16), "float32", seed=1)
-    out, vjp = jax.vjp(choice.KERNELS[kind]["cudnn"][0], qkv)
+    out, vjp = jax.vjp(select.KERNELS[kind]["cudnn"].attention, qkv)
     swap = (lambda x: x) if kind == "temporal" else (lambda x: np.swapaxes(x, 1, 2))
     expected, gradient = (swap(x) for x in reference(swap(qkv), swap(g)))
     np.testing.assert_allclose(out, expected, atol=1e-5)
@@ -185,12 +188,12 @@ def test_what_cudnn_is_given_is_the_attention(monkeypatch, kind, length):
     ids=str,
 )
 def test_what_cudnn_does_not_take_is_told(shape, dtype, version, why):
-    assert why in spatial.unsupported(shape, dtype, version)
+    assert why in cudnn.unsupported(shape, dtype, version)
 
 
 def test_without_cudnn_nothing_is_promised(monkeypatch):
-    monkeypatch.setattr(spatial, "cudnn_version", lambda: None)
-    assert "not installed" in spatial.unsupported((8, 197, 3, 12, 64), "bfloat16")
+    monkeypatch.setattr(cudnn, "cudnn_version", lambda: None)
+    assert "not installed" in cudnn.unsupported((8, 197, 3, 12, 64), "bfloat16")
 
 
 @contextlib.contextmanager
@@ -217,55 +220,58 @@ def timed(implementation, gradient, **fields):
     return {"implementation": implementation, "seconds": seconds, **fields}
 
 
-def test_the_shipped_table_chooses_xla_where_it_has_no_row():
+def test_the_shipped_table_gives_xla_where_it_has_no_row():
     with program_for("NVIDIA A100-SXM4-80GB"):
-        assert choice.choose("temporal", BASE, "bfloat16") == "xla"
-    assert choice.choose("spatial", (8, 8, 197, 3, 12, 64), "float32") == "xla"
+        assert select.select_implementation("temporal", BASE, "bfloat16") == "xla"
+    assert select.select_implementation("spatial", (8, 8, 197, 3, 12, 64), "float32") == "xla"
 
 
-def test_the_fastest_measured_is_chosen_for_what_it_was_measured(tmp_path):
-    choose = functools.partial(
-        choice.choose,
+def test_the_fastest_is_selected_for_the_case_that_was_measured(tmp_path):
+    selected = functools.partial(
+        select.select_implementation,
         "temporal",
         table=table(tmp_path, timed("xla", 3.0), timed("pallas", 2.0), timed("pallas_2", 2.5)),
     )
     with program_for(H100):
-        assert choose(BASE, "bfloat16") == "pallas"
-        assert choose((1, 8, 784, 3, 12, 64), "bfloat16") == "pallas"  # more positions
-        assert choose((64, 16, 196, 3, 12, 64), "bfloat16") == "xla"
-        assert choose(BASE, "float32") == "xla"
-        assert choose((64, 8, 196, 3, 16, 64), "bfloat16") == "xla"
+        assert selected(BASE, "bfloat16") == "pallas"
+        assert selected((1, 8, 784, 3, 12, 64), "bfloat16") == "pallas"  # more positions
+        assert selected((64, 16, 196, 3, 12, 64), "bfloat16") == "xla"
+        assert selected(BASE, "float32") == "xla"
+        assert selected((64, 8, 196, 3, 16, 64), "bfloat16") == "xla"
     with program_for(H200):
-        assert choose(BASE, "bfloat16") == "xla"
+        assert selected(BASE, "bfloat16") == "xla"
     with program_for(H100, axes=(1, 1, 2, 1)):
-        assert choose(BASE, "bfloat16") == "xla"  # a device has 6 heads
-        assert choose((64, 8, 196, 3, 24, 64), "bfloat16") == "pallas"
-    assert choose(BASE, "bfloat16") == "xla"  # this machine
+        assert selected(BASE, "bfloat16") == "xla"  # a device has 6 heads
+        assert selected((64, 8, 196, 3, 24, 64), "bfloat16") == "pallas"
+    assert selected(BASE, "bfloat16") == "xla"  # this machine
 
 
 def test_what_failed_or_can_run_no_more_is_not_chosen(monkeypatch, tmp_path):
-    monkeypatch.setattr(spatial, "cudnn_version", lambda: None)
+    monkeypatch.setattr(cudnn, "cudnn_version", lambda: None)
     failed = {"implementation": "pallas", "error": "differs"}
     with program_for(H100):
         rows = table(tmp_path, timed("xla", 3.0), failed, timed("cudnn", 1.0))
-        assert choice.choose("temporal", BASE, "bfloat16", table=rows) == "xla"
+        assert select.select_implementation("temporal", BASE, "bfloat16", table=rows) == "xla"
 
 
-def test_a_device_whose_kernels_nobody_timed_is_told_of_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(spatial, "cudnn_version", lambda: None)
-    choice._tell_unmeasured.cache_clear()
-    of_16_frames = table(tmp_path, timed("xla", 1.0, length=16))
-    choose = functools.partial(choice.choose, "temporal", dtype="bfloat16", table=of_16_frames)
-    choose(BASE)  # on this machine
+def test_a_device_without_timings_is_warned_of_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(cudnn, "cudnn_version", lambda: None)
+    heads = 20  # which no other test has
+    rows = table(tmp_path, timed("xla", 1.0, length=16, heads=heads))
+    selected = functools.partial(
+        select.select_implementation, "temporal", dtype="bfloat16", table=rows
+    )
+    shape = (64, 8, 196, 3, heads, 64)
+    selected(shape)  # on this machine
     with program_for(H100):
-        choose((1, 7, 4, 3, 12, 64))  # which no kernel takes
-        choose((1, 16, 4, 3, 12, 64))
+        selected((1, 7, 4, 3, heads, 64))  # which no kernel supports
+        selected((1, 16, 4, 3, heads, 64))
         assert not caplog.records
         for _ in range(12):
-            assert choose(BASE) == "xla"
+            assert selected(shape) == "xla"
     [record] = caplog.records
     assert f"no temporal attention of 8 tokens in bfloat16 was measured on {H100}" in record.message
-    assert "timesformer benchmark attention --choose" in record.message
+    assert "timesformer benchmark attention --autotune" in record.message
 
 
 def plain(qkv):
@@ -287,14 +293,14 @@ SMALL = TimeSformerConfig(
 
 
 def always(implementation):
-    """Has every attention run as it, where it is an implementation of it and takes it."""
+    """Selects one implementation for every attention that it supports."""
 
-    def choose(kind, shape, dtype):
-        known = implementation in choice.KERNELS[kind]
-        fits = known and choice.unsupported(kind, shape, dtype, implementation) is None
+    def selected(kind, shape, dtype):
+        known = implementation in select.KERNELS[kind]
+        fits = known and select.unsupported(kind, shape, dtype, implementation) is None
         return implementation if fits else "xla"
 
-    return choose
+    return selected
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -308,21 +314,31 @@ def test_every_scheme_gives_a_kernel_the_same_attention(scheme, monkeypatch):
             used.append(qkv.shape)
             return attention(qkv)
 
-        return run, lambda shape, dtype: None
+        return Kernel(run, lambda shape, dtype: None)
 
-    monkeypatch.setitem(choice.KERNELS["temporal"], "other", counted(plain))
-    monkeypatch.setitem(choice.KERNELS["spatial"], "other", counted(within))
-    monkeypatch.setattr(choice, "_HOPPER", choice.re.compile("cpu"))
-    monkeypatch.setattr(choice, "choose", always("other"))
+    monkeypatch.setitem(select.KERNELS["temporal"], "other", counted(plain))
+    monkeypatch.setitem(select.KERNELS["spatial"], "other", counted(within))
+    monkeypatch.setattr(select, "HOPPER", re.compile("cpu"))
+    monkeypatch.setattr(select, "select_implementation", always("other"))
     np.testing.assert_allclose(model(video), expected, atol=2e-5)
     assert used
 
 
-@pytest.mark.usefixtures("cudnn")
+@pytest.mark.usefixtures("cudnn_installed")
 @pytest.mark.parametrize("implementation", ["pallas", "pallas_2", "cudnn"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_is_traced_with_every_implementation(scheme, implementation, monkeypatch):
-    monkeypatch.setattr(choice, "choose", always(implementation))
+    monkeypatch.setattr(select, "select_implementation", always(implementation))
+    used = set()
+    for kind, kernels in select.KERNELS.items():
+        if implementation in kernels:
+            kernel = kernels[implementation]
+
+            def run(qkv, kernel=kernel, kind=kind):
+                used.add(kind)
+                return kernel.attention(qkv)
+
+            monkeypatch.setitem(kernels, implementation, kernel._replace(attention=run))
     config = dataclasses.replace(SMALL, attention=scheme, dtype="bfloat16")
     graph, state = nnx.split(abstract(config))
     video = jax.ShapeDtypeStruct((2, 8, 32, 32, 3), "float32")
@@ -331,12 +347,10 @@ def test_every_scheme_is_traced_with_every_implementation(scheme, implementation
         return nnx.merge(graph, state)(video).sum()
 
     with program_for(H100):
-        traced = jax.jit(jax.grad(loss)).trace(state, video)
-    called = "dot_product_attention_fwd" if implementation == "cudnn" else "wgmma"
-    expected = {
-        "divided": True, "space_then_time": True, "parallel": True, "axial": True,
-    }.get(scheme, implementation == "cudnn")  # fmt: skip
-    assert (called in str(traced.jaxpr)) == expected
+        jax.jit(jax.grad(loss)).trace(state, video)
+    # The class token makes 9 tokens of 8 frames, which "time" alone has in temporal attention.
+    temporal = scheme in ("divided", "space_then_time", "parallel", "axial")
+    assert bool(used) == (temporal or implementation == "cudnn")
 
 
 def test_on_a_gpu_patches_lie_in_the_order_of_their_axes():
@@ -363,9 +377,9 @@ def test_a_device_runs_the_kernel_on_its_own_part(monkeypatch):
         seen.append(qkv.shape)
         return plain(qkv)
 
-    monkeypatch.setitem(choice.KERNELS["temporal"], "pallas", (kernel, None))
+    monkeypatch.setitem(select.KERNELS["temporal"], "pallas", Kernel(kernel, None))
     qkv = random((4, 3, 6, 3, 2, 8), "float32")
-    apply = functools.partial(choice.temporal, implementation="pallas")
+    apply = functools.partial(select.run_kernel, "temporal", name="pallas")
     expected = apply(qkv)
     mesh = mesh_of((2, 1, 2, 2))
     lies = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "sequence", None, "tensor"))
@@ -381,17 +395,17 @@ def test_what_is_measured_runs_and_agrees(monkeypatch, tmp_path):
         raise RuntimeError("no kernel image\nand more")
 
     kernels = {
-        "pallas": (plain, lambda shape, dtype: None),
-        "pallas_2": (lambda qkv: plain(qkv) * 1.05, lambda shape, dtype: None),
-        "pallas_3": (broken, lambda shape, dtype: None),
-        "cudnn": (plain, lambda shape, dtype: "not here"),
+        "pallas": Kernel(plain, lambda shape, dtype: None),
+        "pallas_2": Kernel(lambda qkv: plain(qkv) * 1.05, lambda shape, dtype: None),
+        "pallas_3": Kernel(broken, lambda shape, dtype: None),
+        "cudnn": Kernel(plain, lambda shape, dtype: "not here"),
     }
-    monkeypatch.setitem(choice.KERNELS, "temporal", kernels)
-    monkeypatch.setattr(choice, "_HOPPER", choice.re.compile("cpu"))
+    monkeypatch.setitem(select.KERNELS, "temporal", kernels)
+    monkeypatch.setattr(select, "HOPPER", re.compile("cpu"))
     clock = iter(float(i) for i in range(1, 5))
     shape = (1, 3, 2, 3, 2, 8)
 
-    rows = choice.measure(
+    rows = autotune.measure(
         "temporal", shape, "float32", plain, lambda f, x: f(x).size and next(clock)
     )
 
@@ -403,13 +417,14 @@ def test_what_is_measured_runs_and_agrees(monkeypatch, tmp_path):
     assert by_name["cudnn"]["error"] == "not here"
     path = table(tmp_path, timed("xla", 1.0))
     for _ in range(2):
-        path.write_text(json.dumps(choice.merged(rows, path)))
+        path.write_text(json.dumps(autotune.merge(rows, path)))
     assert len(json.loads(path.read_text())) == 1 + len(rows)
-    assert choice.choose("temporal", (9, *shape[1:]), "float32", table=path) == "xla"
+    selected = select.select_implementation("temporal", (9, *shape[1:]), "float32", table=path)
+    assert selected == "xla"
 
 
 def test_on_this_machine_only_xla_is_timed():
-    rows = choice.measure("spatial", (1, 2, 5, 3, 2, 8), "float32", plain, lambda f, x: 1.0)
+    rows = autotune.measure("spatial", (1, 2, 5, 3, 2, 8), "float32", plain, lambda f, x: 1.0)
     assert [("seconds" in row, row["implementation"]) for row in rows] == [
         (True, "xla"),
         (False, "cudnn"),

@@ -25,8 +25,9 @@ from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
-from timesformer_jax.planning import make_plan, plan
+from timesformer_jax.planning import make_plan
 from timesformer_jax.planning.collectives import Collective
+from timesformer_jax.planning.command import plan
 from timesformer_jax.planning.largest_batch import largest_batch
 from timesformer_jax.planning.memory import _residuals, counted_memory, exceeded, kept_for_backward
 from timesformer_jax.planning.plan import counted_collectives

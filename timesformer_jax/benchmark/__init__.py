@@ -1,1 +1,1 @@
-"""What this machine does in a second, measured."""
+"""`timesformer benchmark`: measures speed and memory on this machine."""

@@ -1,14 +1,14 @@
-"""`timesformer benchmark attention`: what each scheme costs by length and size of the clip.
+"""`timesformer benchmark attention`: the cost of every scheme by length and size of the clip.
 
     timesformer benchmark attention --schemes=divided,joint --frames=8,32,96 --sides=224,448
 
-A row is the whole model of --preset on one batch: its forward pass, and its forward and backward
-pass (loss and gradients of all parameters, no drop path, no optimizer), from normalised clips in
-the device's memory. Beside it stands what `models.costs` counts. This is the paper's figure 3 with
+A row measures the whole model of --preset on one batch of normalised clips in device memory: its
+forward pass, and its forward and backward pass (loss and gradients of all parameters, without drop
+path and optimizer), beside the costs counted by `models.costs`. This is the paper's figure 3, with
 time and memory added.
 
-Shares are of the whole model's FLOPs. No output needs the last block's MLP on the patches, which a
-compiler leaves out: of 12 blocks 4%, of one with --depth=1 most.
+Shares refer to the FLOPs of the whole model. The compiler removes the last block's MLP on the
+patches, which no output needs: 4% of 12 blocks, most of the model if --depth=1.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import optax
 
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.autotune import as_line as kernel_line
-from timesformer_jax.benchmark.autotune import choose_kernels
-from timesformer_jax.benchmark.machine import Yardstick, about, default_dtype, yardstick
+from timesformer_jax.benchmark.autotune import autotune as autotune_kernels
+from timesformer_jax.benchmark.machine import DevicePeak, default_dtype, describe, measure_peak
 from timesformer_jax.benchmark.programs import (
-    SETS,
+    INPUT_SETS,
     Program,
     clip_shape,
-    measured,
+    measure_program,
     random_clips,
     random_parameters,
 )
@@ -55,85 +55,87 @@ def benchmark_attention(
     dtype: str | None = None,
     batch_size: int = 1,
     quick: bool = False,
-    choose: bool = False,
+    autotune: bool = False,
     seconds: float = 60.0,
     minutes: float = 5.0,
     memory: float | None = None,
     json: str | None = None,
 ) -> None:
-    """Measures every scheme on every clip and prints a row as it comes.
-
-    The clips of figure 3 come first, of the fewest frames or the smallest, then all others; cheap
-    ones before dear ones.
+    """Measures every scheme on every clip size, and prints a row after each.
 
     Args:
-      schemes: of `attention.SCHEMES`; all by default.
+      schemes: names of `schemes.SCHEMES`; by default all.
       frames, sides: of the clips; by default 8 to 96 frames and 224 to 560 pixels.
       preset: the model.
-      depth: blocks, in place of the preset's.
+      depth: blocks; by default the preset's.
       dtype: by default bfloat16, on a CPU float32.
-      batch_size: clips a run.
-      quick: whether one block and three lengths will do, where nothing else is said.
-      choose: whether to time the attention kernels first, alone, and have all programs use the
-        fastest from then on: the table of `kernels.choice` is written.
-      seconds: that the runs of one pass may take; what is predicted to take longer is not run.
-      minutes: after which no further row is begun.
-      memory: GiB that a program may need; by default what the device has.
+      batch_size: clips per run.
+      quick: whether to default to one block, three lengths and one side.
+      autotune: whether to time the attention kernels first. The programs measured afterwards, and
+        all later ones, use the fastest.
+      seconds: the most that the runs of one pass may take, as predicted.
+      minutes: no row is begun after this time.
+      memory: GiB that a program may use; by default the device's memory.
       json: file for the figures.
 
     Raises:
-      InputError: for a name, size or file that cannot be.
+      InputError: if a name, size or file is wrong.
     """
-    ends = time.monotonic() + 60 * minutes
+    deadline = time.monotonic() + 60 * minutes
     report.check_folder(json)
-    fields = {} if depth is None and not quick else {"depth": depth or 1}
-    configs = [
-        preset_of(preset, attention=scheme, num_frames=t, image_size=side, **fields,
-                  dtype=dtype or default_dtype())
-        for scheme, t, side in itertools.product(
-            schemes or SCHEMES,
-            report.numbers("frames", frames or FRAMES[: 3 if quick else None]),
-            report.numbers("sides", sides or SIDES[: 1 if quick else None]),
-        )
-    ]  # fmt: skip
-    shortest = min(config.num_frames for config in configs)
-    smallest = min(config.image_size for config in configs)
-
-    def in_turn(config: TimeSformerConfig) -> tuple[bool, int]:
-        both = config.num_frames > shortest and config.image_size > smallest
-        return both, macs(config)
-
-    configs.sort(key=in_turn)
-    yard = yardstick(configs[0].dtype, memory and memory * GIB)
-    what = f"{preset}, {configs[0].depth} blocks, {configs[0].dtype}, batch {batch_size}"
-    print(f"{what}; {report.headline(yard)}\n")
+    fields: dict[str, Any] = {"dtype": dtype or default_dtype()}
+    if depth is not None or quick:
+        fields["depth"] = depth or 1
+    frames = report.numbers("frames", frames or FRAMES[: 3 if quick else None])
+    sides = report.numbers("sides", sides or SIDES[: 1 if quick else None])
+    configs = configs_to_measure(preset, schemes or list(SCHEMES), frames, sides, fields)
+    peak = measure_peak(configs[0].dtype, memory and memory * GIB)
+    model = f"{preset}, {configs[0].depth} blocks, {configs[0].dtype}, batch {batch_size}"
+    print(f"{model}; {report.headline(peak)}\n")
     settings = {"preset": preset, "depth": configs[0].depth, "batch_size": batch_size,
                 "seconds": seconds, "minutes": minutes}  # fmt: skip
-    figures = about(yard) | {"settings": settings, "kernels": [], "rows": []}
-
-    def over() -> bool:
-        return time.monotonic() > ends
-
-    if choose:
-        for kernels in choose_kernels(configs, over):
+    figures = describe(peak) | {"settings": settings, "kernels": [], "rows": []}
+    if autotune:
+        for kernels in autotune_kernels(configs, deadline):
             print(*map(kernel_line, kernels), sep="\n", flush=True)
             figures["kernels"] += kernels
         print(f"from now on programs use the fastest: {TABLE}\n")
     print(header())
-    for row in rows(configs, batch_size, yard, seconds, over):
+    for row in rows(configs, batch_size, peak, seconds, deadline):
         print(as_line(row), flush=True)
         figures["rows"].append(row)
-        report.write(json, figures)  # what there is, if the next row ends the process
+        report.write(json, figures)  # after each row: the next may crash the process
+
+
+def configs_to_measure(
+    preset: str,
+    schemes: Sequence[str],
+    frames: Sequence[int],
+    sides: Sequence[int],
+    fields: dict[str, Any],
+) -> list[TimeSformerConfig]:
+    """Models for all combinations: first the clips of figure 3 (the fewest frames or the smallest
+    side), then the others; cheap ones before expensive ones."""
+    configs = [
+        preset_of(preset, attention=scheme, num_frames=t, image_size=side, **fields)
+        for scheme, t, side in itertools.product(schemes, frames, sides)
+    ]
+
+    def order(config: TimeSformerConfig) -> tuple[bool, int]:
+        in_figure_3 = config.num_frames == min(frames) or config.image_size == min(sides)
+        return not in_figure_3, macs(config)
+
+    return sorted(configs, key=order)
 
 
 def rows(
     configs: Sequence[TimeSformerConfig],
     batch_size: int,
-    yard: Yardstick,
+    peak: DevicePeak,
     seconds: float,
-    over: Callable[[], bool],
+    deadline: float,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each model: its costs, and "forward" and "training" as `measured` gives them."""
+    """A row for each model: its costs, and the result of `measure_program` for both passes."""
     for config in configs:
         products = macs(config)
         row = {
@@ -145,10 +147,10 @@ def rows(
             "parameters": parameter_count(config),
         }
         for name in PASSES:
-            if over():
+            if time.monotonic() > deadline:
                 row[name] = report.NO_TIME_LEFT
             else:
-                row[name] = measured(program(config, name, batch_size), yard, seconds)
+                row[name] = measure_program(program(config, name, batch_size), peak, seconds)
         yield row
 
 
@@ -171,24 +173,24 @@ def program(config: TimeSformerConfig, name: str, batch_size: int) -> Program:
 
     def start(compiled: jax.stages.Compiled) -> Callable[[int], Any]:
         params, clips = jax.device_put(random_parameters(config)), random_clips(*clip)
-        return lambda i: compiled(params, clips[i % SETS])
+        return lambda i: compiled(params, clips[i % INPUT_SETS])
 
     flops = (2 if name == "forward" else 6) * macs(config) * batch_size
     return Program(flops, batch_size, lower, start)
 
 
-# ---- telling ------------------------------------------------------------------------------------
+# ---- printing ---------------------------------------------------------------------------------
 
 
 def header() -> str:
     passes = "".join(f" | {name:<49}" for name in PASSES).rstrip()
-    units = f" | {'ms (least to largest)':<22}{'GiB':>6}  {'TFLOP/s, of product':<19}" * 2
+    units = f" | {'ms (min to max)':<22}{'GiB':>6}  {'TFLOP/s, of product':<19}" * 2
     names = f"{'scheme':<16}{'clip':<9}{'pairs':>6}{'GMACs':>8}"
     return f"{'':<{len(names)}}{passes}\n{names}{units.rstrip()}"
 
 
 def as_line(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """A row as text."""
     clip = f"{row['frames']} x {row['side']}"
     start = f"{row['scheme']:<16}{clip:<9}{row['comparisons']:>6.0f}{row['macs'] / 1e9:>8.1f}"
     return start + "".join(f" | {_cell(row[name]):<49}" for name in PASSES).rstrip()

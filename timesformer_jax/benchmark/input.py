@@ -63,7 +63,7 @@ def benchmark_input(
       data: what `open_split` opens; by default the config's.
       synthetic: a folder to measure on instead, which gets synthetic videos, prepared.
       split: of the data.
-      config: a recipe, which says what follows.
+      config: a recipe, in place of the next arguments.
       frames, frame_stride, crop, short_side_range, batch_size: as in a recipe; by default 8, 32,
         224, 256 to 320, 16.
       batches: how many to measure, dealt out to rounds; memory is read after 10, 50 and 100%.
@@ -314,7 +314,7 @@ def table(figures: dict[str, Any]) -> str:
         f"{data['stored_frames_a_record']:.0f} frames each; "
         f"batches of {figures['settings']['batch_size']} clips",
         "",
-        f"{'median (least to largest)':<28}{'a second':>22}{'a second of a core':>24}",
+        f"{'median (min to max)':<28}{'a second':>22}{'a second of a core':>24}",
     ]
     for name in ("ours", "reference"):
         if name in figures:
@@ -338,7 +338,5 @@ def _row(name: str, spread: dict[str, Any], scale: float, form: str) -> str:
 
 
 def _cell(spread: dict[str, float], scale: float, form: str) -> str:
-    median, least, largest = (
-        format(spread[key] * scale, form) for key in ("median", "least", "largest")
-    )
-    return f"{median} ({least} to {largest})"
+    median, low, high = (format(spread[key] * scale, form) for key in ("median", "min", "max"))
+    return f"{median} ({low} to {high})"

@@ -27,8 +27,13 @@ import optax
 from flax import nnx
 
 from timesformer_jax.benchmark import report
-from timesformer_jax.benchmark.machine import about, default_dtype, yardstick
-from timesformer_jax.benchmark.programs import SETS, Program, measured, random_parameters
+from timesformer_jax.benchmark.machine import default_dtype, describe, measure_peak
+from timesformer_jax.benchmark.programs import (
+    INPUT_SETS,
+    Program,
+    measure_program,
+    random_parameters,
+)
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input.sampling import decoded_side
 from timesformer_jax.distributed.hardware import GIB
@@ -42,7 +47,7 @@ from timesformer_jax.training.optimizer import make_optimizer
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
 from timesformer_jax.transforms.preprocess import preprocess
 
-WORKS = ("inference", "training")
+WORKLOADS = ("inference", "training")
 GROWS = 1.02  # a doubled batch whose rate is not that much higher ends the search
 
 # The recipes' optimizer, without ml_collections.
@@ -53,7 +58,7 @@ RECIPE = SimpleNamespace(
 
 def benchmark_model(
     presets: Sequence[str] | None = None,
-    works: Sequence[str] | None = None,
+    workloads: Sequence[str] | None = None,
     batch_sizes: Sequence[str] | None = None,
     dtype: str | None = None,
     remat: str = "none",
@@ -62,11 +67,11 @@ def benchmark_model(
     memory: float | None = None,
     json: str | None = None,
 ) -> None:
-    """Measures every preset and work at every batch size and prints a row as it comes.
+    """Measures every preset and workload at every batch size and prints a row as it comes.
 
     Args:
       presets: by default timesformer_base.
-      works: "inference" and "training".
+      workloads: "inference" and "training".
       batch_sizes: clips; by default 1, 2, 4, ... until the rate no longer grows or it does not fit.
       dtype: by default bfloat16, on a CPU float32.
       remat: of the training step.
@@ -80,23 +85,23 @@ def benchmark_model(
     """
     ends = time.monotonic() + 60 * minutes
     report.check_folder(json)
-    for work in works or WORKS:
-        if work not in WORKS:
-            raise InputError(f"--works has no {work!r}; there are {', '.join(WORKS)}")
+    for workload in workloads or WORKLOADS:
+        if workload not in WORKLOADS:
+            raise InputError(f"--workloads has no {workload!r}; there are {', '.join(WORKLOADS)}")
     dtype = dtype or default_dtype()
     configs = {
         name: preset(name, dtype=dtype, remat=remat) for name in presets or ["timesformer_base"]
     }
     sizes = report.numbers("batch_sizes", batch_sizes) if batch_sizes else None
-    yard = yardstick(dtype, memory and memory * GIB)
-    print(f"{dtype}, remat {remat}; {report.headline(yard)}\n\n{header()}")
-    figures = about(yard) | {"settings": {"dtype": dtype, "remat": remat}, "rows": []}
+    peak = measure_peak(dtype, memory and memory * GIB)
+    print(f"{dtype}, remat {remat}; {report.headline(peak)}\n\n{header()}")
+    figures = describe(peak) | {"settings": {"dtype": dtype, "remat": remat}, "rows": []}
 
-    def measure(name: str, work: str, size: int) -> dict[str, Any]:
+    def measure(name: str, workload: str, size: int) -> dict[str, Any]:
         config = configs[name]
         row = {
             "preset": name,
-            "work": work,
+            "workload": workload,
             "batch_size": size,
             "macs": macs(config),
             "parameters": parameter_count(config),
@@ -104,19 +109,19 @@ def benchmark_model(
         if time.monotonic() > ends:
             row |= report.NO_TIME_LEFT
         else:
-            row |= measured(PROGRAMS[work](config, size), yard, seconds)
+            row |= measure_program(PROGRAMS[workload](config, size), peak, seconds)
         print(as_line(row), flush=True)
         figures["rows"].append(row)
         report.write(json, figures)  # what there is, if the next row ends the process
         return row
 
-    for name, work in itertools.product(configs, works or WORKS):
-        if best := best_of(search(lambda size: measure(name, work, size), sizes)):  # noqa: B023
+    for name, workload in itertools.product(configs, workloads or WORKLOADS):
+        if best := best_row(search_batch_sizes(lambda size: measure(name, workload, size), sizes)):  # noqa: B023
             rate = best["clips_per_second"]["wall"]
-            print(f"best: {name} {work} {rate:.3g} clips/s at {best['batch_size']} a batch")
+            print(f"best: {name} {workload} {rate:.3g} clips/s at {best['batch_size']} a batch")
 
 
-def search(
+def search_batch_sizes(
     measure: Callable[[int], dict[str, Any]], sizes: Sequence[int] | None, start: int = 1
 ) -> Iterator[dict[str, Any]]:
     """A row for each of the batch sizes, in turn.
@@ -142,7 +147,7 @@ def search(
         best = max(best, rate)
 
 
-def best_of(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+def best_row(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of the highest rate; None if none was measured."""
     done = [row for row in rows if row["status"] == "measured"]
     return max(done, key=lambda row: row["clips_per_second"]["wall"], default=None)
@@ -171,7 +176,7 @@ def inference(
         model = with_parameters(config, random_parameters(config))
         state = jax.device_put(nnx.state(model))
         batches = random_batches(config, batch_size)
-        return lambda i: compiled(state, batches[i % SETS])
+        return lambda i: compiled(state, batches[i % INPUT_SETS])
 
     def lower() -> jax.stages.Lowered:
         with jax.set_mesh(mesh):
@@ -197,7 +202,7 @@ def training(
 
         def run(i: int) -> Any:
             nonlocal state
-            state, metrics = compiled(state, batches[i % SETS])
+            state, metrics = compiled(state, batches[i % INPUT_SETS])
             return metrics
 
         return run
@@ -239,7 +244,7 @@ def random_batches(config: TimeSformerConfig, size: int) -> list[dict[str, jax.A
             "label": rng.integers(0, config.num_classes, size, np.int32),
         }
 
-    return [jax.device_put(batch()) for _ in range(SETS)]
+    return [jax.device_put(batch()) for _ in range(INPUT_SETS)]
 
 
 # ---- telling ------------------------------------------------------------------------------------
@@ -247,14 +252,14 @@ def random_batches(config: TimeSformerConfig, size: int) -> list[dict[str, jax.A
 
 def header() -> str:
     return (
-        f"{'preset':<18}{'work':<11}{'batch':>6}{'clips/s':>10}  {'ms (least to largest)':<24}"
+        f"{'preset':<18}{'workload':<11}{'batch':>6}{'clips/s':>10}  {'ms (min to max)':<24}"
         f"{'GiB':>7}  {'TFLOP/s, of the product':<25}{'MFU':>6}"
     )
 
 
 def as_line(row: dict[str, Any]) -> str:
     """A row for people."""
-    start = f"{row['preset'].removeprefix('timesformer_'):<18}{row['work']:<11}"
+    start = f"{row['preset'].removeprefix('timesformer_'):<18}{row['workload']:<11}"
     start += f"{row['batch_size']:>6}"
     if row["status"] != "measured":
         return f"{start}  {row['status']}: {row['reason']}"

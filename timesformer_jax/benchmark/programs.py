@@ -1,4 +1,4 @@
-"""A program that is compiled, held against the device's memory and timed; or why it was not."""
+"""Compiles a program, compares its memory with the device's, and times it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from timesformer_jax.benchmark.machine import Yardstick, rates
-from timesformer_jax.benchmark.timing import timed
+from timesformer_jax.benchmark.machine import DevicePeak, rates
+from timesformer_jax.benchmark.timing import time_runs
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import abstract
 from timesformer_jax.models.timesformer import parameters as parameters_of
 from timesformer_jax.planning.memory import exceeded
 
-RUNS = 4  # at least: to warm up, and three samples
-SECONDS = 1.0  # to measure where a run takes less
-SETS = 2  # of inputs, which runs take in turn
+MIN_RUNS = 4  # a warm-up and three samples
+SECONDS = 1.0  # how long to measure, if the runs are shorter
+INPUT_SETS = 2  # runs alternate between them
 
 
 class Program(NamedTuple):
-    """Something to compile and time.
+    """A program to compile and time.
 
     Attributes:
-      flops: the model's of one run, two a multiply-accumulate.
-      clips: of one run.
-      lower: gives what to compile.
-      start: given the compiled program, makes its inputs and gives `run` of `timing.timed`.
+      flops: the model's FLOPs in one run, two for each multiply-accumulate.
+      clips: clips in one run.
+      lower: returns the lowered program.
+      start: makes the inputs of the compiled program, and returns `run` for `timing.time_runs`.
     """
 
     flops: float
@@ -40,26 +40,29 @@ class Program(NamedTuple):
     start: Callable[[jax.stages.Compiled], Callable[[int], Any]]
 
 
-def measured(program: Program, yard: Yardstick, seconds: float) -> dict[str, Any]:
-    """What a program needs and takes, as JSON values.
+def measure_program(program: Program, peak: DevicePeak, seconds: float) -> dict[str, Any]:
+    """Measures the memory and the speed of a program.
 
     Args:
-      program: what to measure.
-      yard: the device.
-      seconds: that its runs may take. What would take longer with its products at the rate of the
-        large one is not even compiled.
+      program: the program.
+      peak: the device's rates and memory.
+      seconds: the most that its runs may take. A program that would take longer at the rate of the
+        large matrix product is not compiled.
 
     Returns:
-      "status": "measured", "does not fit", "not run" or "failed" (as the compiler or the device
-      says), with the "reason" of the latter three. When compiled "compile_seconds", "bytes"
-      (arguments, results and temporaries, as compiled) and "executed_flops" (as the compiler counts
-      them; a loop as one turn). When measured the "seconds" a run ("wall" and "cpu" of
-      `timing.Timing`), "clips_per_second" and "flops_per_second" (of the model's FLOPs), each as
-      `machine.rates` has them, their "gemm_share", "mfu" (the share of the datasheet; None for a
-      chip that is not in the table) and "peak_bytes" (in use on the device at most, where it says
-      so and the most yet was here).
+      A dictionary of JSON values:
+        status: "measured", "does not fit", "not run" or "failed" (an error of the compiler or the
+          device); the last three with a "reason".
+        compile_seconds, bytes (arguments, results and temporaries), executed_flops (counted by the
+          compiler, with one iteration of each loop): if the program was compiled.
+        seconds: per run, "wall" and "cpu" as in `timing.Timing`; this and the next: if measured.
+        clips_per_second, flops_per_second (of the model's FLOPs): in the form of `machine.rates`.
+        gemm_share: flops_per_second relative to `peak.gemm`.
+        mfu: flops_per_second relative to `peak.datasheet`, None if that is.
+        peak_bytes: the largest memory in use on the device; None if the device does not report it,
+          or if an earlier program used as much.
     """
-    predicted = RUNS * program.flops / yard.gemm["wall"]
+    predicted = MIN_RUNS * program.flops / peak.gemm["wall"]
     if predicted > seconds:
         return {"status": "not run", "reason": f"predicted {predicted:.0f} s"}
     found: dict[str, Any] = {}
@@ -76,41 +79,41 @@ def measured(program: Program, yard: Yardstick, seconds: float) -> dict[str, Any
             + stats.temp_size_in_bytes
         )
         found["executed_flops"] = costs.get("flops")
-        if found["bytes"] > yard.memory:
-            return _does_not_fit(found["bytes"], yard) | found
+        if found["bytes"] > peak.memory:
+            return _does_not_fit(found["bytes"], peak) | found
         before = _peak_bytes()
-        timing = timed(program.start(compiled), jax.block_until_ready, SECONDS)
+        timing = time_runs(program.start(compiled), jax.block_until_ready, SECONDS)
     except jax.errors.JaxRuntimeError as e:
         if (needed := exceeded(e)) is None:
             return {"status": "failed", "reason": str(e).splitlines()[0]} | found
-        return _does_not_fit(needed, yard) | found
+        return _does_not_fit(needed, peak) | found
     flops, after = rates(program.flops, timing), _peak_bytes()
     return found | {
         "status": "measured",
         "seconds": {"wall": timing.wall, "cpu": timing.cpu},
         "clips_per_second": rates(program.clips, timing),
         "flops_per_second": flops,
-        "gemm_share": {kind: flops[kind] / yard.gemm[kind] for kind in flops},
-        "mfu": flops["wall"] / yard.datasheet if yard.datasheet else None,
+        "gemm_share": {kind: flops[kind] / peak.gemm[kind] for kind in flops},
+        "mfu": flops["wall"] / peak.datasheet if peak.datasheet else None,
         "peak_bytes": after if after and before is not None and after > before else None,
     }
 
 
-def _does_not_fit(needed: float, yard: Yardstick) -> dict[str, Any]:
+def _does_not_fit(needed: float, peak: DevicePeak) -> dict[str, Any]:
     needs = "more" if needed == math.inf else f"{needed / GIB:.1f}"
     return {
         "status": "does not fit",
-        "reason": f"needs {needs} of {yard.memory / GIB:.1f} GiB",
+        "reason": f"needs {needs} of {peak.memory / GIB:.1f} GiB",
     }
 
 
 def _peak_bytes() -> int | None:
-    """The most that was in use since the process began; no device lets it be set back."""
+    """The largest memory in use since the process began. JAX cannot reset it."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def random_parameters(config: TimeSformerConfig, seed: int = 0) -> dict:
-    """Normal numbers in every parameter, on the host: zeros take less power than weights do."""
+    """Normal random parameters on the host. Zeros would make a device draw less power."""
     rng = np.random.default_rng(seed)
 
     def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -120,9 +123,9 @@ def random_parameters(config: TimeSformerConfig, seed: int = 0) -> dict:
 
 
 def random_clips(batch: int, frames: int, side: int) -> list[jax.Array]:
-    """Sets of normalised clips (B, T, H, W, 3) float32 on the device."""
+    """INPUT_SETS batches of normalised clips (B, T, H, W, 3), float32, on the device."""
     shape = batch, frames, side, side, 3
-    return [jax.random.normal(jax.random.key(i), shape, jnp.float32) for i in range(SETS)]
+    return [jax.random.normal(jax.random.key(i), shape, jnp.float32) for i in range(INPUT_SETS)]
 
 
 def clip_shape(batch: int, frames: int, side: int) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""What the benchmarks share in being asked and in telling: lists of numbers, cells, JSON files."""
+"""Shared by the benchmarks: parsing lists of numbers, formatting results, writing JSON files."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from timesformer_jax.benchmark.machine import Yardstick, machine
+from timesformer_jax.benchmark.machine import DevicePeak, machine
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.errors import InputError
 
-# What a row says that was not begun before --minutes were over.
+# The status of a row that was not begun within --minutes.
 NO_TIME_LEFT = {"status": "not run", "reason": "no time left"}
 
 
 def numbers(flag: str, words: Sequence[str]) -> list[int]:
-    """The numbers of a flag that lists them.
+    """Parses the values of a flag that takes a list of numbers.
 
     Raises:
-      InputError: unless all are whole and at least 1.
+      InputError: if one is not a whole number of at least 1.
     """
     if not all(word.isdecimal() and int(word) for word in words):
-        raise InputError(f"--{flag}={','.join(words)} must be numbers from 1 on, as 8,16,32")
+        raise InputError(
+            f"--{flag}={','.join(words)} must be whole numbers from 1, for example 8,16,32"
+        )
     return [int(word) for word in words]
 
 
 def check_folder(path: str | None) -> None:
-    """Raises InputError, before anything is measured, if the file of --json cannot be."""
+    """Raises InputError if the file of --json cannot be created. Called before measuring."""
     if path is None:
         return
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
@@ -37,7 +39,7 @@ def check_folder(path: str | None) -> None:
 
 
 def write(path: str | os.PathLike | None, figures: Any) -> None:
-    """Writes the figures, whole or not at all; nothing where no file was asked for.
+    """Writes the figures as JSON, atomically. Does nothing if `path` is None.
 
     Raises:
       InputError: if the file cannot be written.
@@ -53,38 +55,46 @@ def write(path: str | os.PathLike | None, figures: Any) -> None:
         raise InputError(f"cannot write {path}: {e.strerror}") from None
 
 
-def headline(yard: Yardstick) -> str:
-    """The device and what figures are shares of, in a line."""
+def headline(peak: DevicePeak) -> str:
+    """One line about the device and the peak that shares refer to."""
     host = machine()
-    gemm = f"{tera(yard.gemm['wall'])} TFLOP/s"
-    if "cpu" in yard.gemm:
-        gemm += f", {tera(yard.gemm['cpu'])} in a core's time"
-    sheet = f"datasheet {tera(yard.datasheet)}" if yard.datasheet else "no datasheet"
+    gemm = f"{tera(peak.gemm['wall'])} TFLOP/s"
+    if "cpu" in peak.gemm:
+        gemm += f", {tera(peak.gemm['cpu'])} per core"
+    sheet = f"datasheet {tera(peak.datasheet)}" if peak.datasheet else "no datasheet"
     return (
         f"{host['processor']}, {host['cores']} cores, load {host['load_average']:.1f}, "
-        f"{yard.memory / GIB:.1f} GiB; {yard.dtype} product measured {gemm}, {sheet}"
+        f"{peak.memory / GIB:.1f} GiB; {peak.dtype} product measured {gemm}, {sheet}"
     )
 
 
 def milliseconds(seconds: dict[str, float]) -> str:
-    """Median, least and largest."""
-    median, least, largest = (
+    """Median, minimum and maximum."""
+    median, low, high = (
         format(seconds[k] * 1e3, ".0f" if seconds["median"] > 0.1 else ".2f")
-        for k in ("median", "least", "largest")
+        for k in ("median", "min", "max")
     )
-    return f"{median} ({least}-{largest})"
+    return f"{median} ({low}-{high})"
 
 
 def batch(row: dict[str, Any]) -> str:
-    """A contender's best batch, and the one that no time was left for if there is one."""
+    """A contender's best batch size, and the next one if there was no time left to try it."""
     last = row["tried"][-1]
     more = f" ({last['batch_size']} not tried)" if last["status"] == "not run" else ""
     return f"{row['batch_size']}{more}"
 
 
-def three(values: dict[str, float]) -> str:
-    """Median, least and largest of values that have no unit here."""
-    return "{median:.3g} ({least:.3g}-{largest:.3g})".format(**values)
+def median_and_range(values: dict[str, float]) -> str:
+    """Median, minimum and maximum, without a unit."""
+    return "{median:.3g} ({min:.3g}-{max:.3g})".format(**values)
+
+
+def gain(row: dict[str, Any]) -> str:
+    """A row's gain, median, minimum and maximum, as percentages; or why it has none."""
+    if row["status"] != "measured":
+        return f"{row['status']}: {row['reason']}"
+    median, low, high = (f"{row['gain'][k] - 1:+.1%}" for k in ("median", "min", "max"))
+    return f"{median} ({low} to {high})"
 
 
 def tera(flops: float) -> str:
@@ -92,9 +102,9 @@ def tera(flops: float) -> str:
 
 
 def rate(found: dict[str, Any]) -> str:
-    """TFLOP/s of the model's FLOPs and their share of the measured product.
+    """TFLOP/s of the model's FLOPs, and their share of the measured matrix product's rate.
 
-    On a CPU, in brackets, the share of what a core's time gives.
+    On a CPU the share by processor time follows in brackets.
     """
     share = found["gemm_share"]
     core = f" ({share['cpu']:.0%})" if "cpu" in share else ""

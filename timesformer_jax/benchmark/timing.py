@@ -1,4 +1,4 @@
-"""How long something takes: warmed up, repeated, waited for. Knows of no framework."""
+"""Measures run times: a warm-up, then samples of repeated runs. Independent of any framework."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ SAMPLE_SECONDS = 0.1
 
 
 class Timing(NamedTuple):
-    """Seconds a run: median, least and largest of the samples.
+    """Seconds per run: median, minimum and maximum of the samples.
 
     Attributes:
-      wall: of the clock.
-      cpu: of a core, of all threads of this process together: on a CPU this is what the work costs,
-        whatever else the machine does.
-      samples: how many there are.
-      runs: in a sample, one after another.
+      wall: wall time.
+      cpu: processor time, summed over all threads of this process. On a CPU this is what the work
+        costs, whatever else the machine does.
+      samples: how many samples there are.
+      runs: consecutive runs in a sample.
     """
 
     wall: dict[str, float]
@@ -28,19 +28,19 @@ class Timing(NamedTuple):
     runs: int
 
 
-def timed(
-    run: Callable[[int], Any], wait: Callable[[Any], Any], seconds: float, least: int = 3
+def time_runs(
+    run: Callable[[int], Any], wait: Callable[[Any], Any], seconds: float, min_samples: int = 3
 ) -> Timing:
-    """Times a run. The first one is not counted: it may load, allocate or compile.
+    """Times a run. The first run is not counted, since it may load, allocate or compile.
 
-    A sample is as many runs as take a tenth of a second, and the wait for the last, so that an
-    accelerator gets the next run while it works at the one before, as it does in use.
+    A sample is as many runs as take a tenth of a second, and one wait for the last of them. So an
+    accelerator receives the next run while it computes the one before, as in real use.
 
     Args:
-      run: starts the run of that number, counted from 0, and gives what to wait for.
-      wait: waits until it is done.
-      seconds: to measure for.
-      least: samples, however long they take.
+      run: starts the run with this number, from 0, and returns what to wait for.
+      wait: waits until that is finished.
+      seconds: how long to measure.
+      min_samples: samples to take however long they last.
     """
     wait(run(0))
     first = _sample(run, wait, 1, 1)
@@ -48,7 +48,7 @@ def timed(
     samples = [first] if runs == 1 else []
     done = 2
     begin = time.perf_counter()
-    while len(samples) < least or time.perf_counter() - begin < seconds:
+    while len(samples) < min_samples or time.perf_counter() - begin < seconds:
         samples.append(_sample(run, wait, done, runs))
         done += runs
     walls, cpus = zip(*samples)
@@ -56,7 +56,7 @@ def timed(
 
 
 def _sample(run: Callable, wait: Callable, first: int, runs: int) -> tuple[float, float]:
-    """Seconds a run, of wall and of processor time."""
+    """Seconds per run, of wall time and of processor time."""
     wall, cpu = time.perf_counter(), time.process_time()
     for i in range(first, first + runs):
         last = run(i)
@@ -65,5 +65,5 @@ def _sample(run: Callable, wait: Callable, first: int, runs: int) -> tuple[float
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median, least and largest."""
-    return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
+    """The median, minimum and maximum."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

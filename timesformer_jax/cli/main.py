@@ -186,7 +186,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "what a recipe needs of hardware that need not be there: memory, time, largest batch",
-        "timesformer_jax.planning:plan",
+        "timesformer_jax.planning.command:plan",
         (
             CONFIG,
             _string("topology", None, "v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, cpu:8"),
@@ -248,9 +248,9 @@ COMMANDS = {
             _flag(flags.DEFINE_bool, "quick", False, "one block, up to 32 frames of 224"),
             _flag(
                 flags.DEFINE_bool,
-                "choose",
+                "autotune",
                 False,
-                "times the kernels; programs then use the fastest",
+                "first find the fastest kernels, which programs then use",
             ),
             *MEASURING,
         ),
@@ -260,23 +260,10 @@ COMMANDS = {
         "timesformer_jax.benchmark.model:benchmark_model",
         (
             _list("presets", "by default timesformer_base"),
-            _list("works", "by default inference,training"),
+            _list("workloads", "by default inference,training"),
             _list("batch_sizes", "by default 1, 2, 4, ... while the rate grows"),
             _string("remat", "none", "of the training step: none, outputs, block or offload"),
             *MEASURING,
-        ),
-    ),
-    "benchmark flags": Command(
-        "what each of XLA's flags gains, every one in a process of its own",
-        "timesformer_jax.benchmark.flags:benchmark_flags",
-        (
-            _string("preset", "timesformer_base", "the model"),
-            _string("work", "training", "training or inference"),
-            _integer("batch_size", None, "clips; 32, on a CPU 1", least=1),
-            _string("dtype", None, "float32 or bfloat16; by default bfloat16, on a CPU float32"),
-            _integer("rounds", 2, "runs with the flag and without", least=1),
-            _number("minutes", 8.0, "after which no further flag is begun"),
-            _string("json", None, "file for all figures"),
         ),
     ),
 }

@@ -1,1 +1,1 @@
-"""Fused attention kernels for accelerators, and which of them a program uses."""
+"""Fused attention kernels for GPUs, and the selection of the one that a program uses."""

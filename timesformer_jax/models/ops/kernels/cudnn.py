@@ -1,8 +1,9 @@
-"""Attention of whole sequences by cuDNN's fused kernels, for spatial attention (equation 9).
+"""Attention of whole sequences by cuDNN's fused kernels, mainly for spatial attention (equation 9).
 
-197 tokens are too many for a tile of `temporal` and too few to pay for keeping logits in memory:
-the fused kernel walks over keys with a running softmax. cuDNN takes queries, keys and values as
-three arrays, so XLA cuts the projection in three: 6 passes over a part, of the 4 of attention.
+Its sequences of 197 tokens are too long for one tile of `hopper`, and too short to be worth keeping
+the logits in memory: cuDNN loops over the keys with a running softmax. It takes queries, keys and
+values as three arrays, so XLA splits qkv: 6 passes over an array of (B, S, length, h * d), beside
+the 4 of the attention.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Older ones were seen to read outside their arrays when they are recorded in command buffers,
-# which is how XLA runs them.
-CUDNN = (9, 15, 1)
+# Older versions read outside their arrays when XLA runs them from a command buffer.
+MINIMUM_VERSION = (9, 15, 1)
 
 
 def cudnn_version() -> tuple[int, ...] | None:
-    """The version of the cuDNN that is installed beside JAX; None if there is none."""
+    """The version of cuDNN that is installed with JAX; None if none is."""
     for name in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
         try:
             return tuple(int(part) for part in importlib.metadata.version(name).split(".")[:3])
@@ -29,21 +29,21 @@ def cudnn_version() -> tuple[int, ...] | None:
 
 
 def unsupported(
-    shape: tuple[int, ...], dtype: Any, cudnn: tuple[int, ...] | None = None
+    shape: tuple[int, ...], dtype: Any, version: tuple[int, ...] | None = None
 ) -> str | None:
-    """Why cuDNN does not take qkv of a shape (..., length, 3, h, d) and dtype; None if it does.
+    """Why cuDNN does not support qkv (..., length, 3, h, d) of a dtype; None if it does.
 
-    Asked before a program is traced, so that no training ends in an exception of the compiler's.
+    Called while a program is traced, since the compiler's own error would end the training.
 
     Args:
-      cudnn: its version; by default what is installed.
+      version: of cuDNN; by default the installed one.
     """
-    cudnn = cudnn or cudnn_version()
+    version = version or cudnn_version()
     *_, length, _, _, d = shape
-    if cudnn is None:
+    if version is None:
         return "cuDNN is not installed: pip install nvidia-cudnn-cu13, as jax[cuda13] does"
-    if cudnn < CUDNN:
-        needed, found = (".".join(map(str, version)) for version in (CUDNN, cudnn))
+    if version < MINIMUM_VERSION:
+        needed, found = (".".join(map(str, numbers)) for numbers in (MINIMUM_VERSION, version))
         return f"cuDNN {found} is older than {needed}, the first without a known illegal access"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN does not fuse attention in {jnp.dtype(dtype).name}"
@@ -57,15 +57,15 @@ def unsupported(
 def attention(qkv: jax.Array) -> jax.Array:
     """Attention within each sequence.
 
-    JAX takes the gradient of even lengths alone (its check mistakes "no bias" for a bias). An odd
-    sequence, of 197 tokens say, gets one more, whose key the kernel is told not to look at: by the
-    sequences' lengths, since it takes no mask there.
+    JAX differentiates cuDNN's attention for even lengths only (its check takes an absent bias for a
+    bias). A sequence of odd length is padded by one token. As no mask is supported here, the
+    kernel is given the lengths of the sequences, and ignores the padding.
 
     Args:
-      qkv: (..., length, 3, h, d), of which `unsupported` finds nothing to say.
+      qkv: (..., length, 3, h, d), of a shape and dtype for which `unsupported` returns None.
 
     Returns:
-      (..., length, h * d), the heads side by side. The softmax is taken in float32.
+      (..., length, h * d), the heads side by side. The softmax is float32.
     """
     *leading, length, _, h, d = qkv.shape
     parts = (qkv[..., i, :, :].reshape(-1, length, h, d) for i in range(3))

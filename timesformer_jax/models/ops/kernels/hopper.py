@@ -1,16 +1,16 @@
 """Temporal attention (section 3, equation 8) for NVIDIA's Hopper GPUs, in Pallas (Mosaic GPU).
 
-XLA lays queries, keys and values out anew before attention over a middle axis, and writes and reads
-the logits; here the projection is read where it lies and only the result is written. What is left
-is the traffic, so no time can be under
+For attention along a middle axis XLA transposes queries, keys and values, and writes and reads the
+logits. This kernel reads the projection in its own layout and writes only the result. The memory
+traffic is a lower bound of its time:
 
-    forward   4 B T N h d s bytes / bandwidth    (queries, keys, values; out)
-    backward  7 B T N h d s bytes / bandwidth    (those and out's gradient; qkv's gradient)
+    forward   4 B T N h d s bytes / bandwidth    (queries, keys, values; output)
+    backward  7 B T N h d s bytes / bandwidth    (these and the output's gradient; qkv's)
 
-of s bytes a number: base at 8 x 224 in bfloat16 moves 9.6 MB a clip and layer forward, 2.9 us at
-3.35 TB/s. The products must then fit beside it, which on tensor cores they do although most of them
-are thrown away: the sequences of several positions make one tile of at least 64 rows (the least
-that the instruction takes), whose logits are all computed, and masked outside each position.
+for s bytes a number: base at 8 x 224 in bfloat16 moves 9.6 MB a clip and layer forward, 2.9 us at
+3.35 TB/s. The matrix products take less, although most of their results are discarded: one tile has
+the sequences of several positions, at least the 64 rows that the tensor core instruction (wgmma)
+needs. All its logits are computed, and those between different positions are masked.
 
 B clips, T frames, N positions, h heads of d channels.
 """
@@ -28,71 +28,77 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # of one tensor core product
-SHARED_MEMORY = 227 * 1024  # bytes that a block can have on an H100 or H200
-LOG2_E = math.log2(math.e)  # exp2 is an instruction, exp is not
+WGMMA_ROWS = 64  # of one tensor core product
+SHARED_MEMORY = 227 * 1024  # bytes of a block on an H100 or H200
+LOG2_E = math.log2(math.e)  # the GPU has an instruction for exp2, not for exp
 
 
-def unsupported(shape: tuple[int, ...], dtype: Any, together: int = 1) -> str | None:
-    """Why this kernel does not take qkv of a shape (B, T, N, 3, h, d) and dtype; None if it does.
+def unsupported(shape: tuple[int, ...], dtype: Any, heads_per_block: int = 1) -> str | None:
+    """Why this kernel does not support qkv (B, T, N, 3, h, d) of a dtype; None if it does.
 
-    It takes the frames of every recipe of the paper: 8, 16, 32, 64 and 96, and 24, 48 and 128.
+    It supports the frames of every recipe of the paper, 8, 16, 32, 64 and 96, and 24, 48 and 128.
     """
     *_, t, _, _, h, d = shape
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"tensor cores round {jnp.dtype(dtype).name}; it takes bfloat16 and float16"
     if d not in (32, 64, 128):
         return f"heads have {d} channels; it takes 32, 64 and 128"
-    rows = _rows(t)
+    rows = tile_rows(t)
     if rows is None:
         return f"{t} frames make no tile; it takes multiples of 8 that divide 64, 96 or 128"
-    if h % together:
-        return f"{h} heads are not a multiple of {together}"
-    if 7 * rows * together * d * jnp.dtype(dtype).itemsize + 8192 > SHARED_MEMORY:  # backward
-        return f"{t} frames of {together} x {d} channels exceed the shared memory"
+    if h % heads_per_block:
+        return f"{h} heads are not a multiple of {heads_per_block}"
+    backward = 7 * rows * heads_per_block * d * jnp.dtype(dtype).itemsize + 8192
+    if backward > SHARED_MEMORY:
+        return f"{t} frames of {heads_per_block} x {d} channels exceed the shared memory"
     return None
 
 
-def _rows(t: int) -> int | None:
-    """Rows of a tile, whole sequences of t frames; None if there is none."""
+def tile_rows(t: int) -> int | None:
+    """Rows of a tile, which holds whole sequences of t frames; None if no tile size fits."""
     return next((rows for rows in (64, 96, 128) if t % 8 == 0 and rows % t == 0), None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def attention(qkv: jax.Array, together: int = 1, interpret: Any = None) -> jax.Array:
-    """Attention of every patch to its own position in all frames, by the kernels here.
+def attention(qkv: jax.Array, heads_per_block: int = 1, interpret: Any = None) -> jax.Array:
+    """Attention of every patch to its own position in all frames.
 
     Args:
-      qkv: (B, T, N, 3, h, d), of which `unsupported` finds nothing to say. The products are taken
-        in its dtype and summed in float32, as is the softmax.
-      together: heads that a block of threads takes. Their channels lie side by side: more heads are
-        fewer and larger copies, and fewer blocks at a time in the shared memory.
-      interpret: `InterpretGPUParams` of Pallas, to run on the host, where the memory, the copies
-        and the barriers are simulated.
+      qkv: (B, T, N, 3, h, d), of a shape and dtype for which `unsupported` returns None. Products
+        take their operands in its dtype; sums and the softmax are float32.
+      heads_per_block: heads that one block of threads computes. Their channels are contiguous: more
+        heads make fewer and larger copies, and leave shared memory for fewer blocks at a time.
+      interpret: Pallas's `InterpretGPUParams`, to run on the host with simulated memory, copies and
+        barriers.
 
     Returns:
       (B, T, N, h * d), the heads side by side.
     """
     shape = (*qkv.shape[:3], math.prod(qkv.shape[4:]))
-    return _call(_forward_block, (qkv,), shape, together, interpret)
+    return _run(_forward_kernel, (qkv,), shape, heads_per_block, interpret)
 
 
-def _forward(qkv: jax.Array, together: int, interpret: Any) -> tuple[jax.Array, jax.Array]:
-    return attention(qkv, together, interpret), qkv  # weights are cheaper computed again than kept
+def _forward(qkv: jax.Array, heads_per_block: int, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    # The weights are not saved: computing them again is faster than reading them.
+    return attention(qkv, heads_per_block, interpret), qkv
 
 
-def _backward(together: int, interpret: Any, qkv: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+def _backward(
+    heads_per_block: int, interpret: Any, qkv: jax.Array, g: jax.Array
+) -> tuple[jax.Array]:
     shape = (*qkv.shape[:3], math.prod(qkv.shape[3:]))
-    return (_call(_backward_block, (qkv, g), shape, together, interpret).reshape(qkv.shape),)
+    gradient = _run(_backward_kernel, (qkv, g), shape, heads_per_block, interpret)
+    return (gradient.reshape(qkv.shape),)
 
 
 attention.defvjp(_forward, _backward)
 
 
 class _Tile(NamedTuple):
-    """What a block of threads works on: `together` heads at `positions` positions, `rows` tokens.
+    """The tokens of one block of threads: `heads_per_block` heads at `positions` positions.
 
-    Rows count frames fastest: row p * t + i is frame i at the tile's position p.
+    Of its `rows` rows, row p * t + i is frame i at the tile's position p. A "chunk" is the
+    WGMMA_ROWS rows of one product.
     """
 
     t: int
@@ -101,78 +107,81 @@ class _Tile(NamedTuple):
     d: int
     dtype: Any
     rows: int
-    together: int
+    heads_per_block: int
     interpret: bool
 
     @property
     def positions(self) -> int:
         return self.rows // self.t
 
-    def products(self) -> Iterator[tuple[Any, int]]:
-        """Each product of ROWS rows: the channels of its head, and the row where it starts.
+    def chunks(self) -> Iterator[tuple[Any, int]]:
+        """The channels of the head, and the first row, of each chunk.
 
-        Of 96 rows the two overlap, and agree there.
+        The two chunks of 96 rows overlap, and compute equal values there.
         """
-        for head in range(self.together):
-            for start in sorted({0, self.rows - ROWS}):
+        for head in range(self.heads_per_block):
+            for start in sorted({0, self.rows - WGMMA_ROWS}):
                 yield pl.ds(head * self.d, self.d), start
 
-    def statistics(self, rows: Any, head: Any) -> Any:
-        """Where the numbers are, one a row, of some rows of the head with these channels."""
+    def statistics_slice(self, rows: Any, head: Any) -> Any:
+        """The slice of a statistics array, one number a row and head, for rows of one head."""
         return pl.ds(head.start // self.d * self.rows + rows.start, rows.size)
 
-    def shared(self) -> Any:
-        """(rows, together * d) of shared memory, as the copy engine lays it for tensor cores."""
-        # Rows are contracted in whole swizzled blocks, of as many rows as a block has columns.
+    def shared_memory(self) -> Any:
+        """(rows, heads_per_block * d) of shared memory, in the layout that tensor cores read."""
+        # Products contract rows in whole swizzle blocks, which are square.
         swizzle = min(128, self.d * self.dtype.itemsize) if self.rows % 64 == 0 else 64
         tiling = plgpu.TilingTransform((8, swizzle // self.dtype.itemsize))
         return plgpu.SMEM(
-            (self.rows, self.together * self.d),
+            (self.rows, self.heads_per_block * self.d),
             self.dtype,
             transforms=(tiling, plgpu.SwizzleTransform(swizzle)),
         )
 
-    def _slice(self, ref: Any, part: int, position: Any) -> Any:
-        """(t, together * d) of `ref` (B, T, N, parts * h * d): this block's heads of one part."""
-        width = self.together * self.d
-        first = (part * (self.heads // self.together) + lax.axis_index("heads")) * width
-        return ref.at[lax.axis_index("clip"), :, position, pl.ds(first, width)]
+    def _global_slice(self, array: Any, part: int, position: Any) -> Any:
+        """(t, heads_per_block * d) of an array (B, T, N, parts * h * d): a part is q, k or v."""
+        width = self.heads_per_block * self.d
+        first = (part * (self.heads // self.heads_per_block) + lax.axis_index("heads")) * width
+        return array.at[lax.axis_index("clip"), :, position, pl.ds(first, width)]
 
-    def load(self, ref: Any, part: int, tile: Any, arrived: Any) -> None:
-        """Starts the copies of every position's rows; the last one's, where positions end early."""
+    def load(self, array: Any, part: int, target: Any, barrier: Any) -> None:
+        """Starts copying the rows of every position to shared memory.
+
+        The last tile repeats the last position where it has fewer positions than others.
+        """
         for p in range(self.positions):
             position = lax.axis_index("tile") * self.positions + p
-            source = self._slice(ref, part, jnp.minimum(position, self.n - 1))
-            plgpu.copy_gmem_to_smem(source, tile.at[pl.ds(p * self.t, self.t)], arrived)
+            source = self._global_slice(array, part, jnp.minimum(position, self.n - 1))
+            plgpu.copy_gmem_to_smem(source, target.at[pl.ds(p * self.t, self.t)], barrier)
 
-    def store(self, tile: Any, ref: Any, part: int) -> None:
-        """Starts the copies back of every position that there is."""
+    def store(self, source: Any, array: Any, part: int) -> None:
+        """Starts copying the rows of every position that exists from shared memory."""
         for p in range(self.positions):
             position = lax.axis_index("tile") * self.positions + p
 
             @pl.when(position < self.n)
             def _(p: int = p, position: Any = position) -> None:
-                target = self._slice(ref, part, position)
+                target = self._global_slice(array, part, position)
                 plgpu.copy_smem_to_gmem(
-                    tile.at[pl.ds(p * self.t, self.t)], target, commit_group=False
+                    source.at[pl.ds(p * self.t, self.t)], target, commit_group=False
                 )
 
-    def product(self, a: Any, b: Any) -> jax.Array:
-        """a b, summed in float32; a (ROWS, rows) in registers, b (rows, d) in shared memory."""
-        if self.interpret:  # which has no tensor cores
+    def matmul(self, a: Any, b: Any) -> jax.Array:
+        """a b, summed in float32; a (WGMMA_ROWS, rows) registers, b (rows, d) shared memory."""
+        if self.interpret:  # the interpreter has no tensor cores
             return jnp.dot(a, b[...], preferred_element_type=jnp.float32)
         return _wgmma(a, b)
 
-    def product_transposed(self, a: Any, b: Any) -> jax.Array:
-        """a b^T, summed in float32; a (ROWS, d) and b (rows, d) in shared memory."""
+    def matmul_transposed(self, a: Any, b: Any) -> jax.Array:
+        """a b^T, summed in float32; a (WGMMA_ROWS, d) and b (rows, d) in shared memory."""
         if self.interpret:
             return jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32)
         return _wgmma(a, b.T)
 
     def logits(self, a: Any, b: Any, start: int) -> jax.Array:
-        """a b^T in units of log 2, -inf where a row, from `start`, is of another position."""
-        shape = (ROWS, self.rows)
-        logits = self.product_transposed(a, b) * (self.d**-0.5 * LOG2_E)
+        """a b^T / sqrt(d) log2(e), -inf between different positions; a's first row is `start`."""
+        shape = (WGMMA_ROWS, self.rows)
+        logits = self.matmul_transposed(a, b) * (self.d**-0.5 * LOG2_E)
         if self.positions == 1:
             return logits
         row, column = (
@@ -183,12 +192,12 @@ class _Tile(NamedTuple):
         )
         return jnp.where((row + start) // self.t == column // self.t, logits, -jnp.inf)
 
-    def by_column(self, statistics: Any, head: Any) -> jax.Array:
-        """The numbers of a head's rows, in shared memory, to (ROWS, rows)."""
-        along = statistics[self.statistics(pl.ds(0, self.rows), head)]
+    def statistics_as_row(self, statistics: Any, head: Any) -> jax.Array:
+        """The statistics of a head's rows, along the columns of (WGMMA_ROWS, rows)."""
+        row = statistics[self.statistics_slice(pl.ds(0, self.rows), head)]
         if not self.interpret:
-            along = plgpu.layout_cast(along, plgpu.Layout.WGMMA.reduce(0))
-        return lax.broadcast_in_dim(along, (ROWS, self.rows), (1,))
+            row = plgpu.layout_cast(row, plgpu.Layout.WGMMA.reduce(0))
+        return lax.broadcast_in_dim(row, (WGMMA_ROWS, self.rows), (1,))
 
 
 def _wgmma(a: Any, b: Any) -> jax.Array:
@@ -199,92 +208,107 @@ def _wgmma(a: Any, b: Any) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def _by_row(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _as_column(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, (0,))
 
 
-def _call(
-    block: Callable, inputs: tuple, shape: tuple[int, ...], together: int, interpret: Any
+def _run(
+    kernel: Callable, inputs: tuple, shape: tuple[int, ...], heads_per_block: int, interpret: Any
 ) -> jax.Array:
-    """Runs `block` for all heads, positions and clips: it reads `inputs`, the first of them qkv."""
+    """Runs `kernel` for all heads, positions and clips; the first of `inputs` is qkv."""
     b, t, n, _, heads, d = inputs[0].shape
     dtype = inputs[0].dtype
-    rows = _rows(t)
+    rows = tile_rows(t)
     assert rows is not None  # `unsupported` refuses such a length
-    tile = _Tile(t, n, heads, d, dtype, rows, together, interpret is not None)
-    kernel = plgpu.kernel(
-        functools.partial(block, tile),
+    tile = _Tile(t, n, heads, d, dtype, rows, heads_per_block, interpret is not None)
+    run = plgpu.kernel(
+        functools.partial(kernel, tile),
         out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(heads // together, pl.cdiv(n, tile.positions), b),
+        grid=(heads // heads_per_block, pl.cdiv(n, tile.positions), b),
         grid_names=("heads", "tile", "clip"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return kernel(*(x.reshape(b, t, n, -1) for x in inputs))
+    return run(*(x.reshape(b, t, n, -1) for x in inputs))
 
 
-def _forward_block(tile: _Tile, qkv: Any, out: Any) -> None:
-    def run(q: Any, k: Any, v: Any, o: Any, arrived: Any) -> None:
+def _forward_kernel(tile: _Tile, qkv: Any, out: Any) -> None:
+    def run(q: Any, k: Any, v: Any, o: Any, barrier: Any) -> None:
         for part, ref in enumerate((q, k, v)):
-            tile.load(qkv, part, ref, arrived)
-        plgpu.barrier_wait(arrived)
-        for head, start in tile.products():
-            rows, every = (pl.ds(start, ROWS), head), (slice(None), head)
-            logits = tile.logits(q.at[rows], k.at[every], start)
-            weights = jnp.exp2(logits - _by_row(logits.max(axis=1), logits.shape))
-            attended = tile.product(weights.astype(tile.dtype), v.at[every])
-            attended /= _by_row(weights.sum(axis=1), attended.shape)
-            o[rows] = attended.astype(tile.dtype)
+            tile.load(qkv, part, ref, barrier)
+        plgpu.barrier_wait(barrier)
+        for head, start in tile.chunks():
+            chunk, all_rows = (pl.ds(start, WGMMA_ROWS), head), (slice(None), head)
+            logits = tile.logits(q.at[chunk], k.at[all_rows], start)
+            weights = jnp.exp2(logits - _as_column(logits.max(axis=1), logits.shape))
+            attended = tile.matmul(weights.astype(tile.dtype), v.at[all_rows])
+            attended /= _as_column(weights.sum(axis=1), attended.shape)
+            o[chunk] = attended.astype(tile.dtype)
         plgpu.commit_smem()
         tile.store(o, out, 0)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
 
-    arrived = plgpu.Barrier(num_arrivals=3 * tile.positions)
-    pl.run_scoped(run, *[tile.shared()] * 4, arrived)
+    barrier = plgpu.Barrier(num_arrivals=3 * tile.positions)
+    pl.run_scoped(run, *[tile.shared_memory()] * 4, barrier)
 
 
-def _backward_block(tile: _Tile, qkv: Any, g: Any, out: Any) -> None:
-    """Of weights P, whose gradient is dP = g v^T, and D = sum(P dP) of each query:
+def _backward_kernel(tile: _Tile, qkv: Any, g: Any, out: Any) -> None:
+    """The gradients of q, k and v.
 
-    dS = P (dP - D); dq = dS k / sqrt(d); dk = dS^T q / sqrt(d); dv = P^T g. The transposed weights
-    are computed from the transposed logits and what the queries' pass leaves of each query: D, and
-    log2 of the sum of its exponentials.
+    With the weights P, their gradient dP = g v^T, and D = sum(P dP) of each query:
+
+        dS = P (dP - D); dq = dS k / sqrt(d); dk = dS^T q / sqrt(d); dv = P^T g
+
+    A first loop over chunks of queries computes dq, and saves two statistics of each query: D, and
+    log2 of the sum of its exponentials. A second loop over chunks of keys computes the transposed
+    weights from the transposed logits and these statistics, and from them dk and dv.
     """
 
-    def run(q, k, v, do, dq, dk, dv, total, inner, arrived) -> None:
+    def run(q, k, v, do, dq, dk, dv, log_sums, inner, barrier) -> None:
         for part, ref in enumerate((q, k, v)):
-            tile.load(qkv, part, ref, arrived)
-        tile.load(g, 0, do, arrived)
-        plgpu.barrier_wait(arrived)
-        scale = tile.d**-0.5
-        for head, start in tile.products():  # of queries
-            rows, every = (pl.ds(start, ROWS), head), (slice(None), head)
-            logits = tile.logits(q.at[rows], k.at[every], start)
-            most = logits.max(axis=1)
-            weights = jnp.exp2(logits - _by_row(most, logits.shape))
-            sums = weights.sum(axis=1)
-            weights /= _by_row(sums, weights.shape)
-            d_weights = tile.product_transposed(do.at[rows], v.at[every])
-            each = (weights * d_weights).sum(axis=1)
-            d_logits = (weights * (d_weights - _by_row(each, weights.shape))).astype(tile.dtype)
-            dq[rows] = (tile.product(d_logits, k.at[every]) * scale).astype(tile.dtype)
-            total[tile.statistics(*rows)] = most + jnp.log2(sums)
-            inner[tile.statistics(*rows)] = each
-        for head, start in tile.products():  # of keys
-            rows, every = (pl.ds(start, ROWS), head), (slice(None), head)
-            logits = tile.logits(k.at[rows], q.at[every], start)
-            weights = jnp.exp2(logits - tile.by_column(total, head))
-            dv[rows] = tile.product(weights.astype(tile.dtype), do.at[every]).astype(tile.dtype)
-            d_weights = tile.product_transposed(v.at[rows], do.at[every])
-            d_logits = (weights * (d_weights - tile.by_column(inner, head))).astype(tile.dtype)
-            dk[rows] = (tile.product(d_logits, q.at[every]) * scale).astype(tile.dtype)
+            tile.load(qkv, part, ref, barrier)
+        tile.load(g, 0, do, barrier)
+        plgpu.barrier_wait(barrier)
+        _query_gradients(tile, q, k, v, do, dq, log_sums, inner)
+        _key_value_gradients(tile, q, k, v, do, dk, dv, log_sums, inner)
         plgpu.commit_smem()
         for part, ref in enumerate((dq, dk, dv)):
             tile.store(ref, out, part)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0)
 
-    statistics = plgpu.SMEM((tile.together * tile.rows,), jnp.float32)
-    arrived = plgpu.Barrier(num_arrivals=4 * tile.positions)
-    pl.run_scoped(run, *[tile.shared()] * 7, statistics, statistics, arrived)
+    statistics = plgpu.SMEM((tile.heads_per_block * tile.rows,), jnp.float32)
+    barrier = plgpu.Barrier(num_arrivals=4 * tile.positions)
+    pl.run_scoped(run, *[tile.shared_memory()] * 7, statistics, statistics, barrier)
+
+
+def _query_gradients(tile: _Tile, q, k, v, do, dq, log_sums, inner) -> None:
+    for head, start in tile.chunks():
+        queries, all_rows = (pl.ds(start, WGMMA_ROWS), head), (slice(None), head)
+        logits = tile.logits(q.at[queries], k.at[all_rows], start)
+        largest = logits.max(axis=1)
+        weights = jnp.exp2(logits - _as_column(largest, logits.shape))
+        sums = weights.sum(axis=1)
+        weights /= _as_column(sums, weights.shape)
+        d_weights = tile.matmul_transposed(do.at[queries], v.at[all_rows])
+        products = (weights * d_weights).sum(axis=1)
+        d_logits = (weights * (d_weights - _as_column(products, weights.shape))).astype(tile.dtype)
+        d_queries = tile.matmul(d_logits, k.at[all_rows]) * tile.d**-0.5
+        dq[queries] = d_queries.astype(tile.dtype)
+        log_sums[tile.statistics_slice(*queries)] = largest + jnp.log2(sums)
+        inner[tile.statistics_slice(*queries)] = products
+
+
+def _key_value_gradients(tile: _Tile, q, k, v, do, dk, dv, log_sums, inner) -> None:
+    for head, start in tile.chunks():
+        keys, all_rows = (pl.ds(start, WGMMA_ROWS), head), (slice(None), head)
+        logits = tile.logits(k.at[keys], q.at[all_rows], start)
+        weights = jnp.exp2(logits - tile.statistics_as_row(log_sums, head))
+        d_values = tile.matmul(weights.astype(tile.dtype), do.at[all_rows])
+        dv[keys] = d_values.astype(tile.dtype)
+        d_weights = tile.matmul_transposed(v.at[keys], do.at[all_rows])
+        inner_row = tile.statistics_as_row(inner, head)
+        d_logits = (weights * (d_weights - inner_row)).astype(tile.dtype)
+        d_keys = tile.matmul(d_logits, q.at[all_rows]) * tile.d**-0.5
+        dk[keys] = d_keys.astype(tile.dtype)
