@@ -103,7 +103,7 @@ def test_batches_double_while_they_fit_and_the_rate_grows(fits, rates, start):
     assert (best is None) == (not done)
     if done:
         assert best["clips_per_second"]["wall"] == max(done)
-    grew = [b >= model.GROWS * max(done[: i + 1]) for i, b in enumerate(done[1:])]
+    grew = [b >= model.MIN_GAIN * max(done[: i + 1]) for i, b in enumerate(done[1:])]
     ended_by_rate = bool(grew) and not grew[-1]
     assert all(grew[:-1])
     assert ended_by_rate or len(done) == fits

@@ -1,19 +1,20 @@
-"""`timesformer benchmark model`: clips a second, memory and MFU of inference and of training.
+"""`timesformer benchmark model`: clips per second, memory and MFU of inference and training.
 
     timesformer benchmark model --presets=timesformer_base,timesformer_hr --json=model.json
 
-One device, one view. Inference goes from uint8 frames in the device's memory to logits, as
-`predict` does, by the model of `models.fold`. Training is the step of `timesformer train`: uint8
-frames cropped, resized, flipped and normalised, the forward pass with drop path, the backward pass,
-SGD with Nesterov momentum. Reading and decoding videos is `benchmark input`'s.
+One device, one view. Inference is the forward pass of `predict`, from uint8 frames in device memory
+to logits. Training is the step of `timesformer train`: uint8 frames cropped, resized, flipped and
+normalised, the forward pass with drop path, the backward pass, SGD with Nesterov momentum. Reading
+and decoding videos is measured by `benchmark input`.
 
-MFU counts the model's FLOPs, twice its multiply-accumulates forward and six times in training,
-whatever folding saves, the compiler leaves out and `remat` repeats; "executed_flops" in the figures
-are the compiler's.
+MFU counts the model's FLOPs: two for each multiply-accumulate forward, six in training. What fused
+projections save, the compiler removes or `remat` repeats does not change them; "executed_flops" in
+the figures is the compiler's count.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ import optax
 from flax import nnx
 
 from timesformer_jax.benchmark import report
-from timesformer_jax.benchmark.machine import default_dtype, describe, measure_peak
+from timesformer_jax.benchmark.machine import DevicePeak, default_dtype, describe, measure_peak
 from timesformer_jax.benchmark.programs import (
     INPUT_SETS,
     Program,
@@ -48,9 +49,9 @@ from timesformer_jax.training.step import abstract_state, init_state, make_train
 from timesformer_jax.transforms.preprocess import preprocess
 
 WORKLOADS = ("inference", "training")
-GROWS = 1.02  # a doubled batch whose rate is not that much higher ends the search
+MIN_GAIN = 1.02  # a doubled batch must raise the rate by this factor for the search to go on
 
-# The recipes' optimizer, without ml_collections.
+# The optimizer of the recipes, without ml_collections.
 RECIPE = SimpleNamespace(
     name="sgd", momentum=0.9, weight_decay=1e-4, clip_norm=0.0, layer_decay=1.0, trainable="all"
 )  # fmt: skip
@@ -67,7 +68,7 @@ def benchmark_model(
     memory: float | None = None,
     json: str | None = None,
 ) -> None:
-    """Measures every preset and workload at every batch size and prints a row as it comes.
+    """Measures every preset and workload at every batch size, and prints a row after each.
 
     Args:
       presets: by default timesformer_base.
@@ -75,15 +76,15 @@ def benchmark_model(
       batch_sizes: clips; by default 1, 2, 4, ... until the rate no longer grows or it does not fit.
       dtype: by default bfloat16, on a CPU float32.
       remat: of the training step.
-      seconds: that a row's runs may take; what is predicted to take longer is not run.
-      minutes: after which no further row is begun.
-      memory: GiB that a program may need; by default what the device has.
+      seconds: the most that a row's runs may take, as predicted.
+      minutes: no row is begun after this time.
+      memory: GiB that a program may use; by default the device's memory.
       json: file for the figures.
 
     Raises:
-      InputError: for a name, size or file that cannot be.
+      InputError: if a name, size or file is wrong.
     """
-    ends = time.monotonic() + 60 * minutes
+    deadline = time.monotonic() + 60 * minutes
     report.check_folder(json)
     for workload in workloads or WORKLOADS:
         if workload not in WORKLOADS:
@@ -96,41 +97,54 @@ def benchmark_model(
     peak = measure_peak(dtype, memory and memory * GIB)
     print(f"{dtype}, remat {remat}; {report.headline(peak)}\n\n{header()}")
     figures = describe(peak) | {"settings": {"dtype": dtype, "remat": remat}, "rows": []}
-
-    def measure(name: str, workload: str, size: int) -> dict[str, Any]:
-        config = configs[name]
-        row = {
-            "preset": name,
-            "workload": workload,
-            "batch_size": size,
-            "macs": macs(config),
-            "parameters": parameter_count(config),
-        }
-        if time.monotonic() > ends:
-            row |= report.NO_TIME_LEFT
-        else:
-            row |= measure_program(PROGRAMS[workload](config, size), peak, seconds)
-        print(as_line(row), flush=True)
-        figures["rows"].append(row)
-        report.write(json, figures)  # what there is, if the next row ends the process
-        return row
-
     for name, workload in itertools.product(configs, workloads or WORKLOADS):
-        if best := best_row(search_batch_sizes(lambda size: measure(name, workload, size), sizes)):  # noqa: B023
+        measure = functools.partial(
+            measure_row, name, configs[name], workload, peak=peak, seconds=seconds,
+            deadline=deadline,
+        )  # fmt: skip
+        rows = []
+        for row in search_batch_sizes(measure, sizes):
+            print(as_line(row), flush=True)
+            rows.append(row)
+            figures["rows"].append(row)
+            report.write(json, figures)  # after each row: the next may crash the process
+        if best := best_row(rows):
             rate = best["clips_per_second"]["wall"]
             print(f"best: {name} {workload} {rate:.3g} clips/s at {best['batch_size']} a batch")
+
+
+def measure_row(
+    name: str,
+    config: TimeSformerConfig,
+    workload: str,
+    batch_size: int,
+    peak: DevicePeak,
+    seconds: float,
+    deadline: float,
+) -> dict[str, Any]:
+    """The costs of a preset's model and the result of `measure_program` for one batch size."""
+    row = {
+        "preset": name,
+        "workload": workload,
+        "batch_size": batch_size,
+        "macs": macs(config),
+        "parameters": parameter_count(config),
+    }
+    if time.monotonic() > deadline:
+        return row | report.NO_TIME_LEFT
+    return row | measure_program(PROGRAMS[workload](config, batch_size), peak, seconds)
 
 
 def search_batch_sizes(
     measure: Callable[[int], dict[str, Any]], sizes: Sequence[int] | None, start: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """A row for each of the batch sizes, in turn.
+    """Yields a row for each batch size.
 
     Args:
-      measure: gives the row of a batch size: its "status" and, if that is "measured", its
+      measure: returns the row of a batch size, with its "status" and, if that is "measured", its
         "clips_per_second".
-      sizes: batch sizes; None for `start` and its doubles while they are measured and the rate
-        grows.
+      sizes: batch sizes. None for `start` and its doubles, as long as they are measured and raise
+        the rate.
     """
     if sizes:
         yield from map(measure, sizes)
@@ -142,13 +156,13 @@ def search_batch_sizes(
         if row["status"] != "measured":
             return
         rate = row["clips_per_second"]["wall"]
-        if rate < GROWS * best:
+        if rate < MIN_GAIN * best:
             return
         best = max(best, rate)
 
 
 def best_row(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the highest rate; None if none was measured."""
+    """The row with the highest rate; None if no row was measured."""
     done = [row for row in rows if row["status"] == "measured"]
     return max(done, key=lambda row: row["clips_per_second"]["wall"], default=None)
 
@@ -188,7 +202,7 @@ def inference(
 def training(
     config: TimeSformerConfig, batch_size: int, mesh: jax.sharding.Mesh | None = None
 ) -> Program:
-    """The step of `timesformer train`, on one device likewise."""
+    """The step of `timesformer train`, on a mesh of one device, by default the first."""
     clip = ClipSpec(frames=config.num_frames, crop=config.image_size)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     schedule = optax.constant_schedule(0.005)
@@ -218,8 +232,8 @@ PROGRAMS = {"inference": inference, "training": training}
 
 
 def batch_shapes(config: TimeSformerConfig, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the input pipeline gives the step: squares of videos whose short side is 8/7 of the crop
-    (256 pixels for 224), as training decodes them where that is its smallest scale."""
+    """Shapes and dtypes of the step's inputs: squares as training decodes them from videos whose
+    short side is 8/7 of the crop (256 pixels for 224), the smallest scale of training."""
     crop = config.image_size
     side = decoded_side(crop * 8 // 7, crop, crop * 8 // 7)
     return {
@@ -231,7 +245,7 @@ def batch_shapes(config: TimeSformerConfig, size: int) -> dict[str, jax.ShapeDty
 
 
 def random_batches(config: TimeSformerConfig, size: int) -> list[dict[str, jax.Array]]:
-    """Sets of batches of those shapes on the device, every pixel drawn."""
+    """INPUT_SETS random batches of these shapes, on the device."""
     rng = np.random.default_rng(0)
     crop_box = np.array([1, 1, config.image_size], np.float32)
 
@@ -247,7 +261,7 @@ def random_batches(config: TimeSformerConfig, size: int) -> list[dict[str, jax.A
     return [jax.device_put(batch()) for _ in range(INPUT_SETS)]
 
 
-# ---- telling ------------------------------------------------------------------------------------
+# ---- printing -----------------------------------------------------------------------------------
 
 
 def header() -> str:
@@ -258,7 +272,7 @@ def header() -> str:
 
 
 def as_line(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """A row as text."""
     start = f"{row['preset'].removeprefix('timesformer_'):<18}{row['workload']:<11}"
     start += f"{row['batch_size']:>6}"
     if row["status"] != "measured":
