@@ -1,4 +1,4 @@
-"""Training recipes as ml_collections configs, and the paper's ablations as arguments of them."""
+"""Training recipes as ml_collections configs, and the paper's ablations as their arguments."""
 
 from timesformer_jax.recipes.ablations import ablate, with_arguments
 from timesformer_jax.recipes.recipes import (

@@ -1,7 +1,7 @@
 """The paper's ablations, as arguments of any config: `--config=configs/k400_base.py:frames=16`.
 
-An argument stands for all fields that change together; a single field that stands for itself is
-changed with `--config.model.drop_path=0.2`.
+An argument changes all fields that belong together. To change one field alone, set it:
+`--config.model.drop_path=0.2`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.presets import preset
 from timesformer_jax.recipes.recipes import image_vit
 
-# The ViT of an argument: its preset, and its name in the files of image models.
+# For each backbone, the preset that has it and its size in the file names of image ViTs.
 BACKBONES = {
     "vit_s": ("timesformer_vit_s", "small"),
     "vit_b": ("timesformer_base", "base"),
@@ -26,18 +26,22 @@ INITS = {"imagenet21k": "in21k", "imagenet1k": "in1k", "scratch": ""}
 
 
 def with_arguments(config: ConfigDict, arguments: str = "") -> ConfigDict:
-    """A recipe with arguments: `with_arguments(kinetics400(), "attention=joint,frames=16")`.
+    """Applies the arguments of a config: `with_arguments(demo(), "attention=joint,frames=16")`.
 
     Args:
       config: changed in place.
-      arguments: what follows the file's name and a colon on the command line: those of `ablate`, as
-        name=value with commas between.
+      arguments: the text after the colon of --config: arguments of `ablate` as name=value,
+        separated by commas.
+
+    Returns:
+      The config; the arguments are added to its name.
 
     Raises:
-      InputError: naming the argument, and the nearest that there is.
+      InputError: for an unknown, repeated or invalid argument.
     """
     if not arguments:
         return config
+    # Arguments are those of the form `x: kind | None`.
     kinds = {name: kind for name, kind in get_type_hints(ablate).items() if get_args(kind)}
     given = {}
     for argument in arguments.split(","):
@@ -76,20 +80,21 @@ def ablate(
 
     Args:
       config: changed in place.
-      attention: the scheme (table 1).
-      position_embedding: none, space or space_time (table 4).
-      frames: of a clip, over the recipe's span: twice the frames, half the frame_stride (figure 5).
-      frame_stride: distance of frames, where the span is to be another.
-      crop: side of a clip in pixels (figure 5). The short side is jittered as by the release's
-        recipe for 448 above 224, else as by that for 224, in proportion to the crop.
+      attention: the attention scheme (table 1).
+      position_embedding: "none", "space" or "space_time" (table 4).
+      frames: frames of a clip that spans the same time as the recipe's: twice the frames, half the
+        frame_stride (figure 5).
+      frame_stride: distance between the frames, if the clip should span another time.
+      crop: side of a clip, in pixels (figure 5). The range of the short side is in proportion to
+        the crop: the release's range for 448 above 224, else its range for 224.
       patch_size: 16 or 32.
-      backbone: vit_s, vit_b or vit_l.
-      init: imagenet21k, imagenet1k or scratch; with patch_size and backbone it says the file of
-        config.pretrained.
-      train_fraction: of each class's training videos (figure 4).
+      backbone: "vit_s", "vit_b" or "vit_l".
+      init: "imagenet21k", "imagenet1k" or "scratch". Together with patch_size and backbone it
+        determines config.pretrained.
+      train_fraction: fraction of the training videos of each class (figure 4).
 
     Raises:
-      InputError: if a value is impossible.
+      InputError: if a value is invalid.
     """
     if attention is not None:
         config.model.attention = attention
@@ -117,13 +122,14 @@ def ablate(
         images = _known("init", init or "imagenet21k", INITS)
         size = BACKBONES[backbone or "vit_b"][1]
         config.pretrained = images and image_vit(size, config.model.patch_size, images)
-    # Both refuse what cannot be.
+    # Their constructors check the values.
     ClipSpec(**config.clip)
     TimeSformerConfig(**config.model.to_dict() | {"num_classes": config.model.num_classes or 1})
     return config
 
 
 def _known(argument: str, value: str, known: dict[str, Any]) -> Any:
+    """known[value], or an InputError that names the argument."""
     if value not in known:
         raise InputError(
             f"{argument} must be one of {', '.join(known)}, not {value!r}"
