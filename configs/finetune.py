@@ -1,9 +1,11 @@
-"""A pretrained model on your own videos; the classes are those of the data.
+"""Fine-tuning of a pretrained model on your own videos, with the classes of the data.
 
     timesformer train --config=configs/finetune.py --workdir=runs/mine \\
         --config.data.directory=data/mine --config.pretrained=TimeSformer_divST_8x32_224_K400.pyth
 
-One GPU. AdamW at 1e-4 for 15 epochs; a batch of 8 clips.
+AdamW with a learning rate of 1e-4 for 15 epochs, in batches of 8 clips.
+Hardware: one GPU.
+Expected accuracy: depends on your data.
 """
 
 from timesformer_jax.recipes import finetune, with_arguments

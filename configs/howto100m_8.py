@@ -6,11 +6,11 @@
         --config.data.directory=data/howto100m_8 \\
         --config.pretrained=TimeSformer_divST_8x32_224_K400.pyth
 
-From the authors' weights for Kinetics-400. A record is a piece as long as a clip; the probabilities
-of a video's pieces, which do not overlap, are averaged.
-8 GPUs of 24 GB: 19 GiB each, 8 clips, by `timesformer plan`.
-The paper reports 56.8 top-1 (SlowFast: 48.2). We have not trained it; the authors' split was never
-published (docs/data.md).
+Training starts from the authors' weights for Kinetics-400. A record is a segment as long as a clip.
+Segments do not overlap, and a video's probabilities are the average over its segments.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 19 GiB each.
+Expected accuracy: 56.8 top-1 in the paper (SlowFast: 48.2). We have not trained it.
+The authors' split was never published (docs/data.md).
 """
 
 from timesformer_jax.recipes import howto100m, with_arguments

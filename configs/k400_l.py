@@ -4,9 +4,9 @@
         --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth \\
         --config.model.remat=block
 
-config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
-8 GPUs of 24 GB: 19 GiB each, 8 clips, by `timesformer plan`.
-The authors' model reaches 80.6 / 94.7 top-1 / top-5 (model zoo, 1 x 3 views).
+config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 19 GiB each.
+Expected accuracy: 80.6 / 94.7 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.
 """
 

@@ -3,9 +3,9 @@
     timesformer train --config=configs/k400_space.py --workdir=runs/k400_space \\
         --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth
 
-config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
-8 GPUs of 24 GB: 15 GiB each, 8 clips, by `timesformer plan`.
-The paper reports 76.9 top-1 (table 1). We have not trained it.
+config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 15 GiB each.
+Expected accuracy: 76.9 top-1 in the paper (table 1). We have not trained it.
 """
 
 from timesformer_jax.recipes import kinetics400, with_arguments

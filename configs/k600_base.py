@@ -3,10 +3,10 @@
     timesformer train --config=configs/k600_base.py --workdir=runs/k600_base \\
         --config.data.directory=data/k600 --config.pretrained=vit_base_patch16_224_in21k.pth
 
-config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
-The authors released weights and no config: everything but the classes is as for Kinetics-400.
-8 GPUs of 24 GB: 19 GiB each, 8 clips, by `timesformer plan`.
-The authors' model reaches 79.1 / 94.4 top-1 / top-5 (model zoo, 1 x 3 views).
+config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
+The authors released weights, but no config. All but the classes is as in configs/k400_base.py.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 19 GiB each.
+Expected accuracy: 79.1 / 94.4 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.
 """
 

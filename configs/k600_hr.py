@@ -4,11 +4,11 @@
         --config.data.directory=data/k600 --config.pretrained=vit_base_patch16_224_in21k.pth \\
         --config.model.remat=block
 
-config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
+config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
 Prepare the videos with --short_side=512.
-As configs/k400_hr.py but for the classes.
-8 GPUs of 24 GB: 18 GiB each, 8 clips, by `timesformer plan`.
-The authors' model reaches 81.8 / 95.8 top-1 / top-5 (model zoo, 1 x 3 views).
+All but the classes is as in configs/k400_hr.py.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 18 GiB each.
+Expected accuracy: 81.8 / 95.8 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.
 """
 

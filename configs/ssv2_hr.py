@@ -4,12 +4,12 @@
         --config.data.directory=data/ssv2 --config.pretrained=vit_base_patch16_224_in21k.pth \\
         --config.model.remat=block
 
-config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
+config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
 Prepare the videos with --short_side=512.
-One frame of each segment of the video; no clip is mirrored. The authors' weights take BGR: to go on
-from them, --config.clip.channel_order=bgr.
-8 GPUs of 24 GB: 18 GiB each, 8 clips, by `timesformer plan`.
-The authors' model reaches 61.8 / 86.9 top-1 / top-5 (model zoo, 1 x 3 views).
+A clip has one frame from each segment of the video, and is never flipped. The authors' weights
+expect BGR: to continue from them, set --config.clip.channel_order=bgr.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 18 GiB each.
+Expected accuracy: 61.8 / 86.9 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.
 """
 

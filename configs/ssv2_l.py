@@ -4,11 +4,11 @@
         --config.data.directory=data/ssv2 --config.pretrained=vit_base_patch16_224_in21k.pth \\
         --config.model.remat=block
 
-config.pretrained names an ImageNet-21K ViT-B/16, of any layout in docs/checkpoints.md.
-One frame of each segment of the video; no clip is mirrored. The authors' weights take BGR: to go on
-from them, --config.clip.channel_order=bgr.
-8 GPUs of 24 GB: 13 GiB each, 8 clips, by `timesformer plan`.
-The authors' model reaches 62.0 / 87.5 top-1 / top-5 (model zoo, 1 x 3 views).
+config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
+A clip has one frame from each segment of the video, and is never flipped. The authors' weights
+expect BGR: to continue from them, set --config.clip.channel_order=bgr.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 13 GiB each.
+Expected accuracy: 62.0 / 87.5 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.
 """
 

@@ -106,11 +106,28 @@ def ablate(
     if frame_stride is not None:
         config.clip.frame_stride = frame_stride
     if crop is not None:
-        config.clip.crop = crop
-        low, high = (224, 256) if crop > 224 else (256, 320)
-        config.data.short_side_range = (round(low * crop / 224), round(high * crop / 224))
+        _set_crop(config, crop)
     if train_fraction is not None:
         config.data.train_fraction = train_fraction
+    _set_backbone(config, patch_size, backbone, init)
+    # Their constructors check the values.
+    ClipSpec(**config.clip)
+    TimeSformerConfig(**config.model.to_dict() | {"num_classes": config.model.num_classes or 1})
+    return config
+
+
+def _set_crop(config: ConfigDict, crop: int) -> None:
+    config.clip.crop = crop
+    low, high = (224, 256) if crop > 224 else (256, 320)
+    config.data.short_side_range = (round(low * crop / 224), round(high * crop / 224))
+
+
+def _set_backbone(
+    config: ConfigDict, patch_size: int | None, backbone: str | None, init: str | None
+) -> None:
+    """Sets the sizes of the model, and the image ViT of these sizes as config.pretrained."""
+    if patch_size is backbone is init is None:
+        return
     if patch_size is not None:
         config.model.patch_size = patch_size
     if backbone is not None:
@@ -118,14 +135,9 @@ def ablate(
         config.model.update(
             {name: getattr(vit, name) for name in ("hidden_size", "depth", "num_heads")}
         )
-    if {patch_size, backbone, init} != {None}:
-        images = _known("init", init or "imagenet21k", INITS)
-        size = BACKBONES[backbone or "vit_b"][1]
-        config.pretrained = images and image_vit(size, config.model.patch_size, images)
-    # Their constructors check the values.
-    ClipSpec(**config.clip)
-    TimeSformerConfig(**config.model.to_dict() | {"num_classes": config.model.num_classes or 1})
-    return config
+    images = _known("init", init or "imagenet21k", INITS)
+    size = BACKBONES[backbone or "vit_b"][1]
+    config.pretrained = images and image_vit(size, config.model.patch_size, images)
 
 
 def _known(argument: str, value: str, known: dict[str, Any]) -> Any:
