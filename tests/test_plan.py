@@ -29,7 +29,12 @@ from timesformer_jax.planning import make_plan
 from timesformer_jax.planning.collectives import Collective
 from timesformer_jax.planning.command import plan
 from timesformer_jax.planning.largest_batch import largest_batch
-from timesformer_jax.planning.memory import _residuals, counted_memory, exceeded, kept_for_backward
+from timesformer_jax.planning.memory import (
+    _residuals,
+    counted_memory,
+    kept_for_backward,
+    required_bytes,
+)
 from timesformer_jax.planning.plan import counted_collectives
 from timesformer_jax.planning.program import build
 from timesformer_jax.planning.report import as_json, as_text
@@ -297,7 +302,7 @@ def test_a_batch_that_never_fits():
     ],
 )  # fmt: skip
 def test_what_a_program_that_does_not_fit_would_need(said, expected):
-    assert exceeded(jax.errors.JaxRuntimeError(said)) == expected
+    assert required_bytes(jax.errors.JaxRuntimeError(said)) == expected
 
 
 def torus(*sides):
@@ -347,10 +352,10 @@ def test_the_roofline_is_the_slowest_part_at_its_peak():
     ("topology", "changes", "said"),
     [
         ("v5f:4x4", {}, "no chip 'v5f'.*did you mean 'v5"),
-        ("h100:4x4", {}, "after h100: comes their number, 8"),
-        ("v5e:16", {}, "after v5e: comes the sides of the slice, 4x4"),
-        ("v5e", {}, "after v5e: comes the sides"),
-        ("cpu:0", {}, "after cpu: comes their number"),
+        ("h100:4x4", {}, "after h100: give their number, for example 8"),
+        ("v5e:16", {}, "after v5e: give the sides of the slice, for example 4x4"),
+        ("v5e", {}, "after v5e: give the sides"),
+        ("cpu:0", {}, "after cpu: give their number"),
         ("cpu:512", {}, "needs 512 devices and this process has 8"),
         ("cpu:6", {}, "a batch of 16 cannot be divided .* multiple of 6"),
         ("cpu:8", {"mesh.data": 3}, "does not fit 8 devices"),

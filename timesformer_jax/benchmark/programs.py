@@ -17,7 +17,7 @@ from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import abstract
 from timesformer_jax.models.timesformer import parameters as parameters_of
-from timesformer_jax.planning.memory import exceeded
+from timesformer_jax.planning.memory import required_bytes
 
 MIN_RUNS = 4  # a warm-up and three samples
 SECONDS = 1.0  # how long to measure, if the runs are shorter
@@ -84,7 +84,7 @@ def measure_program(program: Program, peak: DevicePeak, seconds: float) -> dict[
         before = _peak_bytes()
         timing = time_runs(program.start(compiled), jax.block_until_ready, SECONDS)
     except jax.errors.JaxRuntimeError as e:
-        if (needed := exceeded(e)) is None:
+        if (needed := required_bytes(e)) is None:
             return {"status": "failed", "reason": str(e).splitlines()[0]} | found
         return _does_not_fit(needed, peak) | found
     flops, after = rates(program.flops, timing), _peak_bytes()

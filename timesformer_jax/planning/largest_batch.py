@@ -7,37 +7,37 @@ from collections.abc import Callable
 
 
 def largest_batch(
-    needed: Callable[[int], float], limit: float, unit: int, start: int, empty: float
+    needed: Callable[[int], float], limit: float, multiple: int, start: int, empty: float
 ) -> int:
-    """The largest multiple of `unit` that needs no more than `limit`; 0 if none does.
+    """The largest multiple of `multiple` that needs at most `limit` bytes; 0 if there is none.
 
-    Memory is nearly a straight line in the batch, so each trial is where the line through the two
-    known points nearest to the limit meets it; every third halves the interval, so that no curve
-    makes the search long.
+    Memory is almost linear in the batch size. Each trial is where the line through the two known
+    points nearest to the limit reaches it; every third trial halves the interval, so that the
+    search is short even where memory is not linear.
 
     Args:
-      needed: bytes that a batch needs, more for a larger one; inf where only that it is too much is
-        known. It is a compilation: called as seldom as possible.
+      needed: bytes that a batch size needs, increasing; inf if the compiler only says that it is
+        too much. It compiles a program, so it is called as rarely as possible.
       limit: bytes.
-      unit: that batches are multiples of.
-      start: the first to try.
-      empty: bytes that are needed whatever the batch.
+      multiple: batch sizes are multiples of this.
+      start: the batch size to try first.
+      empty: bytes that are needed by an empty batch.
     """
-    known = {0: empty}  # by the number of units
-    low, high = 0, None  # the largest that fits, the least that does not
-    trial = max(1, start // unit)
+    known = {0: empty}  # by batch size over `multiple`
+    low, high = 0, None  # the largest that fits, the smallest that does not
+    trial = max(1, start // multiple)
     while high is None or high - low > 1:
-        known[trial] = needed(trial * unit)
+        known[trial] = needed(trial * multiple)
         if known[trial] <= limit:
             low = trial
         else:
             high = trial
         trial = _next(known, limit, low, high)
-    return low * unit
+    return low * multiple
 
 
 def _next(known: dict[int, float], limit: float, low: int, high: int | None) -> int:
-    """The next number of units to try, between the bounds."""
+    """The next number to try, between the bounds."""
     if high is not None and len(known) % 3 == 0:
         return (low + high) // 2
     nearest = sorted((abs(needs - limit), n) for n, needs in known.items() if needs < math.inf)
@@ -46,6 +46,6 @@ def _next(known: dict[int, float], limit: float, low: int, high: int | None) -> 
         guess = int(a + (limit - known[a]) * (b - a) / (known[b] - known[a]))
     else:
         guess = 2 * low if high is None else (low + high) // 2
-    # One beyond the last that fits settles it where the line is right.
+    # Where memory is linear, one more than the largest that fits ends the search.
     most = 4 * max(low, 1) if high is None else high - 1
     return min(max(guess, low + 1), most)

@@ -1,4 +1,4 @@
-"""What a training step needs of a chip's memory: as compiled, or counted from the config."""
+"""The memory that a training step needs on a chip: compiled, or counted from the config."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from timesformer_jax.training.optimizer import trained
 
 
 class Memory(NamedTuple):
-    """Bytes on one chip, by kind; their sum is what the step needs.
+    """Bytes on one chip, by kind; the step needs their sum.
 
     Attributes:
-      parameters: of the model.
-      optimizer: its state, the moving average of the parameters and the step's number.
+      parameters: the parameters of the model.
+      optimizer: the optimizer's state, the moving average of the parameters and the step number.
       inputs: one batch.
-      activations: what lives during the step: activations, gradients, temporaries.
-      program: machine code, and what it holds of constants; 0 where it is not known.
-      padding: what layouts add to the arguments, and results that take no argument's place.
+      activations: arrays that exist during the step: activations, gradients, temporaries.
+      program: machine code and its constants; 0 if unknown.
+      padding: the padding of the arguments, and results that do not reuse an argument's memory.
     """
 
     parameters: int
@@ -47,7 +47,7 @@ class Memory(NamedTuple):
 
 
 def compiled_memory(program: Program, compiled: jax.stages.Compiled) -> Memory:
-    """Memory as the compiler has laid it out."""
+    """The memory of a compiled program."""
     stats: Any = compiled.memory_analysis()
     params, optimizer, inputs = _arguments(program)
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -62,18 +62,18 @@ def compiled_memory(program: Program, compiled: jax.stages.Compiled) -> Memory:
 
 
 def counted_memory(program: Program) -> Memory:
-    """Memory counted from the config, without a compiler: analytic.
+    """Memory counted from the config, without a compiler.
 
-    Activations are the gradients, the clips after preprocessing and everything that the backward
-    pass is given by the forward pass. A compiler makes some of it again where it is used, and pads
-    some. The sequence axis shares them; the tensor axis is taken to share none.
+    Activations are the gradients, the clips after preprocessing and all residuals that the forward
+    pass saves for the backward pass. A compiler recomputes some of them and pads others. They are
+    divided by the sequence axis; division by the tensor axis is not counted.
     """
     params, optimizer, inputs = _arguments(program)
     frames, side = program.clip.frames, program.clip.crop
-    clips = program.batch_size // program.unit
+    clips = program.batch_size // program.batch_multiple
     video = clips * program.parts * frames * side * side * 3 * 4
     gradients = bytes_a_chip(trained(program.state.params, program.train))
-    gradients *= 2 if program.parts > 1 else 1  # the sum so far, and a part's
+    gradients *= 2 if program.parts > 1 else 1  # the sum so far, and that of one part
     kept = kept_for_backward(program.model, frames, side, clips, program.train)
     kept //= dict(program.mesh.shape).get("sequence", 1)
     return Memory(params, optimizer, inputs, gradients + video + kept)
@@ -88,12 +88,12 @@ def _arguments(program: Program) -> tuple[int, int, int]:
 def kept_for_backward(
     model: TimeSformerConfig, frames: int, side: int, clips: int, train: str = "all"
 ) -> int:
-    """Bytes that the forward pass of `clips` clips keeps for the backward pass.
+    """Bytes that the forward pass of `clips` clips saves for the backward pass.
 
-    With rematerialisation, what the blocks keep and the inside of one of them. Blocks from the
-    second on (the first has no drop path) keep the same, so that two are traced and the rest is
-    counted. Where only the head is trained there is no backward pass, and the inside of one block
-    is what lives at a time.
+    With rematerialisation: what all blocks save, and everything inside one of them. All blocks but
+    the first, which has no drop path, save the same; so two blocks are traced and the others
+    counted. If only the head is trained there is no backward pass, and the arrays inside one block
+    exist at a time.
     """
 
     def kept(depth: int, remat: str = model.remat) -> int:
@@ -126,10 +126,10 @@ def _residuals(model: TimeSformerConfig, frames: int, side: int, clips: int) -> 
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in here)
 
 
-def exceeded(error: jax.errors.JaxRuntimeError) -> float | None:
-    """Bytes that a program needs at least of a chip that does not have them.
+def required_bytes(error: jax.errors.JaxRuntimeError) -> float | None:
+    """The bytes that a program needs at least, from the error that says that it does not fit.
 
-    inf where the compiler does not tell; None for another error.
+    inf if the compiler does not say; None for any other error.
     """
     said = str(error)
     if "RESOURCE_EXHAUSTED" not in said:

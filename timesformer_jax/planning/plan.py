@@ -17,7 +17,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.models.costs import macs
 from timesformer_jax.planning.collectives import Collective, collectives
 from timesformer_jax.planning.largest_batch import largest_batch
-from timesformer_jax.planning.memory import Memory, compiled_memory, counted_memory, exceeded
+from timesformer_jax.planning.memory import Memory, compiled_memory, counted_memory, required_bytes
 from timesformer_jax.planning.program import Program, build
 from timesformer_jax.planning.roofline import Roofline, roofline
 from timesformer_jax.planning.topology import Topology, open_topology
@@ -26,24 +26,23 @@ from timesformer_jax.training.optimizer import trained
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# Of the TPU compiler: a fifth of its time for the divided model, the same FLOPs.
+# An option of the TPU compiler: a fifth of the time for the divided model, the same FLOPs.
 _QUICK = {"exec_time_optimization_effort": -1.0}
 
 
 class Estimate(NamedTuple):
-    """What one step costs, by one way of knowing it.
+    """What one step costs: compiled, or counted from the config.
 
     Attributes:
-      memory: of a chip.
-      flops: on a chip. Compiled: what the program executes, None where it loops, since compilers
-        count a loop as one turn; counted: the model's, two for each multiply-accumulate, three
-        times the forward pass.
-      moved: bytes to and from a chip's memory, as the compiler counts them: every operand and
-        result of every fused operation. None where nothing was compiled, or it loops.
-      collectives: what is exchanged; None where the program loops on a TPU, whose compiler does not
-        tell how often.
-      roofline: of what is known, the counted costs in place of what is not; None for the host's
-        CPU.
+      memory: bytes on one chip.
+      flops: FLOPs on one chip. Compiled: those that the program executes; None for a program with
+        loops, since compilers count a loop once. Counted: those of the model, two for each
+        multiply-accumulate, three times the forward pass.
+      moved: bytes to and from the memory of one chip, as the compiler counts them: every operand
+        and result of every fused operation. None if nothing was compiled, or the program has loops.
+      collectives: the collectives of the step; None for a program with loops on a TPU, whose
+        compiler does not say how often they run.
+      roofline: from the costs above; counted costs replace unknown ones. None for the host's CPU.
     """
 
     memory: Memory
@@ -58,16 +57,16 @@ class Plan:
     """What a recipe needs of a topology.
 
     Attributes:
-      topology, program: what was planned for what.
-      limit: bytes of memory that a program can use on a chip; None where that is not known.
-      needed: bytes that the program needs on a chip: compiled, or else counted; inf where the
-        compiler only says that it is too much.
+      topology, program: the devices, and the training step.
+      limit: bytes of memory that a program can use on a chip; None if unknown.
+      needed: bytes that the program needs on a chip: compiled, or else counted; inf if the compiler
+        only says that it is too much.
       counted: the costs counted from the config.
-      compiled: those of the compiled program; None where there is no compiler for the chip here,
-        or the program does not fit.
-      compile_seconds: how long the compiler took; None where it did not run.
-      quick: whether it was told to optimise less.
-      largest_batch: clips a step of all devices together; None where it was not asked for.
+      compiled: the costs of the compiled program; None if this machine has no compiler for the
+        chip, or the program does not fit.
+      compile_seconds: how long the compiler took; None if it did not run.
+      quick: whether the compiler was told to optimise less.
+      largest_batch: clips a step, of all devices together; None if it was not searched for.
     """
 
     topology: Topology
@@ -82,23 +81,24 @@ class Plan:
 
     @property
     def best(self) -> Estimate:
-        """The compiled costs, or without them the counted."""
+        """The compiled costs; the counted ones if there are none."""
         return self.compiled or self.counted
 
     @property
     def fits(self) -> bool | None:
+        """Whether the program fits the memory; None if the limit is unknown."""
         return None if self.limit is None else self.needed <= self.limit
 
     @property
     def step_seconds(self) -> float | None:
-        """At the roofline, nothing waiting for anything."""
+        """Seconds of a step at the roofline, if nothing waits for anything else."""
         return self.best.roofline and self.best.roofline.overlapped
 
     @property
     def mfu(self) -> float | None:
-        """The model's FLOPs over what the chip could do in that time.
+        """The FLOPs of the model over those that the chip could do in `step_seconds`.
 
-        None where that time does not know of the memory, and so says nothing of it.
+        None if the traffic to memory is unknown, since `step_seconds` is then too small.
         """
         best, counted = self.best, self.counted.roofline
         if best.roofline is None or counted is None or best.moved is None:
@@ -119,52 +119,53 @@ def make_plan(
     Args:
       config: a recipe of `recipes`.
       topology: "v5e:4x4", "h100:8", "cpu:8".
-      find_batch: whether to search for the largest batch that fits, by more compilations.
-      quick: whether the TPU compiler shall optimise less: much sooner done, memory a little higher.
-      memory: GiB that a program can use on a chip; by default as the table of chips says, on GPUs
-        the part that JAX takes.
+      find_batch: whether to search for the largest batch that fits; it takes more compilations.
+      quick: whether the TPU compiler optimises less: it takes much less time, and the program
+        needs a little more memory.
+      memory: GiB that a program can use on a chip; by default the value in the table of chips, on
+        GPUs the share of it that JAX reserves.
 
     Raises:
-      InputError: for a topology that is not known, a config that does not fit it, or a field of
-        the config that is wrong.
+      InputError: for an unknown topology, a config that does not fit it, or a wrong field of the
+        config.
     """
-    places = open_topology(topology)
-    limit = _limit(places.chip, memory)
+    target = open_topology(topology)
+    limit = _limit(target.chip, memory)
     if find_batch and limit is None:
         raise InputError(f"--topology={topology} has no memory limit; give one, --memory=16 (GiB)")
-    options = _QUICK if quick and places.devices[0].platform == "tpu" else {}
-    program = build(config, places.devices, config.batch_size)
-    counted, compiled, seconds = _counted(places.chip, program), None, None
+    options = _QUICK if quick and target.devices[0].platform == "tpu" else {}
+    program = build(config, target.devices, config.batch_size)
+    counted, compiled, seconds = _counted(target.chip, program), None, None
     needed: float = counted.memory.total
-    if places.compiles:
+    if target.compiles:
         logging.info("compiling the training step for %s", topology)
         start = time.perf_counter()
-        compiled, needed = _compile(places.chip, program, options)
+        compiled, needed = _compile(target.chip, program, options)
         seconds = time.perf_counter() - start
 
     def bytes_of(batch: int) -> float:
         if batch == config.batch_size:
             return needed
-        other = build(config, places.devices, batch)
-        if not places.compiles:
+        other = build(config, target.devices, batch)
+        if not target.compiles:
             return counted_memory(other).total
         logging.info("compiling with a batch of %d", batch)
-        return _compile(places.chip, other, options)[1]
+        return _compile(target.chip, other, options)[1]
 
     largest = None
     if find_batch and limit is not None:
         empty = counted.memory.parameters + counted.memory.optimizer
-        largest = largest_batch(bytes_of, limit, program.unit, config.batch_size, empty)
-    return Plan(places, program, limit, needed, counted, compiled, seconds, bool(options), largest)
+        largest = largest_batch(bytes_of, limit, program.batch_multiple, config.batch_size, empty)
+    return Plan(target, program, limit, needed, counted, compiled, seconds, bool(options), largest)
 
 
 def _limit(chip: Chip | None, memory: float | None) -> float | None:
     given = math.inf if memory is None else memory * GIB
     if chip is None:
         return None if memory is None else given
-    if isinstance(chip.links, Torus):  # of more its compiler would not hear
+    if isinstance(chip.links, Torus):  # the TPU compiler accepts no more
         return min(given, chip.memory)
-    # Of a GPU JAX takes a part when it starts.
+    # JAX reserves a part of a GPU when it starts.
     part = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
     return chip.memory * part if memory is None else given
 
@@ -174,13 +175,13 @@ def _compile(chip: Chip | None, program: Program, options: dict) -> tuple[Estima
     try:
         compiled = program.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as e:
-        if (needed := exceeded(e)) is None:
+        if (needed := required_bytes(e)) is None:
             raise
         return None, needed
-    costs = {} if program.loops else compiled.cost_analysis() or {}
+    costs = {} if program.has_loops else compiled.cost_analysis() or {}
     memory = compiled_memory(program, compiled)
     flops, moved = costs.get("flops"), costs.get("bytes accessed")
-    hidden = program.loops and program.mesh.devices.flat[0].platform == "tpu"
+    hidden = program.has_loops and program.mesh.devices.flat[0].platform == "tpu"
     exchanged = None if hidden else collectives(compiled, program.mesh)
     return _estimate(chip, program, memory, flops, moved, exchanged), memory.total
 
@@ -191,9 +192,9 @@ def _counted(chip: Chip | None, program: Program) -> Estimate:
 
 
 def model_flops(program: Program) -> float:
-    """FLOPs of one step on one chip, as the model is written."""
+    """FLOPs of the model for one step, on one chip."""
     forward = macs(program.model, program.clip.frames, program.clip.crop, program.clip.crop)
-    passes = 3 if program.train == "all" else 1  # of the head's own backward pass nothing is seen
+    passes = 3 if program.train == "all" else 1  # the backward pass of the head is negligible
     return passes * 2 * forward * program.batch_size / program.mesh.devices.size
 
 
@@ -205,21 +206,21 @@ def _estimate(
     moved: float | None,
     exchanged: list[Collective] | None,
 ) -> Estimate:
-    roof = None
+    bound = None
     if chip is not None:
         products = model_flops(program) if flops is None else flops
         sends = counted_collectives(program) if exchanged is None else exchanged
-        roof = roofline(chip, program.mesh, program.model.dtype, products, moved, sends)
-    return Estimate(memory, flops, moved, exchanged, roof)
+        bound = roofline(chip, program.mesh, program.model.dtype, products, moved, sends)
+    return Estimate(memory, flops, moved, exchanged, bound)
 
 
 def counted_collectives(program: Program) -> list[Collective]:
-    """What training exchanges for its parameters, counted from how they lie.
+    """The collectives of the parameters in one step, counted from their shardings.
 
-    A gradient is summed over the axes that share the batch: where its parameter is split over one
-    of them, by a reduce-scatter, and the parameter is gathered for the forward and the backward
-    pass; over the others by an all-reduce. What the tensor and sequence axes exchange is not
-    counted.
+    A gradient is summed over the axes that share the batch. If its parameter is split over one of
+    them, this is a reduce-scatter, and the parameter is gathered for the forward and the backward
+    pass; over the other axes it is an all-reduce. The exchanges of the tensor and sequence axes are
+    not counted.
     """
     mesh = program.mesh
     batch = [axis for axis in _names(BATCH_SPEC[0]) if mesh.shape[axis] > 1]

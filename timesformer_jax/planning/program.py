@@ -1,4 +1,4 @@
-"""The program of a training step, from a config, for devices that need not be there."""
+"""The program of a training step, from a config, for devices that need not exist."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import TrainState, abstract_state, make_train_step
 from timesformer_jax.transforms.augmentation import Augmentation
 
-if TYPE_CHECKING:  # a compiled step's memory is read where ml_collections is not installed
+if TYPE_CHECKING:  # planning.memory is used where ml_collections is not installed
     from ml_collections import ConfigDict
 
-CLASSES = 400  # where the config leaves them to the data
-_STEPS_PER_EPOCH = 1000  # the data says it; it changes numbers of the program, not its cost
+CLASSES = 400  # if the config takes them from the data
+_STEPS_PER_EPOCH = 1000  # depends on the data, and does not change the cost of a step
 
 
 class Program(NamedTuple):
-    """A training step that can be compiled; nothing of it is in memory.
+    """A training step that can be compiled; it holds shapes, no arrays.
 
     Attributes:
-      model, clip: what is trained, on what.
+      model, clip: the model, and the clips that it is trained on.
       mesh: the devices.
-      state: shapes, dtypes and shardings of what is trained.
+      state: shapes, dtypes and shardings of the training state.
       batch: shapes, dtypes and shardings of the inputs of all devices together.
-      step: the jitted step of training.
+      step: the jitted training step.
       train: which parameters are trained, "all" or "head".
-      parts: in which a batch goes through the model, one after another.
+      parts: how many parts of a batch go through the model one after another.
     """
 
     model: TimeSformerConfig
@@ -53,13 +53,13 @@ class Program(NamedTuple):
         return self.batch["label"].shape[0]
 
     @property
-    def unit(self) -> int:
-        """What every batch is a multiple of."""
+    def batch_multiple(self) -> int:
+        """Every batch size must be a multiple of this."""
         return self.parts * math.prod(self.mesh.shape[axis] for axis in BATCH_SPEC[0])
 
     @property
-    def loops(self) -> bool:
-        """Whether it runs a part of itself again and again."""
+    def has_loops(self) -> bool:
+        """Whether the program contains a loop: scanned layers, or parts of a batch."""
         return self.model.scan_layers or self.parts > 1
 
     def lower(self) -> jax.stages.Lowered:
@@ -68,10 +68,10 @@ class Program(NamedTuple):
 
 
 def build(config: ConfigDict, devices: list[jax.Device], batch_size: int) -> Program:
-    """The step that training `config` on `devices` would run.
+    """The training step of `config` on `devices`.
 
-    Frames come in squares as large as training decodes from videos prepared with a short side of
-    256 pixels, or where the crop needs more, of the largest of data.short_side_range.
+    The frames are squares as training decodes them from videos with a short side of 256 pixels, or
+    of the largest in data.short_side_range if 256 is not in this range.
 
     Raises:
       InputError: if the config's mesh or the batch does not fit the devices, or a field of the
@@ -101,7 +101,7 @@ def build(config: ConfigDict, devices: list[jax.Device], batch_size: int) -> Pro
 
 
 def _batch(mesh: Mesh, size: int, frames: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the input pipeline gives the step."""
+    """The shapes of the batches that the input pipeline yields."""
     fields = {
         "frames": ((frames, side, side, 3), jnp.uint8),
         "crop_boxes": ((3,), jnp.float32),

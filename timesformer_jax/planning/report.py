@@ -46,7 +46,7 @@ def as_text(plan: Plan) -> str:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values: bytes, FLOPs, seconds."""
-    program, roof = plan.program, plan.best.roofline
+    program, bound = plan.program, plan.best.roofline
     return {
         "topology": plan.topology.name,
         "chips": program.mesh.devices.size,
@@ -67,7 +67,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compiled": plan.compiled and _estimate_json(plan.compiled, plan),
         "counted": _estimate_json(plan.counted, plan),
         "step_seconds": plan.step_seconds,
-        "clips_per_second": roof and plan.program.batch_size / roof.overlapped,
+        "clips_per_second": bound and plan.program.batch_size / bound.overlapped,
         "mfu": plan.mfu,
         "assumptions": assumptions(plan),
     }
@@ -88,24 +88,24 @@ def _estimate_json(estimate: Estimate, plan: Plan) -> dict[str, Any]:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What the figures rest on, a line each."""
+    """The assumptions behind the figures, one a line."""
     chip, program = plan.topology.chip, plan.program
     lines = [
-        "counted TFLOPs: 2 a multiply-accumulate of the model; what remat repeats not",
-        "counted memory: all that the backward pass is given is kept, without padding",
-        "sent: as on a ring of n, (n - 1) / n of the bytes, an all-reduce twice that",
-        f"frames come as {program.batch['frames'].shape[2]} x {program.batch['frames'].shape[3]} "
+        "counted TFLOPs: 2 a multiply-accumulate of the model; recomputation by remat not included",
+        "counted memory: every residual of the forward pass is kept, without padding",
+        "sent: as in a ring of n chips, (n - 1) / n of the bytes, an all-reduce twice that",
+        f"frames are {program.batch['frames'].shape[2]} x {program.batch['frames'].shape[3]} "
         f"uint8; reading and decoding them is not counted",
         f"{program.model.num_classes} classes",
     ]
     if program.train == "all":
         lines[0] += ", forward 3 times"
-    if program.loops:
-        lines.append("a compiled program that loops: its FLOPs and traffic are not counted")
+    if program.has_loops:
+        lines.append("a compiled program with loops: its FLOPs and traffic are not counted")
     if plan.quick:
         lines.append("compiled with --quick: less optimised than training would")
     if chip is None:
-        return [*lines, "no peaks of this CPU are known: no time is estimated"]
+        return [*lines, "the peaks of this CPU are unknown: no time is estimated"]
     product = "a bfloat16 pass" if isinstance(chip.links, Torus) else "TensorFloat-32"
     peak = chip.bfloat16 if program.model.dtype == "bfloat16" else chip.float32
     lines += [
@@ -172,16 +172,16 @@ def _sent(name: str, estimate: Estimate, plan: Plan) -> list[str]:
     return lines
 
 
-def _times(plan: Plan, roof: Roofline) -> list[str]:
-    parts = {"compute": roof.compute, "memory": roof.memory, "communication": roof.communication}
+def _times(plan: Plan, bound: Roofline) -> list[str]:
+    parts = {"compute": bound.compute, "memory": bound.memory, "communication": bound.communication}
     lines = ["roofline of a step, ms"]
     for name, seconds in parts.items():
         lines.append(_row(f"  {name}", ["-" if seconds is None else f"{seconds * 1e3:.2f}"]))
-    late, rate = roof.one_by_one, plan.program.batch_size / roof.overlapped
+    late, rate = bound.one_by_one, plan.program.batch_size / bound.overlapped
     mfu = "traffic to memory not counted" if plan.mfu is None else f"MFU {plan.mfu:.1%}"
     return [
         *lines,
-        f"at best {roof.overlapped * 1e3:.1f} ms a step, bound by {roof.bound_by} "
+        f"at best {bound.overlapped * 1e3:.1f} ms a step, bound by {bound.bound_by} "
         f"({late * 1e3:.1f} if communication waits for the rest): {rate:.1f} clips/s, {mfu}",
     ]
 

@@ -1,4 +1,4 @@
-"""How long a step takes at the least, from what it computes, moves and sends."""
+"""The least time of a step, from its FLOPs, its traffic to memory and its collectives."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Roofline(NamedTuple):
 
     Attributes:
       compute: the FLOPs.
-      memory: the bytes to and from memory; None where no compiler has counted them.
-      communication: what the collectives send, one after another.
+      memory: the bytes to and from memory; None if no compiler counted them.
+      communication: the bytes of the collectives, one after another.
     """
 
     compute: float
@@ -26,16 +26,17 @@ class Roofline(NamedTuple):
 
     @property
     def overlapped(self) -> float:
-        """The longest of the three: nothing waits for anything."""
+        """The longest of the three, if they overlap completely."""
         return max(self.compute, self.memory or 0.0, self.communication)
 
     @property
     def one_by_one(self) -> float:
-        """Communication after all else."""
+        """If communication starts when everything else is done."""
         return max(self.compute, self.memory or 0.0) + self.communication
 
     @property
     def bound_by(self) -> str:
+        """The name of the longest of the three."""
         parts = self._asdict()
         return max(parts, key=lambda name: parts[name] or 0.0)
 
@@ -51,12 +52,12 @@ def roofline(
     """The roofline of one step.
 
     Args:
-      chip: whose peaks.
-      mesh: of its devices.
-      dtype: of the matrix products, "float32" or "bfloat16".
+      chip: the peaks.
+      mesh: the devices.
+      dtype: dtype of the matrix products, "float32" or "bfloat16".
       flops: FLOPs on one chip.
       moved: bytes to and from one chip's memory.
-      collectives: what one step does.
+      collectives: the collectives of one step.
     """
     peak = chip.bfloat16 if dtype == "bfloat16" else chip.float32
     sending = sum(sent(c, mesh) / link_rate(chip, mesh, c.axes) for c in collectives)
@@ -64,10 +65,10 @@ def roofline(
 
 
 def sent(collective: Collective, mesh: Mesh) -> float:
-    """Bytes that one chip sends, of n along the collective's axes.
+    """Bytes that one of the n chips along the axes of a collective sends.
 
-    The convention is a ring's: an all-gather, reduce-scatter and all-to-all of S bytes send
-    (n - 1) / n S, an all-reduce, which is the first two, twice that, the others S.
+    Counted as in a ring: an all-gather, reduce-scatter or all-to-all of S bytes sends
+    (n - 1) / n S; an all-reduce, which consists of the first two, twice that; the others S.
     """
     n = math.prod(mesh.shape[axis] for axis in collective.axes)
     share = {

@@ -1,4 +1,4 @@
-"""A topology's name, `v5e:4x4`, `h100:8` or `cpu:8`, to the devices a program is compiled for."""
+"""From the name of a topology, `v5e:4x4`, `h100:8` or `cpu:8`, to its devices."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import jax
 from timesformer_jax.distributed.hardware import CHIPS, Chip, Torus
 from timesformer_jax.errors import InputError, did_you_mean
 
-# Chips that are told to the TPU compiler as one host's, where the slice is smaller than a host.
+# The chips of a TPU host. For a smaller slice the compiler is told that the host has fewer.
 _HOST = (2, 2, 1)
 
-# The TPU compiler takes the machine for a TPU's: it would ask the network who it is, complain of
-# the answer, and let one process at a time compile.
+# The TPU compiler assumes that it runs on a TPU host. Without these it would ask the network for
+# the host's metadata, complain about the answer, and allow one process at a time.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of no consequence: the topology is given
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # has no effect: the topology is given
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -31,11 +31,12 @@ class Topology(NamedTuple):
     """Devices to plan for.
 
     Attributes:
-      name: as it was asked for.
-      chip: of the table; None for the host's CPU, of which no peaks are known.
-      devices: to put into a mesh. Those of a TPU are for compiling only.
-      compiles: whether a program compiled for `devices` is the program of `chip`. False for GPUs
-        that are not here: their devices are the host's, and stand for the shape of the mesh.
+      name: as given.
+      chip: its entry in the table; None for the host's CPU, whose peaks are unknown.
+      devices: for a mesh. Those of a TPU can only be compiled for.
+      compiles: whether a program compiled for `devices` is a program for `chip`. False for GPUs
+        that this machine does not have: their devices are CPU devices, which give the mesh its
+        shape.
     """
 
     name: str
@@ -45,15 +46,15 @@ class Topology(NamedTuple):
 
 
 def open_topology(name: str) -> Topology:
-    """The devices that `name` says.
+    """The devices of a topology.
 
     Args:
-      name: chip and number: a TPU's with the sides of the slice (v5e:4x4, v5p:2x2x4), others with
-        the number (h100:8, cpu:8).
+      name: chip and size: the sides of a TPU slice (v5e:4x4, v5p:2x2x4), the number of other chips
+        (h100:8, cpu:8).
 
     Raises:
-      InputError: for a chip that is not in the table, sides that no slice has, a TPU where libtpu
-        is not installed, or more host devices than this process can have.
+      InputError: for an unknown chip, sides that no slice has, a TPU if libtpu is not installed, or
+        more CPU devices than this process can have.
     """
     kind, _, size = name.partition(":")
     known = [*CHIPS, "cpu"]
@@ -64,11 +65,13 @@ def open_topology(name: str) -> Topology:
         )
     torus = kind != "cpu" and isinstance(CHIPS[kind].links, Torus)
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}" if torus else r"[1-9]\d*", size):
-        shape = "the sides of the slice, 4x4" if torus else "their number, 8"
-        raise InputError(f"--topology={name}: after {kind}: comes {shape} for one")
+        shape = (
+            "the sides of the slice, for example 4x4" if torus else "their number, for example 8"
+        )
+        raise InputError(f"--topology={name}: after {kind}: give {shape}")
     if torus:
         return Topology(name, CHIPS[kind], _tpus(name, size), compiles=True)
-    _ask_for_hosts(int(size))  # before any device is made
+    _ask_for_hosts(int(size))  # before any device is created
     if kind == "cpu":
         return Topology(name, None, _hosts(name, int(size)), compiles=True)
     here = [d for d in _gpus() if CHIPS[kind].kind in d.device_kind]
@@ -103,7 +106,7 @@ def _tpus(name: str, size: str) -> list[jax.Device]:
 
 
 def _ask_for_hosts(count: int) -> None:
-    """Has the CPU show as many devices, unless those of this process are made already."""
+    """Sets the number of CPU devices, unless this process has created its devices already."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
 
