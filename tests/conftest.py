@@ -1,4 +1,4 @@
-"""What tests share: 8 virtual devices, a small prepared data set, and ways to run and read."""
+"""Shared by the tests: 8 virtual devices, a small prepared data set, helpers to run commands."""
 
 import contextlib
 import importlib.metadata
@@ -40,7 +40,7 @@ if importlib.metadata.version("jaxlib") < "0.11":  # which always uses what take
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _QUICK + _DEVICES
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # as the command line does
 
-# How long an example takes depends on what else the machine does.
+# The time of an example depends on the load of the machine.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
@@ -90,7 +90,7 @@ def timesformer():
 
 @pytest.fixture
 def refusal(capsys):
-    """Runs a command line that cannot be, in this process: what is said of it.
+    """Runs an invalid command line in this process and returns its error.
 
     That it is one line, and the last, is for processes to show, each of which starts for seconds.
     """
@@ -114,7 +114,7 @@ def command(*arguments):
 
 
 def interruptible(arguments):
-    """The command, hearing Ctrl-C: a shell's background jobs, and what they start, ignore it."""
+    """The command with SIGINT enabled: background jobs of a shell inherit that it is ignored."""
     reset = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
         "os.execv(sys.argv[1], sys.argv[1:])"

@@ -35,7 +35,7 @@ from timesformer_jax.transforms.augmentation import Augmentation
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
-# Frames, rate (None: segments), crop, classes and parameters of the recipes.
+# Frames, frame stride (None: segments), crop, classes and parameters of the recipes.
 PUBLISHED = {
     "k400_base": (8, 32, 224, 400, 121_566_352),
     "k400_hr": (16, 16, 448, 400, 122_024_080),
@@ -63,7 +63,7 @@ def config_of(name, arguments=""):
 
 
 def split_of(labels, video=None, short_side=256):
-    """A split of records that are nowhere."""
+    """A split whose records have no files."""
     n = len(labels)
     video = np.arange(n) if video is None else np.asarray(video)
     columns = {f.name: np.zeros(n, np.int64) for f in dataclasses.fields(Split)[3:-1]}
@@ -76,7 +76,7 @@ def split_of(labels, video=None, short_side=256):
 
 
 def check_step(config):
-    """Traces the train step at a batch of a clip a device; no array is made."""
+    """Traces the train step with one clip per device, without allocating arrays."""
     mesh = make_mesh(**config.mesh)
     batch_size = mesh.devices.size
     fields = config.model.to_dict() | {"depth": 1}  # all blocks are alike
@@ -129,11 +129,11 @@ def test_every_recipe_of_the_paper_has_its_file():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_recipes(name):
     config = config_of(name)
-    frames, rate, crop, classes, count = PUBLISHED[name]
+    frames, stride, crop, classes, count = PUBLISHED[name]
     data = name.partition("_")[0]
     assert (config.clip.frames, config.clip.crop) == (frames, crop)
-    assert config.clip.sampling == ("segments" if rate is None else "stride")
-    assert rate in (None, config.clip.frame_stride)
+    assert config.clip.sampling == ("segments" if stride is None else "stride")
+    assert stride in (None, config.clip.frame_stride)
     assert config.data.short_side_range == ((448, 512) if crop == 448 else (256, 320))
     assert config.data.flip == (data != "ssv2")
     assert config.data.train_fraction == 1
@@ -244,7 +244,7 @@ def flat(config: ConfigDict):
         (",", "no argument ''"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(arguments, said):
+def test_invalid_arguments_are_refused(arguments, said):
     with pytest.raises(InputError, match=said):
         with_arguments(recipes.kinetics400(), arguments)
 
@@ -268,7 +268,7 @@ def test_on_one_frame_a_backbone_is_the_image_vit(name, changes, parameters, gma
 
 
 @given(st.data(), st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]))
-def test_a_part_of_the_data_is_whole_videos_the_same_share_of_every_class(data, fraction):
+def test_a_fraction_of_the_data_is_whole_videos_equally_of_every_class(data, fraction):
     pieces = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=30))
     classes = data.draw(st.lists(st.integers(0, 3), min_size=len(pieces), max_size=len(pieces)))
     video = np.repeat(np.arange(len(pieces)), pieces)
@@ -296,7 +296,7 @@ def test_a_part_of_the_data_is_whole_videos_the_same_share_of_every_class(data, 
 
 
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.01, float("nan")])
-def test_a_part_that_cannot_be_is_refused(fraction):
+def test_an_invalid_fraction_is_refused(fraction):
     with pytest.raises(InputError, match="above 0 and at most 1"):
         take_fraction(split_of([0, 1]), fraction)
 
@@ -321,7 +321,7 @@ def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatc
     assert sorted(np.bincount(split.label)) == [2] * 8
 
 
-def test_a_pretrained_model_that_is_not_there_is_not_done_without(tmp_path, monkeypatch):
+def test_a_missing_pretrained_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"no checkpoint vit_base_patch16_224_in21k\.pth to"):
         resume.initial_parameters(config_of("k400_base"), None)
