@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from timesformer_jax.benchmark import attention, autotune, model, programs, report, timing
 from timesformer_jax.benchmark.machine import DevicePeak
-from timesformer_jax.cli import main as cli
+from timesformer_jax.cli.main import load_command
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.config import TimeSformerConfig
@@ -355,7 +355,7 @@ def test_attention_that_does_not_fit_stands_in_its_row(heads, monkeypatch):
 )
 def test_what_cannot_be_measured_is_one_line(arguments, said):
     with pytest.raises(InputError) as error:
-        cli._command(["benchmark", *arguments])()
+        load_command(["benchmark", *arguments])()
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -563,7 +563,7 @@ def test_one_command_runs_every_part(benchmarks, tmp_path):
         assert f"--json={tmp_path}/results/gpu/{part}.json" in ran
     assert all(f"--workloads=base_{workload}" in ran for workload in ("inference", "training"))
     commands = [line.split()[2:] for line in ran.splitlines() if line.startswith("-m ")]
-    given = [cli._command(command).keywords for command in commands]  # flags that there are
+    given = [load_command(command).keywords for command in commands]  # flags that there are
     schemes = [name for flags in given for name in flags.get("schemes") or []]
     assert set(schemes) == set(SCHEMES)
 

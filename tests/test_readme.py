@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import REPOSITORY, environment
 
-from timesformer_jax.cli import main as cli
+from timesformer_jax.cli.commands import COMMANDS
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -27,16 +27,13 @@ def test_the_python_lines_run_as_written():
 
 
 def test_every_command_flag_config_and_file_named_is_there():
-    from absl import flags
     from ml_collections import ConfigDict
 
     from timesformer_jax import recipes
 
     for line in re.findall(r"^    timesformer ((?:.*\\\n)*.*)$", README, re.MULTILINE):
         name = line.split()[0]
-        values = flags.FlagValues()
-        for define in cli.COMMANDS[name].flags:
-            define(values)
+        values = COMMANDS[name].define_flags()
         for flag in re.findall(r"--([\w.]+)", line):
             if flag.startswith("config."):
                 config: ConfigDict | object = recipes.recipe()

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from timesformer_jax import recipes
-from timesformer_jax.cli import main as cli
+from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.cli.config_flag import load
+from timesformer_jax.cli.flags import parse
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.annotations import DATASETS
 from timesformer_jax.data.input.pipeline import train_side
@@ -170,10 +171,8 @@ def test_the_commands_of_a_config_parse_and_name_it(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     trained = []
     for command, *words in commands(name):
-        values = flags.FlagValues()
-        for define in cli.COMMANDS[command].flags:
-            define(values)
-        arguments = cli._parse(command, cli.COMMANDS[command], values, words)
+        values = COMMANDS[command].define_flags()
+        arguments = parse(command, COMMANDS[command], values, words)
         if command == "prepare":
             prepared = arguments["output"]
             assert config_of(name).data.directory == prepared

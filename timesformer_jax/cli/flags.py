@@ -1,0 +1,124 @@
+"""The flags of a command: how they are defined, and how a command line is parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from timesformer_jax.errors import InputError
+
+# Defines one flag in a set of flags. Each command has its own set: names repeat across commands.
+Define = Callable[[flags.FlagValues], Any]
+
+
+class Command(NamedTuple):
+    """A command of the command line.
+
+    Attributes:
+      summary: what it does, for the help text.
+      function: "module:name" of the function that does it. The flags are its keyword arguments.
+      flags: its flags.
+      required: the names of the flags that must be given.
+      positional: the names of its positional arguments. If the only name ends in "...", the
+        argument is a list of any length.
+    """
+
+    summary: str
+    function: str
+    flags: Sequence[Define]
+    required: Sequence[str] = ()
+    positional: Sequence[str] = ()
+
+    def define_flags(self) -> flags.FlagValues:
+        """Returns the command's flags, each with its default value."""
+        values = flags.FlagValues()
+        for define in self.flags:
+            define(values)
+        return values
+
+
+def string(name: str, default: str | None, text: str) -> Define:
+    return _define(flags.DEFINE_string, name, default, text)
+
+
+def integer(name: str, default: int | None, text: str, minimum: int = 0) -> Define:
+    return _define(flags.DEFINE_integer, name, default, text, lower_bound=minimum)
+
+
+def number(name: str, default: float | None, text: str) -> Define:
+    """A number that is not negative."""
+    return _define(flags.DEFINE_float, name, default, text, lower_bound=0.0)
+
+
+def fraction(name: str, default: float, text: str) -> Define:
+    """A number in [0, 1]."""
+    return _define(flags.DEFINE_float, name, default, text, lower_bound=0.0, upper_bound=1.0)
+
+
+def any_number(name: str, default: float | None, text: str) -> Define:
+    return _define(flags.DEFINE_float, name, default, text)
+
+
+def boolean(name: str, text: str) -> Define:
+    return _define(flags.DEFINE_bool, name, False, text)
+
+
+def strings(name: str, text: str) -> Define:
+    """A list, with commas between its items."""
+    return _define(flags.DEFINE_list, name, None, text)
+
+
+def _define(kind: Callable, name: str, default: Any, text: str, **more: Any) -> Define:
+    return lambda values: kind(name, default, text, flag_values=values, **more)
+
+
+def parse(
+    name: str, command: Command, values: flags.FlagValues, words: Sequence[str]
+) -> dict[str, Any]:
+    """Parses the words of a command line that follow the command's name.
+
+    Args:
+      name: of the command, for messages.
+      command: the command.
+      values: its flags, which get the values.
+      words: flags and positional arguments, in any order.
+
+    Returns:
+      The keyword arguments of the command's function.
+
+    Raises:
+      InputError: if a flag or an argument is unknown, invalid or missing.
+    """
+    try:
+        # The fields of a config become flags only when the config is loaded.
+        rest = values([name, *words], known_only=True)
+        if "config" in values and values["config"].value is not None:
+            from timesformer_jax.cli import config_flag  # needs ml_collections
+
+            rest = config_flag.parse("config", values["config"].value, rest, values)
+        else:
+            rest = values(rest)
+    except (flags.Error, InputError) as e:
+        raise InputError(f"timesformer {name}: {' '.join(str(e).split())}") from e
+    for flag in command.required:
+        if values[flag].value is None:
+            raise InputError(f"timesformer {name} needs --{flag} ({values[flag].help})")
+    # The fields of a config, such as config.batch_size, are no arguments.
+    arguments = {
+        flag: values[flag].value
+        for flag in values
+        if "." not in flag and values[flag].value is not None
+    }
+    return arguments | _positional(name, command, rest[1:])
+
+
+def _positional(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
+    names = command.positional
+    if names and names[0].endswith("..."):
+        return {names[0].removesuffix("..."): list(words)}
+    if len(words) != len(names):
+        takes = " ".join(names).upper() or "flags only"
+        raise InputError(f"timesformer {name} takes {takes}, not {' '.join(words) or 'nothing'!r}")
+    return dict(zip(names, words))
