@@ -8,7 +8,6 @@ import shlex
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict

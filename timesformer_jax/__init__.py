@@ -2,31 +2,33 @@
 
 import timesformer_jax as tsf
 model = tsf.create("timesformer_base", num_classes=400)
-logits = model(video)  # (batch, frames, height, width, 3), normalised, to (batch, classes)
+logits = model(video)  # normalised (batch, frames, height, width, 3) -> (batch, classes)
 """
 
 import importlib
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "InputError": "errors",
     "PRESETS": "models.presets",
+    "Predictor": "inference.predict",
     "TimeSformer": "models.timesformer",
     "TimeSformerConfig": "models.config",
     "create": "models.presets",
     "from_pretrained": "checkpoints.convert",
     "preset": "models.presets",
+    "register_scheme": "models.schemes",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str):
-    # On first use: the processes that decode videos need none of JAX, Flax and Orbax.
-    if name not in _HOMES:
+    # Imported on first use: processes that decode videos need no JAX, Flax or Orbax.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

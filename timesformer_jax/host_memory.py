@@ -1,4 +1,4 @@
-"""Memory of the host, kept from one run of a program on the CPU to the next."""
+"""Keeps freed memory of the host for the next run of a program on the CPU."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import importlib.util
 
 import jax
 
-# Of mallopt(3).
+# Parameters of mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def keep_freed() -> None:
-    """Has the C library keep what is freed, where JAX has no other device than the CPU.
+    """Makes the C library keep freed memory, if the CPU is JAX's only device.
 
-    XLA allocates the temporaries of a program anew for every run. The C library gives blocks of
-    their size back to the system, which clears each page again when it is next touched: a third of
-    the demo's training step, a twelfth of the base model's. It can keep what the main thread
-    allocates, so programs are run there, rather than on one of JAX's.
+    XLA allocates the temporary buffers of a program anew for each run. glibc returns blocks of this
+    size to the operating system, which clears every page when it is touched again. That takes a
+    third of the demo's training step, and a twelfth of the base model's. glibc can keep only what
+    the main thread allocates, so programs run in the main thread, not asynchronously.
 
-    To be called before JAX starts its devices. Does nothing where the C library is not glibc.
+    Call it before JAX initialises its devices. It does nothing if the C library is not glibc.
     """
     if _has_accelerator() or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    libc.mallopt(MMAP_MAX, 0)  # all from the heap
-    libc.mallopt(TRIM_THRESHOLD, -1)  # which never shrinks
+    libc.mallopt(MMAP_MAX, 0)  # allocate everything on the heap
+    libc.mallopt(TRIM_THRESHOLD, -1)  # never shrink the heap
 
 
 def _has_accelerator() -> bool:
-    """Whether JAX would find a GPU or TPU, as far as that is known before it looks."""
+    """Whether JAX has a GPU or TPU, as far as known before it initialises its devices."""
     if platforms := jax.config.jax_platforms:  # type: ignore[attr-defined]  # set at run time
         return platforms != "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")

@@ -16,212 +16,252 @@ from timesformer_jax.cli.flags import (
 CONFIG = string(
     "config",
     None,
-    "a recipe, configs/k400_base.py or configs/k400_base.py:ARGUMENT=VALUE,...;"
-    " --config.FIELD=VALUE changes a field of it",
+    "config file of a recipe, such as configs/k400_base.py or"
+    " configs/k400_base.py:ARGUMENT=VALUE,...; --config.FIELD=VALUE changes a field",
 )
 
-CHECKPOINT = string("checkpoint", None, "a run's --workdir, WORKDIR/best, or one step of it")
+CHECKPOINT = string("checkpoint", None, "--workdir of a run, its WORKDIR/best, or one saved step")
 VIEWS = (
-    integer("views", 1, "clips along each video, their probabilities averaged", minimum=1),
-    integer("crops", 3, "3 squares of each clip (left, centre, right), or 1", minimum=1),
+    integer("views", 1, "clips per video, whose probabilities are averaged", minimum=1),
+    integer("crops", 3, "square crops per clip: 3 (left, centre, right) or 1", minimum=1),
 )
 MEASURING = (
-    string("dtype", None, "float32 or bfloat16; by default bfloat16, on a CPU float32"),
-    number("seconds", 60.0, "skips what is predicted to run longer"),
-    number("minutes", 5.0, "after which nothing more begins"),
-    number("memory", None, "GiB; what the device has"),
-    string("json", None, "file for all figures"),
+    string("dtype", None, "float32 or bfloat16; by default float32 on a CPU, else bfloat16"),
+    number("seconds", 60.0, "skip a measurement that is predicted to take longer"),
+    number("minutes", 5.0, "start no measurement after this time"),
+    number("memory", None, "GiB of memory; by default the device's"),
+    string("json", None, "JSON file to write the results to"),
 )
 PROCESSES = (
-    string("coordinator", None, "host:port of process 0; by default what the cluster tells"),
-    integer("num_processes", None, "processes of this run, likewise", minimum=1),
-    integer("process_id", None, "which of them this is, from 0, likewise"),
-    number("startup_seconds", None, "to wait for all processes; by default 300"),
-    number("heartbeat_seconds", None, "of silence after which a process is lost; by default 60"),
+    string("coordinator", None, "host:port of process 0; by default detected"),
+    integer(
+        "num_processes", None, "number of processes of this run; by default detected", minimum=1
+    ),
+    integer("process_id", None, "number of this process, from 0; by default detected"),
+    number("startup_seconds", None, "how long to wait for all processes; by default 300"),
+    number("heartbeat_seconds", None, "a process silent for this long is lost; by default 60"),
 )
 
 COMMANDS = {
     "prepare": Command(
-        "videos to TFRecord shards that training reads",
+        "converts videos to TFRecord shards for training",
         "timesformer_jax.data.prepare.prepare:prepare",
         (
-            string("videos", None, "folder of videos: a folder a class, or as --annotations says"),
-            string("output", None, "folder to write the data set to"),
+            string("videos", None, "folder of videos: one folder per class, or see --annotations"),
+            string("output", None, "folder that the data set is written to"),
             string(
                 "annotations",
                 None,
-                "csv with columns path,label[,start,end,split]; or the"
-                " folder of the files that the publisher of --dataset gives",
+                "csv file with columns path,label[,start,end,split], or the folder"
+                " of the annotation files published with --dataset",
             ),
             string(
                 "dataset",
                 None,
                 "kinetics400, kinetics600, something_v2, diving48, howto100m,"
-                " ucf101 or hmdb51; by default your own",
+                " ucf101 or hmdb51; by default none of these",
             ),
-            string("labels", None, "file of class names, one a line; by default those found"),
-            string("name", None, "name of the data set, for its files"),
-            integer("short_side", 256, "pixels that the short side is scaled to", minimum=1),
+            string(
+                "labels", None, "file of class names, one per line; by default those that occur"
+            ),
+            string("name", None, "name of the data set, used in file names"),
+            integer("short_side", 256, "short side of the stored frames in pixels", minimum=1),
             integer("quality", 90, "JPEG quality of the stored frames", minimum=1),
-            number("fps", None, "frames a second to resample to; by default as the video has them"),
+            number("fps", None, "frames per second to resample to; by default the video's"),
             integer(
                 "store_stride",
                 None,
-                "store every n-th frame only; by default 4 for Kinetics and HowTo100M, else 1",
+                "store only every n-th frame; by default 4 for Kinetics and HowTo100M, else 1",
                 minimum=1,
             ),
             number(
                 "segment_seconds",
                 None,
-                "cut clips into equal records of about so many seconds; by"
-                " default 8.53 for HowTo100M, else whole",
+                "length of the equal records that a clip is cut into; by default"
+                " 8.53 for HowTo100M, else clips are not cut",
             ),
-            integer("clips_per_shard", 32, "clips a file, at most", minimum=1),
-            integer("workers", 0, "processes; 0 for one a core"),
-            fraction("validation_fraction", 0.1, "share held out where no split is given"),
-            integer("max_failures", None, "end when more clips than this cannot be decoded"),
-            string("runner", "local", "local, or beam for Apache Beam"),
-            string("beam_options", "", "of Beam, '--runner=DataflowRunner --project=p ...'"),
+            integer("clips_per_shard", 32, "maximum number of clips per file", minimum=1),
+            integer("workers", 0, "number of processes; 0: one per core"),
+            fraction(
+                "validation_fraction",
+                0.1,
+                "fraction of the clips without a split that is used for validation",
+            ),
+            integer("max_failures", None, "stop if more clips than this cannot be decoded"),
+            string("runner", "local", "local, or beam (Apache Beam)"),
+            string(
+                "beam_options", "", "options of Beam, as in '--runner=DataflowRunner --project=p'"
+            ),
         ),
         required=("videos", "output"),
     ),
     "check": Command(
-        "finds what is wrong with prepared directories, or with videos before that",
+        "finds errors in prepared directories, or in videos before they are prepared",
         "timesformer_jax.data.check.check:check",
         (
-            string("videos", None, "folder of videos to check, in place of prepared directories"),
-            string("annotations", None, "of the videos, as prepare takes them"),
-            string("dataset", None, "of the videos, as prepare takes it"),
-            string("labels", None, "of the videos, as prepare takes them"),
-            fraction("decode_fraction", 0.05, "of the clips, whose frames are decoded too"),
-            integer("workers", 0, "threads, or for videos processes; 0 for one a core"),
-            string("output", None, "csv file for the videos that cannot be used, and why"),
+            string("videos", None, "folder of videos to check instead of prepared directories"),
+            string("annotations", None, "annotations of the videos, as for prepare"),
+            string("dataset", None, "data set of the videos, as for prepare"),
+            string("labels", None, "file of class names, as for prepare"),
+            fraction("decode_fraction", 0.05, "fraction of the clips whose frames are decoded"),
+            integer("workers", 0, "number of threads, or processes for videos; 0: one per core"),
+            string("output", None, "csv file to write unusable videos to, with the reason"),
         ),
         positional=("directories...",),
     ),
     "train": Command(
-        "trains a recipe, or goes on with it, and evaluates",
+        "trains a recipe, or resumes its training, and evaluates it",
         "timesformer_jax.training.loop:train_and_report",
         (CONFIG, string("workdir", None, "folder for checkpoints, logs and results"), *PROCESSES),
         required=("config", "workdir"),
     ),
     "evaluate": Command(
-        "accuracy of a checkpoint over a prepared split",
+        "measures the accuracy of a checkpoint on a split",
         "timesformer_jax.evaluation.multi_view:evaluate_checkpoint",
         (
             CHECKPOINT,
-            string("data", None, "folder of records, or tfds:NAME; by default its training data"),
-            string("split", None, "by default the one its config evaluates on"),
-            any_number("fps", None, "frame rate of records that do not say theirs"),
+            string("data", None, "folder of records, or tfds:NAME; by default the training data"),
+            string("split", None, "split of the data; by default the config's evaluation split"),
+            any_number("fps", None, "frame rate of records that do not store theirs"),
             *VIEWS,
-            integer("batch_size", None, "videos at a time; by default the config's", minimum=1),
-            string("output", None, "JSON file for the results"),
+            integer("batch_size", None, "videos per batch; by default the config's", minimum=1),
+            string("output", None, "JSON file to write the results to"),
             *PROCESSES,
         ),
         required=("checkpoint",),
     ),
     "predict": Command(
-        "the most probable classes of video files",
+        "prints the most probable classes of video files",
         "timesformer_jax.inference.predict:predict",
         (
             CHECKPOINT,
             *VIEWS,
-            number("start", None, "look at the part of each video from here, in seconds"),
-            number("end", None, "up to here"),
-            integer("top", 5, "classes to print", minimum=1),
+            number("start", None, "start of the part of each video to classify, in seconds"),
+            number("end", None, "end of this part, in seconds"),
+            integer("top", 5, "number of classes to print", minimum=1),
         ),
         required=("checkpoint",),
         positional=("videos...",),
     ),
     "plan": Command(
-        "what a recipe needs of hardware that need not be there: memory, time, largest batch",
+        "predicts memory, time and largest batch of a recipe on hardware you do not have",
         "timesformer_jax.planning:plan",
         (
             CONFIG,
-            string("topology", None, "v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8, cpu:8"),
-            boolean("find_batch", "search the largest batch that fits"),
-            boolean("quick", "TPU: compile sooner, optimising less"),
-            number("memory", None, "GiB a chip; its own"),
-            string("json", None, "file for all figures"),
+            string(
+                "topology",
+                None,
+                "the devices, such as v5e:4x4, v5p:2x2x4, v6e:4x4, h100:8 or cpu:8",
+            ),
+            boolean("find_batch", "search for the largest batch that fits"),
+            boolean("quick", "on a TPU, compile faster with fewer optimisations"),
+            number("memory", None, "GiB of memory per device; by default the device's"),
+            string("json", None, "JSON file to write the results to"),
         ),
         required=("config", "topology"),
     ),
     "convert": Command(
-        "convert a checkpoint to our format, Hugging Face's or the release's",
+        "converts a checkpoint to our format, Hugging Face's or the paper's release's",
         "timesformer_jax.checkpoints.convert:convert",
         (
-            string("to", "native", "native, hf (a transformers directory) or release (.pyth)"),
-            string("resize", "bicubic", "of position embeddings: bicubic, or official"),
-            string("labels", None, "file of class names, one a line, in the order of the logits"),
-            string("attention", None, "scheme, where an image ViT becomes a video model"),
-            integer("num_heads", None, "heads, where the file does not tell", minimum=1),
-            integer("num_classes", None, "start a new head of so many classes", minimum=1),
-            integer("num_frames", None, "resize the time embedding", minimum=1),
-            integer("image_size", None, "resize the position embedding", minimum=1),
+            string(
+                "to",
+                "native",
+                "output format: native, hf (a transformers directory) or release (.pyth)",
+            ),
+            string("resize", "bicubic", "how position embeddings are resized: bicubic or official"),
+            string("labels", None, "file of class names, one per line, in the order of the logits"),
+            string("attention", None, "attention scheme, if the checkpoint is an image ViT"),
+            integer("num_heads", None, "number of heads, if the file does not store it", minimum=1),
+            integer(
+                "num_classes",
+                None,
+                "replace the classifier by a new one for this many classes",
+                minimum=1,
+            ),
+            integer("num_frames", None, "resize the time embedding to this many frames", minimum=1),
+            integer(
+                "image_size", None, "resize the position embedding to this image size", minimum=1
+            ),
         ),
         positional=("src", "dst"),
     ),
     "benchmark input": Command(
-        "clips a second that the data gives, and where the time goes",
+        "measures the input's clips per second and where the time goes",
         "timesformer_jax.benchmark.input:benchmark_input",
         (
             string("data", None, "folder of records, or tfds:NAME; by default the config's"),
-            string("synthetic", None, "folder for videos to make, prepare and measure on"),
-            string("split", "train", "of the data"),
-            CONFIG,
-            integer("frames", None, "frames of a clip; 8 where there is no --config", minimum=1),
-            integer("frame_stride", None, "distance between them at 30 fps; 32", minimum=1),
-            integer("crop", None, "side of a clip in pixels; 224", minimum=1),
-            strings(
-                "short_side_range",
-                "range of the scaled short side; 256,320",
+            string(
+                "synthetic",
+                None,
+                "folder to make synthetic videos in, which are measured instead of --data",
             ),
-            integer("batch_size", None, "clips; 16", minimum=1),
-            integer("batches", 200, "to measure", minimum=1),
-            boolean("reference", "compare with simplejpeg and OpenCV"),
-            string("json", None, "file for the figures"),
+            string("split", "train", "split of the data"),
+            CONFIG,
+            integer("frames", None, "frames per clip; by default the config's, or 8", minimum=1),
+            integer(
+                "frame_stride",
+                None,
+                "distance between frames at 30 fps; by default the config's, or 32",
+                minimum=1,
+            ),
+            integer(
+                "crop", None, "side of a clip in pixels; by default the config's, or 224", minimum=1
+            ),
+            strings(
+                "short_side_range", "range of the short side; by default the config's, or 256,320"
+            ),
+            integer(
+                "batch_size", None, "clips per batch; by default the config's, or 16", minimum=1
+            ),
+            integer("batches", 200, "number of batches to measure", minimum=1),
+            boolean("reference", "also measure a loop over simplejpeg and OpenCV"),
+            string("json", None, "JSON file to write the results to"),
         ),
     ),
     "benchmark attention": Command(
-        "time and memory of every attention scheme by length and size of the clip",
+        "measures time and memory of each attention scheme by length and size of the clip",
         "timesformer_jax.benchmark.attention:benchmark_attention",
         (
-            strings("schemes", "divided, joint, ...; by default all"),
-            strings("frames", "of the clips; by default 8,16,32,64,96"),
-            strings("sides", "of the clips, in pixels; by default 224,336,448,560"),
-            string("preset", "timesformer_base", "the model"),
-            integer("depth", None, "blocks; by default the preset's", minimum=1),
-            integer("batch_size", 1, "clips a run", minimum=1),
-            boolean("quick", "one block, up to 32 frames of 224"),
-            boolean(
-                "choose",
-                "times the kernels; programs then use the fastest",
-            ),
+            strings("schemes", "attention schemes, such as divided,joint; by default all"),
+            strings("frames", "numbers of frames; by default 8,16,32,64,96"),
+            strings("sides", "sides of the frames in pixels; by default 224,336,448,560"),
+            string("preset", "timesformer_base", "preset of the model"),
+            integer("depth", None, "number of blocks; by default the preset's", minimum=1),
+            integer("batch_size", 1, "clips per batch", minimum=1),
+            boolean("quick", "measure one block, at 224 pixels and up to 32 frames"),
+            boolean("choose", "time the attention kernels first, and use the fastest from then on"),
             *MEASURING,
         ),
     ),
     "benchmark model": Command(
-        "clips a second, memory and MFU of inference and of the training step, by batch size",
+        "measures clips per second, memory and MFU of inference and training by batch size",
         "timesformer_jax.benchmark.model:benchmark_model",
         (
-            strings("presets", "by default timesformer_base"),
-            strings("works", "by default inference,training"),
-            strings("batch_sizes", "by default 1, 2, 4, ... while the rate grows"),
-            string("remat", "none", "of the training step: none, outputs, block or offload"),
+            strings("presets", "presets of the model; by default timesformer_base"),
+            strings("works", "inference, training or both; by default both"),
+            strings(
+                "batch_sizes", "clips per batch; by default 1, 2, 4, ... while throughput grows"
+            ),
+            string("remat", "none", "what training recomputes: none, outputs, block or offload"),
             *MEASURING,
         ),
     ),
     "benchmark flags": Command(
-        "what each of XLA's flags gains, every one in a process of its own",
+        "measures the gain of each of XLA's flags, each in its own process",
         "timesformer_jax.benchmark.flags:benchmark_flags",
         (
-            string("preset", "timesformer_base", "the model"),
+            string("preset", "timesformer_base", "preset of the model"),
             string("work", "training", "training or inference"),
-            integer("batch_size", None, "clips; 32, on a CPU 1", minimum=1),
-            string("dtype", None, "float32 or bfloat16; by default bfloat16, on a CPU float32"),
-            integer("rounds", 2, "runs with the flag and without", minimum=1),
-            number("minutes", 8.0, "after which no further flag is begun"),
-            string("json", None, "file for all figures"),
+            integer(
+                "batch_size", None, "clips per batch; by default 1 on a CPU, else 32", minimum=1
+            ),
+            string(
+                "dtype", None, "float32 or bfloat16; by default float32 on a CPU, else bfloat16"
+            ),
+            integer("rounds", 2, "number of runs with the flag and without it", minimum=1),
+            number("minutes", 8.0, "start no measurement after this time"),
+            string("json", None, "JSON file to write the results to"),
         ),
     ),
 }

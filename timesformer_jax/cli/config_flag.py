@@ -1,4 +1,9 @@
-"""The config that a command line names: the file, its arguments, and changes of its fields."""
+"""--config=FILE:ARGUMENTS and --config.FIELD=VALUE: loads a config and changes its fields.
+
+ml_collections defines and parses the flags of the fields. Its DEFINE_config_file is not used: it
+takes fields only after --config, reports an error in a config as a traceback of many lines or
+without the line, and suggests a name only for a small misspelling in the right group.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +25,20 @@ from timesformer_jax.errors import InputError, did_you_mean
 
 
 def parse(name: str, source: str, words: Sequence[str], values: flags.FlagValues) -> list[str]:
-    """Loads a config and changes the fields that a command line changes.
+    """Loads a config and sets the fields that the command line gives.
 
     Args:
-      name: of the flag: --NAME names the config, --NAME.FIELD changes a field of it.
+      name: of the flag: --NAME gives the config, --NAME.FIELD sets one of its fields.
       source: as for `load`.
-      words: the command line, with all flags but the changes parsed.
-      values: gets the config as its flag NAME, in place of the source.
+      words: the command line, of which only the flags --NAME.FIELD are left to parse.
+      values: its flag NAME, which has the value `source`, gets the config.
 
     Returns:
-      The words that are no flags.
+      The words that are not flags.
 
     Raises:
-      InputError: if the file cannot be used, or a field not be changed so.
-      flags.Error: if a value is not of the field's kind.
+      InputError: if the file cannot be used, or a field does not exist or is set to a wrong type.
+      flags.Error: if a value cannot be parsed as the field's type.
     """
     config = load(source)
     before = _fields(config)
@@ -41,35 +46,38 @@ def parse(name: str, source: str, words: Sequence[str], values: flags.FlagValues
     for field in changed:
         if field not in before:
             raise InputError(f"no config field {field}{_hint(name, field, before)}")
-        # ml_collections would append one to the other.
+        # ml_collections would concatenate the values.
         if isinstance(before[field], tuple) and changed.count(field) > 1:
             raise InputError(
-                f"--{name}.{field} is given twice; give it once, all its values with commas between"
+                f"--{name}.{field} is given twice; give it once, with commas between its values"
             )
     delattr(values, name)
     config_flags.DEFINE_config_dict(name, config, flag_values=values, sys_argv=list(words))
     rest = values(words)
     after = _fields(config)
     for field in changed:
-        if not _alike(before[field], after[field]):
+        if not _same_type(before[field], after[field]):
             raise InputError(
-                f"--{name}.{field} must be like {_written(before[field])}, "
-                f"not {_written(after[field])}"
+                f"--{name}.{field} must be like {_joined(before[field])}, "
+                f"not {_joined(after[field])}"
             )
     return rest
 
 
 def load(source: str) -> ConfigDict:
-    """The config of "FILE" or "FILE:ARGUMENTS": what `get_config` there returns.
+    """Loads a config: calls `get_config` of a Python file.
+
+    Args:
+      source: "FILE" or "FILE:ARGUMENTS"; the arguments are passed to `get_config` as one string.
 
     Raises:
-      InputError: if there is no such file, or it fails; then it says where.
+      InputError: if there is no such file, or it raises an error. The message has the error's line.
     """
     path, _, arguments = source.partition(":")
     if not os.path.isfile(path):
-        there = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))
-        there += glob.glob("configs/*.py")
-        raise InputError(f"there is no config file {path}{did_you_mean(path, there)}")
+        files = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))
+        files += glob.glob("configs/*.py")
+        raise InputError(f"there is no config file {path}{did_you_mean(path, files)}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -79,7 +87,7 @@ def load(source: str) -> ConfigDict:
         config = get_config(*([arguments] if arguments else []))
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
-    except Exception as e:  # the file may be anyone's, and do anything
+    except Exception as e:  # a user's file can raise anything
         raise InputError(f"{path}{_line(e, path)}: {type(e).__name__}: {e}") from e
     if not isinstance(config, ConfigDict):
         raise InputError(f"{path}: get_config must return a ConfigDict, not {config!r}")
@@ -87,6 +95,7 @@ def load(source: str) -> ConfigDict:
 
 
 def _line(error: Exception, path: str) -> str:
+    """The line of the file in which an error was raised, for a message; "" if unknown."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
@@ -94,41 +103,44 @@ def _line(error: Exception, path: str) -> str:
 
 
 def _fields(config: ConfigDict) -> dict[str, Any]:
-    """Every single field, by its dotted name."""
+    """All fields that are not groups of fields, by their dotted names."""
     return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
 def _hint(name: str, field: str, fields: Iterable[str]) -> str:
-    """What was meant by a field that is not there: the nearest one, else those of its group."""
+    """Suggests the known field most similar to an unknown one, or else lists its group."""
     if inside := [f for f in fields if f.startswith(f"{field}.")]:
         return f": it is a group; change one of {', '.join(f'--{name}.{f}' for f in inside)}"
-    near = max(fields, key=lambda known: _likeness(field, known))
-    if _likeness(field, near)[0] >= 0.6:
-        return f"; did you mean --{name}.{near}?"
+    similar = max(fields, key=lambda known: _similarity(field, known))
+    if _similarity(field, similar)[0] >= 0.6:
+        return f"; did you mean --{name}.{similar}?"
     group = field.rpartition(".")[0]
     siblings = [f for f in fields if f.rpartition(".")[0] == group] or list(fields)
     return f"; there are: {', '.join(siblings)}"
 
 
-def _likeness(field: str, known: str) -> tuple[float, float]:
-    """Of the last parts of two names, then of the whole names; initials are as good (lr, wd)."""
-    ours, theirs = field.rpartition(".")[2], known.rpartition(".")[2]
-    initials = "".join(word[:1] for word in theirs.split("_"))
-    likeness = 1.0 if ours == initials else _ratio(ours, theirs)
-    return likeness, _ratio(field, known)
+def _similarity(field: str, known: str) -> tuple[float, float]:
+    """The similarity of the last parts of two dotted names, and of the whole names.
+
+    The group is often wrong or missing, so the last part counts first. Initials, such as lr for
+    learning_rate, are an exact match.
+    """
+    given, last = field.rpartition(".")[2], known.rpartition(".")[2]
+    initials = "".join(word[:1] for word in last.split("_"))
+    return 1.0 if given == initials else _ratio(given, last), _ratio(field, known)
 
 
 def _ratio(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
 
 
-def _alike(before: Any, after: Any) -> bool:
-    """Whether the items of a tuple are still of one kind; other fields' kinds the flags check."""
+def _same_type(before: Any, after: Any) -> bool:
+    """Whether the items of a tuple keep their type. ml_collections checks all other fields."""
     if not isinstance(before, tuple) or not before:
         return True
-    kinds = (int, float) if isinstance(before[0], float) else type(before[0])
-    return isinstance(after, tuple) and all(isinstance(x, kinds) for x in after)
+    types = (int, float) if isinstance(before[0], float) else type(before[0])
+    return isinstance(after, tuple) and all(isinstance(x, types) for x in after)
 
 
-def _written(value: tuple) -> str:
+def _joined(value: tuple) -> str:
     return ",".join(map(str, value))
