@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
+from absl.flags import FlagValues
 
 from timesformer_jax.errors import InputError
 
 # Defines one flag in a set of flags. Each command has its own set: names repeat across commands.
-Define = Callable[[flags.FlagValues], Any]
+Define = Callable[[FlagValues], Any]
 
 
 class Command(NamedTuple):
@@ -31,9 +32,9 @@ class Command(NamedTuple):
     required: Sequence[str] = ()
     positional: Sequence[str] = ()
 
-    def define_flags(self) -> flags.FlagValues:
+    def define_flags(self) -> FlagValues:
         """Returns the command's flags, each with its default value."""
-        values = flags.FlagValues()
+        values = FlagValues()
         for define in self.flags:
             define(values)
         return values
@@ -74,9 +75,7 @@ def _define(kind: Callable, name: str, default: Any, text: str, **more: Any) -> 
     return lambda values: kind(name, default, text, flag_values=values, **more)
 
 
-def parse(
-    name: str, command: Command, values: flags.FlagValues, words: Sequence[str]
-) -> dict[str, Any]:
+def parse(name: str, command: Command, values: FlagValues, words: Sequence[str]) -> dict[str, Any]:
     """Parses the words of a command line that follow the command's name.
 
     Args:
