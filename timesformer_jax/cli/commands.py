@@ -145,7 +145,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "predicts memory, time and largest batch of a recipe on hardware you do not have",
-        "timesformer_jax.planning:plan",
+        "timesformer_jax.planning.command:plan",
         (
             CONFIG,
             string(
@@ -230,7 +230,7 @@ COMMANDS = {
             integer("depth", None, "number of blocks; by default the preset's", minimum=1),
             integer("batch_size", 1, "clips per batch", minimum=1),
             boolean("quick", "measure one block, at 224 pixels and up to 32 frames"),
-            boolean("choose", "time the attention kernels first, and use the fastest from then on"),
+            boolean("autotune", "first find the fastest kernels, which programs then use"),
             *MEASURING,
         ),
     ),
@@ -239,29 +239,12 @@ COMMANDS = {
         "timesformer_jax.benchmark.model:benchmark_model",
         (
             strings("presets", "presets of the model; by default timesformer_base"),
-            strings("works", "inference, training or both; by default both"),
+            strings("workloads", "inference, training or both; by default both"),
             strings(
                 "batch_sizes", "clips per batch; by default 1, 2, 4, ... while throughput grows"
             ),
             string("remat", "none", "what training recomputes: none, outputs, block or offload"),
             *MEASURING,
-        ),
-    ),
-    "benchmark flags": Command(
-        "measures the gain of each of XLA's flags, each in its own process",
-        "timesformer_jax.benchmark.flags:benchmark_flags",
-        (
-            string("preset", "timesformer_base", "preset of the model"),
-            string("work", "training", "training or inference"),
-            integer(
-                "batch_size", None, "clips per batch; by default 1 on a CPU, else 32", minimum=1
-            ),
-            string(
-                "dtype", None, "float32 or bfloat16; by default float32 on a CPU, else bfloat16"
-            ),
-            integer("rounds", 2, "number of runs with the flag and without it", minimum=1),
-            number("minutes", 8.0, "start no measurement after this time"),
-            string("json", None, "JSON file to write the results to"),
         ),
     ),
 }
