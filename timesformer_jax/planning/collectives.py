@@ -1,10 +1,11 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""Lists the collectives of a compiled program, parsed from its HLO text."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -18,65 +19,68 @@ KINDS = (
 
 
 class Collective(NamedTuple):
-    """One kind of exchange, of one size, between the same devices.
+    """A collective operation, and how often a program runs it.
 
     Attributes:
       kind: one of `KINDS`.
-      num_bytes: size on one device of what is exchanged: of the whole that an all-gather makes or
-        a reduce-scatter starts from, and of the result (as large as the operand) of the others.
-      axes: the mesh axes along which those who exchange differ.
-      count: how many times one run of the program does it.
+      num_bytes: bytes on one device: of the output of an all-gather, of the input of a
+        reduce-scatter, of the input or the (equally large) output of the others.
+      axes: the mesh axes along which the devices of a group differ.
+      count: how often one run of the program executes it.
     """
 
     kind: str
     num_bytes: int
     axes: tuple[str, ...]
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing here needs
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not needed
 
 
 def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collective]:
-    """The collectives of a compiled program, those that move most first.
+    """The collectives of a compiled program, sorted by total bytes, largest first.
 
-    A collective in a loop counts as often as the loop runs, where the compiler knows that; once
-    otherwise. Every branch of a conditional counts. An asynchronous collective counts where it
-    starts.
+    A collective in a loop counts once per iteration if the compiler knows their number, else once.
+    Every branch of a conditional counts. An asynchronous collective counts where it starts.
 
     Args:
-      compiled: what `jax.jit(f).lower(...).compile()` gives, or its `as_text()`.
-      mesh: that the program was compiled for.
+      compiled: `jax.jit(f).lower(...).compile()`, or its `as_text()`.
+      mesh: the mesh of the program.
 
     Raises:
-      ValueError: if the text is not a compiled program, or names devices in an unknown notation.
+      ValueError: if the text is not a compiled program, or its device groups cannot be parsed.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
     computations, entry = _computations(text)
     found: Counter = Counter()
-
-    def visit(name: str, times: int) -> None:
-        for shape, opcode, attributes in computations[name]:
-            kind = opcode.removesuffix("-start")
-            if kind in KINDS:
-                groups = _groups(kind, attributes, mesh.devices.size)
-                if axes := _axes(groups, mesh):
-                    size = _num_bytes(kind, opcode, shape, len(groups[0]))
-                    found[kind, size, axes] += times
-            elif opcode not in ("async-update", "async-done"):
-                for called in _called(attributes):
-                    visit(called, times * _trips(attributes))
-
-    visit(entry, 1)
+    for (shape, opcode, attributes), times in _executed(computations, entry, 1):
+        kind = opcode.removesuffix("-start")
+        groups = _device_groups(kind, attributes, mesh.devices.size)
+        if axes := _axes(groups, mesh):
+            found[kind, _num_bytes(kind, opcode, shape, len(groups[0])), axes] += times
     listed = [Collective(*what, count) for what, count in found.items()]  # type: ignore[call-arg]
     return sorted(listed, key=lambda c: (-c.num_bytes * c.count, c))
 
 
-# The text: a computation is a line `%name (...) -> shape {`, its instructions, and `}`; an
+# HLO text: a computation is a line `%name (...) -> shape {`, its instructions, and `}`. An
 # instruction is `%name = shape opcode(operands), attribute=value, ...`.
 
-Instruction = tuple[str, str, str]  # shape, opcode, the rest
+Instruction = tuple[str, str, str]  # shape, opcode, operands and attributes
+
+
+def _executed(
+    computations: dict[str, list[Instruction]], name: str, times: int
+) -> Iterator[tuple[Instruction, int]]:
+    """The collective instructions that `times` runs of a computation execute, and how often."""
+    for instruction in computations[name]:
+        _, opcode, attributes = instruction
+        if opcode.removesuffix("-start") in KINDS:
+            yield instruction, times
+        elif opcode not in ("async-update", "async-done"):
+            for called in _called_computations(attributes):
+                yield from _executed(computations, called, times * _trip_count(attributes))
 
 
 def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Every computation's instructions, by its name, and the name of the entry."""
+    """The instructions of every computation, by name, and the name of the entry computation."""
     found: dict[str, list[Instruction]] = {}
     entry, current = None, []
     for line in text.splitlines():
@@ -92,13 +96,13 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 def _instruction(text: str) -> Instruction:
     text = re.sub(r"/\*.*?\*/", "", text)
-    end = len(_parts(text)[0]) if text.startswith("(") else text.index(" ")
+    end = len(_split_tuple(text)[0]) if text.startswith("(") else text.index(" ")
     opcode, _, rest = text[end:].lstrip().partition("(")
     return text[:end], opcode, rest
 
 
-def _parts(text: str) -> list[str]:
-    """The tuple that the text begins with, and then its elements."""
+def _split_tuple(text: str) -> list[str]:
+    """The tuple at the beginning of the text, followed by its elements."""
     depth, begin, parts = 0, 1, []
     for i, character in enumerate(text):
         if character in ",)" and depth == 1:
@@ -111,10 +115,10 @@ def _parts(text: str) -> list[str]:
 
 
 def _num_bytes(kind: str, opcode: str, shape: str, group: int) -> int:
-    # What starts an asynchronous collective holds the operands, then the results, then what the
-    # runtime needs; an all-reduce the results alone.
+    # The shape of a "-start" instruction has the operands, the results, and data of the runtime;
+    # that of an all-reduce has the results only.
     if opcode.endswith("-start") and kind != "all-reduce":
-        shape = _parts(shape)[2]
+        shape = _split_tuple(shape)[2]
     bits = 0
     for dtype, sizes in re.findall(r"(\w+)\[([\d,<=]*)\]", shape):
         width = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or [0])[0])
@@ -122,7 +126,7 @@ def _num_bytes(kind: str, opcode: str, shape: str, group: int) -> int:
     return bits // 8 * (group if kind == "reduce-scatter" else 1)
 
 
-def _called(attributes: str) -> list[str]:
+def _called_computations(attributes: str) -> list[str]:
     one = r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
     many = r"\b(?:branch_computations|called_computations)=\{([^}]*)\}"
     names = re.findall(one, attributes)
@@ -131,12 +135,12 @@ def _called(attributes: str) -> list[str]:
     return names
 
 
-def _trips(attributes: str) -> int:
+def _trip_count(attributes: str) -> int:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
     return int(known[1]) if known else 1
 
 
-# Who takes part. Devices are numbered by their place in the mesh.
+# Device groups. Devices are numbered by their position in the mesh.
 
 
 def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
@@ -148,8 +152,8 @@ def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
     return tuple(name for name, one in zip(mesh.axis_names, differs) if one)
 
 
-def _groups(kind: str, attributes: str, devices: int) -> list[list[int]]:
-    """Which devices exchange with one another; pairs, where each sends to one."""
+def _device_groups(kind: str, attributes: str, devices: int) -> list[list[int]]:
+    """The groups of devices that communicate; (source, target) pairs for a collective-permute."""
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?\})?\}", attributes)
         assert pairs is not None  # XLA prints them always
@@ -157,8 +161,8 @@ def _groups(kind: str, attributes: str, devices: int) -> list[list[int]]:
     everyone = [list(range(devices))]
     flagged = kind in ("all-gather", "all-reduce", "reduce-scatter")
     if flagged and "use_global_device_ids=true" not in attributes:
-        # Then the groups are of replicas, of which a sharded program has one; with a channel all
-        # its devices take part.
+        # The groups list replicas, and a sharded program has one. With a channel all of its devices
+        # take part, without one only the device itself.
         return everyone if "channel_id=" in attributes else [[0]]
     written = re.search(r"replica_groups=(.*)", attributes)
     if written is None or written[1].startswith("{}"):
@@ -175,9 +179,13 @@ def _groups(kind: str, attributes: str, devices: int) -> list[list[int]]:
 
 
 def _along_named_axes(axes: str, order: str | None, along: str) -> list[list[int]]:
-    """Groups written as axes of a mesh: `'a'=4,'b'=2`, the order of its devices, `'a':(2)2`.
+    """Groups in the notation of named mesh axes.
 
-    `'a':(2)2` is a part of an axis: of (2, 2, the rest) that it is cut into, the second.
+    Args:
+      axes: the mesh, `'a'=4,'b'=2`.
+      order: its devices, as `_iota` parses them; by default in order.
+      along: the axes along which the devices of a group differ. `'a':(2)2` is the second factor of
+        axis a reshaped to (2, 2, ...).
     """
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.-]+)'?=(\d+)", axes)}
     shape: list[int] = []
@@ -199,7 +207,7 @@ def _along_named_axes(axes: str, order: str | None, along: str) -> list[list[int
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[2,4]T(1,0)`, the numbers from 0 in that shape, transposed and flat; `0,2,1,3` as it is."""
+    """Parses `[2,4]T(1,0)`, numbers from 0 reshaped, transposed and flattened, or `0,2,1,3`."""
     if not text.startswith("["):
         return np.array(_numbers(text))
     shape, _, order = text.partition("T")
