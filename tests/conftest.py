@@ -54,7 +54,7 @@ _PROGRAM_CACHE = {
 }
 
 # What a test that uses one of these fixtures does, as a mark.
-_MARKS = {"timesformer": "processes", "peers": "processes"}
+_MARKS = {"timesformer": "processes", "peers": "processes", "demo_data": "decodes"}
 
 
 def pytest_collection_modifyitems(items):

@@ -670,6 +670,7 @@ def test_numbered_splits_that_cannot_be_read(dataset, name, text, message, tmp_p
 # ---- on gs:// -----------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_on_gs_as_on_a_disk(gcs):
     videos, annotations = kinetics(gcs.root / "bucket" / "k400")
     touch(videos, ".hidden/x_000000_000010.mp4")

@@ -29,6 +29,8 @@ from timesformer_jax.transforms.augment import augment, distort
 from timesformer_jax.transforms.augmentation import Augmentation
 from timesformer_jax.transforms.operations import ERASED_AREA, OPERATIONS
 
+pytestmark = pytest.mark.compiles
+
 SIDE = 96
 FILL = (100 / 255, 120 / 255, 140 / 255)
 EVERYTHING = Augmentation(

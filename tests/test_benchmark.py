@@ -31,6 +31,8 @@ from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, with_parameters
 from timesformer_jax.transforms.preprocess import preprocess
 
+pytestmark = pytest.mark.compiles
+
 CONFIG = TimeSformerConfig(
     num_classes=3, image_size=16, num_frames=2, patch_size=8, hidden_size=8, depth=1, num_heads=2,
     init="width_scaled",

@@ -16,6 +16,8 @@ from timesformer_jax.data.input import pipeline
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
 
+pytestmark = [pytest.mark.processes, pytest.mark.decodes]
+
 OPTIONS = {"batch_size": 2, "short_side_range": (256, 320), "flip": True, "seed": 0}
 
 

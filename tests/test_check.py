@@ -27,6 +27,8 @@ from timesformer_jax.data.records import prepared as records
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
 
+pytestmark = pytest.mark.processes
+
 SHARD = "tiny-train.tfrecord-00001-of-00003"
 REWRITE_SHARD = (
     "; delete it and run `timesformer prepare` again .*: it writes only this shard again"

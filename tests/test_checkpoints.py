@@ -275,6 +275,7 @@ def test_metadata_with_fields_of_another_version_says_what_to_do(first, tmp_path
         load_parameters(tmp_path)
 
 
+@pytest.mark.processes
 def test_killed_while_it_saves_it_goes_on_as_if_it_had_not_been(tmp_path):
     starts, command = [], [sys.executable, walk.__file__, tmp_path]
 

@@ -78,6 +78,7 @@ def test_what_cannot_be_is_said(arguments, said, refusal, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_models_training_and_inference_need_no_tensorflow():
     code = """
 import sys

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from timesformer_jax.planning.collectives import Collective, collectives
 
+pytestmark = pytest.mark.compiles
+
 AXES = ("a", "b", "c")
 
 

@@ -21,6 +21,8 @@ from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
 
+pytestmark = pytest.mark.compiles
+
 GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
 NAMES = ("divided_space_time", "joint_space_time", "space_only")
 DIVIDED = GOLDENS / "official_divided_space_time.pyth"

@@ -15,6 +15,8 @@ import timesformer_jax as tsf
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import parameters
 
+pytestmark = pytest.mark.compiles
+
 VIT = pathlib.Path(__file__).parent / "data" / "goldens" / "timm_vit.pth"
 
 

@@ -111,6 +111,7 @@ def test_macs_are_the_products_of_the_traced_program(scheme, clip):
     assert costs.macs(config, *clip) == traced_macs(config, *clip)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("preset", "overrides"),
     [

@@ -12,6 +12,8 @@ from timesformer_jax.data.prepare import demo
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
 
+pytestmark = pytest.mark.decodes
+
 COUNTS = {"train": 24, "validation": 8}
 
 

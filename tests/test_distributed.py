@@ -19,6 +19,8 @@ from timesformer_jax.training.checks import check_model
 from timesformer_jax.training.step import abstract_state
 from timesformer_jax.transforms.augmentation import Augmentation
 
+pytestmark = pytest.mark.compiles
+
 DIVIDED, JOINT = tiny("divided"), tiny("joint", depth=1)
 # 197 tokens a frame.
 LARGE = tiny("divided", image_size=28, patch_size=2, num_frames=2, hidden_size=8, depth=1)

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import REPOSITORY, environment
+
+pytestmark = pytest.mark.processes
 
 
 def run(name, *arguments):

@@ -29,7 +29,10 @@ from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.training import loop
 
 # TFDS reads its description with a name that protobuf is to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:label.. is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore:label.. is deprecated:DeprecationWarning"),
+]
 
 HEIGHT, WIDTH, FPS = 24, 32, 10.0
 # At 10 frames a second, four frames one after the other.

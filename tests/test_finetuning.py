@@ -16,6 +16,8 @@ from timesformer_jax.data.records.open import open_split
 from timesformer_jax.models.timesformer import with_parameters
 from timesformer_jax.transforms.preprocess import preprocess
 
+pytestmark = [pytest.mark.processes, pytest.mark.training]
+
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):

@@ -12,6 +12,8 @@ from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import with_parameters
 
+pytestmark = pytest.mark.compiles
+
 
 def run(config, key, references):
     """Logits and features of a model with random parameters."""

@@ -13,6 +13,8 @@ import pytest
 from gcs import PAGE, serve
 from videos import numbers, write_video
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory):

@@ -15,6 +15,8 @@ from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.timesformer import parameters, with_parameters
 from timesformer_jax.training.optimizer import make_optimizer
 
+pytestmark = pytest.mark.compiles
+
 GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
 SCHEMES = {"divided_space_time": "divided", "joint_space_time": "joint", "space_only": "space"}
 CASES = ("native", "more_frames", "fewer_frames", "larger", "wide")

@@ -37,6 +37,7 @@ def page_faults(how: str) -> int:
     return int(run.stdout)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_a_program_touches_no_new_page_when_it_runs_again():
     touched = 10 * 20_000 * 500 * 4 // os.sysconf("SC_PAGE_SIZE")

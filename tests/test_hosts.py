@@ -24,7 +24,11 @@ from timesformer_jax.errors import InputError
 LONG = {"epochs": 8, "model.depth": 1, "optimizer.learning_rate": 1e-4, "eval.every_epochs": 0}
 LAST = 64
 
-pytestmark = pytest.mark.timeout(1800)  # of processes that share few cores with much else
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.training,
+    pytest.mark.timeout(1800),  # of processes that share few cores with much else
+]
 
 PEER = """
 import sys

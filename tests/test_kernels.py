@@ -27,6 +27,8 @@ from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import TimeSformer, abstract
 from timesformer_jax.planning.collectives import collectives
 
+pytestmark = pytest.mark.compiles
+
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 BASE = (64, 8, 196, 3, 12, 64)
 # Of the largest value. bfloat16 keeps 8 bits: the weights and the result are each rounded once.

@@ -158,6 +158,7 @@ def assert_near(ours, theirs, rtol):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=rtol * max(np.abs(theirs).max(), 1e-6))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_logits_and_gradients_equal_the_paper_written_out(scheme):
     config = config_of(scheme)

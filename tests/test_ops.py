@@ -65,6 +65,7 @@ def test_values_and_gradients_are_those_of_the_reference(name, dtype):
         assert_near(np.float32(b), np.float32(c), tolerance)
 
 
+@pytest.mark.compiles
 def test_references_have_forward_mode_derivatives():
     config = config_of("divided")
     params, video = jax.tree.map(jnp.asarray, random_parameters(config)), random_video()

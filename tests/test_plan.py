@@ -41,6 +41,8 @@ from timesformer_jax.planning.report import as_json, as_text
 from timesformer_jax.planning.roofline import roofline, sent
 from timesformer_jax.planning.topology import open_topology
 
+pytestmark = pytest.mark.compiles
+
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 
 

@@ -32,6 +32,8 @@ from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
 from timesformer_jax.errors import InputError
 
+pytestmark = pytest.mark.processes
+
 SPLITS = {"train": 14, "validation": 6}
 OPTIONS = {"short_side": 24, "clips_per_shard": 3, "workers": 1, "name": "tiny"}
 

@@ -10,6 +10,8 @@ from conftest import REPOSITORY
 
 from timesformer_jax.inference.predict import Predictor
 
+pytestmark = [pytest.mark.processes, pytest.mark.training, pytest.mark.decodes]
+
 SECONDS = {"bikes.mp4": 10.0, "bigbuckbunny.mp4": 5.28, "carphone_pristine.mp4": 4.0}
 SEGMENT = 0.8
 

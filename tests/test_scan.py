@@ -16,6 +16,8 @@ from test_model import assert_near, config_of, random_parameters, random_video
 from timesformer_jax.models.remat import REMATS
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
 
+pytestmark = pytest.mark.compiles
+
 BYTES = {"f32": 4, "bf16": 2, "i32": 4, "bool": 1}
 
 

@@ -30,6 +30,8 @@ from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, with_parameters
 from timesformer_jax.planning.collectives import collectives
 
+pytestmark = pytest.mark.compiles
+
 SEQUENCE, ALL = (2, 1, 1, 4), (2, 1, 2, 2)
 SHARED = [
     name

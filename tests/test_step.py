@@ -27,6 +27,8 @@ from timesformer_jax.training.step import abstract_state, init_state, make_train
 from timesformer_jax.transforms.augmentation import OFF, Augmentation
 from timesformer_jax.transforms.preprocess import crop
 
+pytestmark = pytest.mark.training
+
 CLIP = ClipSpec(frames=2, crop=8, short_side=10)
 MODEL = TimeSformerConfig(
     num_classes=3, image_size=8, num_frames=2, patch_size=4, hidden_size=8, depth=1, num_heads=2,

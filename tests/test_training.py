@@ -15,6 +15,8 @@ from conftest import command, environment, interruptible, scalars, tiny_run
 
 from timesformer_jax.checkpoints import store as checkpoints
 
+pytestmark = [pytest.mark.processes, pytest.mark.training]
+
 # 120 steps, evaluated after 40, 80 and 120.
 LONG = {"epochs": 15, "checkpoint.every_steps": 5, "eval.every_epochs": 5, "eval.crops": 1}
 LAST = 120
