@@ -212,8 +212,8 @@ def test_attention_of_any_length_and_its_gradient_equal_pytorchs(length, size):
     expected.backward(torch.tensor(direction))
 
     with jax.enable_x64(True):
-        out, vjp = jax.vjp(dot_product_attention, *qkv)
-        gradient = vjp(direction)
+        out, vjp = jax.vjp(dot_product_attention, *jnp.asarray(qkv))
+        gradient = vjp(jnp.asarray(direction))
     np.testing.assert_allclose(out, expected.detach(), atol=1e-12)
     for ours, exact in zip(gradient, theirs.grad):
         np.testing.assert_allclose(ours, exact, atol=1e-12 * max(size, 1))
