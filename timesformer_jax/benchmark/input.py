@@ -1,7 +1,7 @@
-"""`timesformer benchmark input`: clips a second of the input pipeline, and where the time goes.
+"""`timesformer benchmark input`: the input pipeline's clips per second, and the cost of its stages.
 
-A core's time is what the input costs, whatever else the machine does: every figure a second of wall
-time stands beside one a second of processor time, of all threads.
+Other work on the machine changes the wall time more than the processor time. Therefore each rate is
+given per second of wall time and per second of processor time, summed over all threads.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
 from timesformer_jax.errors import InputError
 
 ROUNDS = 10
-STAGE_BATCHES = 20  # a round, at most
-WARM_UP = 4  # batches: what is done ahead while nobody asks, or compiled first
+STAGE_BATCHES = 20  # per round, at most
+WARM_UP = 4  # batches before the clock starts: prefetched or compiling ones do not count
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """What some batches took: clips, and seconds of wall and of processor time."""
+    """The clips of some batches, and their seconds of wall time and of processor time."""
 
     clips: int
     wall: float
@@ -57,21 +57,21 @@ def benchmark_input(
     reference: bool = False,
     json: str | None = None,
 ) -> None:
-    """Measures training's input and prints a table.
+    """Measures the training input pipeline and prints a table.
 
     Args:
-      data: what `open_split` opens; by default the config's.
-      synthetic: a folder to measure on instead, which gets synthetic videos, prepared.
-      split: of the data.
-      config: a recipe, in place of the next arguments.
+      data: a dataset for `open_split`; the default is the config's.
+      synthetic: a folder to use instead; synthetic videos are made and prepared there.
+      split: the split of the data.
+      config: a recipe; it replaces the next arguments.
       frames, frame_stride, crop, short_side_range, batch_size: as in a recipe; by default 8, 32,
         224, 256 to 320, 16.
-      batches: how many to measure, dealt out to rounds; memory is read after 10, 50 and 100%.
-      reference: whether to measure a loop over simplejpeg and OpenCV too, in turns.
+      batches: how many to measure, over all rounds; memory is read after 10, 50 and 100%.
+      reference: whether to also measure a loop over simplejpeg and OpenCV, in alternation.
       json: a file to write the figures to.
 
     Raises:
-      InputError: data that cannot be read, settings that cannot be, a package that is not there.
+      InputError: the data cannot be read, a setting is invalid, or a package is missing.
     """
     report.check_folder(json)
     if reference:
@@ -116,20 +116,21 @@ def _sizes(short_side_range: Sequence[str]) -> tuple[int, ...]:
 def measure(
     split: Split, spec: ClipSpec, options: dict[str, Any], batches: int, reference: bool
 ) -> dict[str, Any]:
-    """The figures of a split.
+    """Measures a split.
 
     Args:
-      split: what to read.
-      spec: of the clips.
-      options: what `train_batches` takes besides.
-      batches: to measure, in all rounds.
+      split: the split to read.
+      spec: the spec of the clips.
+      options: the other arguments of `train_batches`.
+      batches: how many to measure, over all rounds.
       reference: whether to measure the reference too.
 
     Returns:
-      JSON values: `machine`, `settings`, `data`, `ours`, and where asked for `reference` and
-      `ratio`; `stages`, `memory` and `iterator_state_bytes`. Rates are clips a second (`wall`) and
-      a second of a core's time (`cpu`), stages are milliseconds of a core's time a clip, all
-      together in `whole`: median, least and largest of the rounds.
+      JSON values: `machine`, `settings`, `data`, `ours`, `stages`, `memory` and
+      `iterator_state_bytes`; with `reference` also `reference` and `ratio`. Rates are clips per
+      second of wall time (`wall`) and of processor time (`cpu`). Stages are milliseconds of
+      processor time per clip; `whole` is their sum. Each is a median, minimum and maximum over
+      the rounds.
     """
     size = options["batch_size"]
     each = math.ceil(batches / ROUNDS)
@@ -179,10 +180,10 @@ def measure(
 def _stages(
     split: Split, spec: ClipSpec, options: dict[str, Any], batches: int
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of processor time a clip that each stage adds to the ones before it.
+    """The processor time that each stage adds to the earlier ones, in milliseconds per clip.
 
-    The pipeline is run cut off after each stage, all cuts in turn. A stage that costs less than
-    the rounds differ by may come out below zero: its least and largest say so.
+    The pipeline is run up to each stage, one stage after the other in every round. If a stage costs
+    less than the variation between rounds, its result can be negative.
     """
     side = pipeline.train_side(split, spec, options["short_side_range"])
 
@@ -203,7 +204,7 @@ def _stages(
             yield images, request.corners
 
     decoded = reading.decode_clips(encoded, next(requests()), side)
-    # A pixel of each frame: the clips are decoded and not copied into batches.
+    # One pixel per frame: the clips are decoded, but not copied into batches.
     pixels = decoded.map(lambda frames: frames[..., :1, :1, :])
     size = options["batch_size"]
     cuts = {
@@ -230,7 +231,7 @@ def _stages(
 
 
 def _rate(loop: Iterator[Any], batches: int, size: int) -> Rate:
-    """What `batches` take of a loop in full swing, with nothing of another one still running."""
+    """Times `batches` of a loop after a warm-up, when no other loop is still running."""
     _settle()
     _take(loop, WARM_UP)
     wall, cpu = time.perf_counter(), _processor_time()
@@ -244,7 +245,7 @@ def _take(loop: Iterator[Any], batches: int) -> None:
 
 
 def _settle() -> None:
-    """Waits until this process and its children do nothing."""
+    """Waits until this process and its children are idle."""
     while True:
         before = _processor_time()
         time.sleep(0.1)
@@ -253,7 +254,7 @@ def _settle() -> None:
 
 
 def _processor_time() -> float:
-    """Seconds, of the reference's processes too."""
+    """Seconds of processor time, including the processes of the reference."""
     children = (child.cpu_times() for child in psutil.Process().children())
     return time.process_time() + sum(times.user + times.system for times in children)
 
@@ -302,11 +303,11 @@ def reference_clips(split: Split, request: reading.BatchRequest) -> list[tuple]:
     ]
 
 
-# ---- telling ------------------------------------------------------------------------------------
+# ---- report -------------------------------------------------------------------------------------
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures of `measure` for people."""
+    """Formats the figures of `measure` as text."""
     machine, data = figures["machine"], figures["data"]
     lines = [
         f"{machine['processor']}, {machine['cores']} cores, load {machine['load_average']:.1f}",

@@ -1,8 +1,8 @@
-"""What the pipeline is compared with: a plain loop over simplejpeg and OpenCV, a process a core.
+"""The reference for the input pipeline: a loop over simplejpeg and OpenCV, one process per core.
 
-Each process reads a record at its offset, decodes the sampled frames, cuts their crop_boxes out at
-whole pixels and resizes them into a batch, which it keeps: handing batches over costs nothing here.
-TensorFlow, slow to import and fond of threads, is not there.
+Each process reads a record at its offset and decodes the sampled frames. It crops them at whole
+pixels and resizes them into a batch. The batch is not sent to the parent process, so the reference
+has no transfer cost. The processes do not import TensorFlow, which is slow and starts many threads.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from timesformer_jax.workers import SPAWN, available_cores
 
 
 class Clip(NamedTuple):
-    """A clip to decode: where the serialized record is, in bytes; which of its frames, and their
-    crop_box (top, left and side in pixels), mirrored or not."""
+    """A clip to decode: the byte range of the serialized record, the indices of the frames, the
+    crop box (top, left and side in pixels), and whether the frames are mirrored."""
 
     file: str
     offset: int
@@ -33,11 +33,11 @@ class Clip(NamedTuple):
 
 
 def batches(plans: Iterator[Sequence[Clip]], crop: int) -> Iterator[None]:
-    """Decodes batches of clips, one after the other, and says when each is there.
+    """Decodes batches of clips and yields None as each batch is done, in order.
 
     Args:
-      plans: of the batches.
-      crop: side of the clips in pixels.
+      plans: the clips of each batch.
+      crop: the side of the clips in pixels.
     """
     waiting: collections.deque = collections.deque()
     with ProcessPoolExecutor(available_cores(), mp_context=SPAWN) as pool:
@@ -52,8 +52,8 @@ def _discard(plan: Sequence[Clip], crop: int) -> None:
 
 
 def decode(plan: Sequence[Clip], crop: int) -> np.ndarray:
-    """(b, T, crop, crop, 3) uint8 RGB of b clips."""
-    cv2.setNumThreads(1)  # there is a process a core
+    """Decodes b clips into (b, T, crop, crop, 3) uint8 RGB."""
+    cv2.setNumThreads(1)  # there is one process per core
     batch = np.empty((len(plan), len(plan[0].indices), crop, crop, 3), np.uint8)
     for clip, frames in zip(plan, batch):
         with open(clip.file, "rb", buffering=0) as file:
@@ -62,7 +62,7 @@ def decode(plan: Sequence[Clip], crop: int) -> np.ndarray:
         places = wire.bytes_list(record, "video")
         top, left, side = map(round, clip.crop_box)
         for index, out in zip(clip.indices, frames):
-            # The fast transform, which is TensorFlow's default.
+            # The fast DCT is TensorFlow's default.
             frame = simplejpeg.decode_jpeg(record[places[index]], fastdct=True)
             cv2.resize(frame[top : top + side, left : left + side], (crop, crop), dst=out)
             if clip.flip:

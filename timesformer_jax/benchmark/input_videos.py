@@ -1,7 +1,7 @@
-"""Videos to measure the input on: a camera that pans and zooms over photographs, as H.264.
+"""H.264 videos for the input benchmark: a camera pans and zooms over photographs.
 
-Frames are of the size that Kinetics has at a short side of 256, their content natural, so that
-JPEGs are as large, and as slow to decode, as those of real videos.
+Frames have the size of Kinetics frames at a short side of 256. Their content is natural, so their
+JPEGs are as large and as slow to decode as those of real videos.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from timesformer_jax.workers import available_cores, worker_pool
 WIDTH, HEIGHT = 340, 256
 FPS, SECONDS = 30, 10
 CLASSES = 2
-STORE_STRIDE = 4  # what prepare takes for Kinetics
+STORE_STRIDE = 4  # the stride of Kinetics in prepare
 
 
 def make(directory: str | os.PathLike, videos: int = 64) -> None:
-    """Makes `videos` videos in DIR/videos and prepares DIR from them; what is there is kept.
+    """Makes `videos` videos in DIR/videos and prepares DIR from them; existing files are kept.
 
     Raises:
       InputError: the directory holds something else, or the disk is full.
@@ -42,7 +42,7 @@ def make(directory: str | os.PathLike, videos: int = 64) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         if missing:
-            demo.load_photographs("train")  # a missing photograph is then an error of this process
+            demo.load_photographs("train")  # so that a missing photograph fails in this process
             with worker_pool(min(available_cores(), len(missing))) as pool:
                 made = pool.map(partial(_write, paths), missing)
                 for _ in tqdm(made, total=len(missing), unit="video", desc="making videos"):
@@ -51,7 +51,7 @@ def make(directory: str | os.PathLike, videos: int = 64) -> None:
 
 
 def _write(paths: list[Path], number: int) -> None:
-    """Encodes a video as one from the web: crf 27, which leaves JPEGs of about 20 KB a frame."""
+    """Encodes a video like a web video: crf 27 gives JPEGs of about 20 KB per frame."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         options = {"crf": "27", "preset": "veryfast", "threads": "1"}
@@ -64,12 +64,12 @@ def _write(paths: list[Path], number: int) -> None:
 
 
 def frames(number: int) -> Iterator[np.ndarray]:
-    """Draws a video's frames, in order, as (HEIGHT, WIDTH, 3) uint8 RGB."""
+    """Yields the frames of a video in order, as (HEIGHT, WIDTH, 3) uint8 RGB."""
     rng = np.random.default_rng(number)
     photographs = demo.load_photographs("train")
     photograph = photographs[number % len(photographs)]
     largest = min(photograph.width / WIDTH, photograph.height / HEIGHT)
-    # From one place and scale to another, at a constant speed.
+    # The camera moves from one position and scale to another at a constant speed.
     ends = np.stack([rng.uniform(0.6, 0.95, 2) * largest, *rng.uniform(0, 1, (2, 2))], axis=-1)
     for scale, right, down in np.linspace(ends[0], ends[1], FPS * SECONDS):
         width, height = scale * WIDTH, scale * HEIGHT
