@@ -1,4 +1,4 @@
-"""The paper's figure 3: what joint and divided attention cost as clips grow, longer or larger.
+"""The paper's figure 3: the cost of joint and divided attention for longer and larger clips.
 
     .venv/bin/python experiments/attention_cost.py [benchmarks/results/DEVICE/attention.json]
 
@@ -23,7 +23,7 @@ from timesformer_jax.models.presets import preset
 
 SCHEMES = {"joint": "tab:orange", "divided": "tab:blue"}
 FRAMES, SIDES = (8, 16, 32, 64, 96), (224, 336, 448, 560)
-# By panel: the axis, its values, and the clip (frames, side) of each.
+# For each panel: the axis, its values, and the clip (frames, side) of each value.
 PANELS = {
     "pixels a side, clips of 8 frames": [(8, side) for side in SIDES],
     "frames, of 224 x 224": [(frames, 224) for frames in FRAMES],
@@ -64,7 +64,7 @@ def counted(axis: Axes, x: list[int], clips: list[tuple[int, int]]) -> None:
 def timed(
     axis: Axes, x: list[int], clips: list[tuple[int, int]], rows: list[dict[str, Any]]
 ) -> None:
-    """What was measured; what does not fit is a cross at the top, in the scheme's place."""
+    """Draws the measurements; a clip that does not fit the memory is a cross at the top."""
     for place, (scheme, colour) in enumerate(SCHEMES.items()):
         found = {
             (row["frames"], row["side"]): row["training"] for row in rows if row["scheme"] == scheme

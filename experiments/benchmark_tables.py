@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, of what is in benchmarks/results/DEVICE/*.json.
+"""Writes the tables of docs/benchmarks.md from benchmarks/results/DEVICE/*.json.
 
 .venv/bin/python experiments/benchmark_tables.py
 """
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def tabulated(page: str) -> str:
-    """The page with all tables as the results have them."""
+    """The page, with all tables made from the results."""
     for name, (table, files) in TABLES.items():
         texts = [
             table(json.loads(file.read_text()))
@@ -38,7 +38,7 @@ def tabulated(page: str) -> str:
 
 
 def device(figures: dict[str, Any]) -> str:
-    """What was measured on, in words."""
+    """The machine and versions of a result, as a sentence."""
     host, kind = figures["machine"], figures["device"]["kind"]
     peak = figures["device_peak"]
     name = f"{host['processor']}, {host['cores']} cores" if kind == "cpu" else kind
@@ -71,7 +71,7 @@ UNITS = ("ms (min-max)", "GiB", "share of the product")
 
 
 def cells(found: dict[str, Any]) -> list[str]:
-    """Time, memory and share of one pass; or why there are none."""
+    """Time, memory and share of one pass; or the reason why there are none."""
     if found["status"] != "measured":
         return [f"{found['status']}: {found['reason']}", "", ""]
     memory = f"{found['bytes'] / GIB:.2f}"
@@ -79,7 +79,7 @@ def cells(found: dict[str, Any]) -> list[str]:
 
 
 def shares(share: dict[str, float]) -> str:
-    """By the clock, and in brackets of a core's time."""
+    """The value by wall time and, in brackets, by the time of one core."""
     core = f" ({share['cpu']:.0%})" if "cpu" in share else ""
     return f"{share['wall']:.0%}{core}"
 
@@ -128,7 +128,7 @@ def racer(row: dict[str, Any], width: int, on_cpu: bool) -> list[Any]:
         line.append(report.median_and_range(row["clips_per_second"][kind]))
         if kind == "wall":
             line.append(shares(row["product_share"]))
-        # Where ours did not end the race there is nothing to compare with.
+        # Without a result of our model there is nothing to compare with.
         line.append(
             report.median_and_range(row["ours_is_faster"][kind]) if "ours_is_faster" in row else ""
         )
@@ -148,7 +148,7 @@ def flags(figures: dict[str, Any]) -> str:
     )
 
 
-# By the name on the page: the table, and the files of a device that have its figures.
+# The tables by their name on the page, with the files of a device that hold their figures.
 TABLES = {
     "attention": (attention, ("attention", "schemes")),
     "model": (model, ("model",)),

@@ -58,7 +58,7 @@ class Transformers(Contender):
         return begin(sets)
 
     def _put(self, video: np.ndarray, labels: np.ndarray, dtype: torch.dtype) -> tuple:
-        """Clips as the port takes them, channels before height and width."""
+        """Clips as transformers' model takes them: channels before height and width."""
         video = torch.from_numpy(np.ascontiguousarray(video.transpose(0, 1, 4, 2, 3)))
         return video.to(self.task.device, dtype), torch.from_numpy(labels).to(self.task.device)
 
@@ -77,7 +77,7 @@ class Transformers(Contender):
         return run(0)[:1].float().flatten().tolist()
 
     def _training(self, sets: list) -> list[float]:
-        # Another batch has trained the weights since they were read.
+        # The weights were trained by another batch size since they were read.
         self._model.load_state_dict(load_file(os.path.join(self.task.folder, "model.safetensors")))
         optimizer = torch.optim.SGD(
             self._model.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True,
@@ -104,7 +104,7 @@ class Transformers(Contender):
 
 
 class FusedAttention(TimesformerSelfAttention):
-    """The port's attention through torch's fused one; nothing else changes."""
+    """Attention by torch's scaled_dot_product_attention; nothing else changes."""
 
     def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple:
         size, length, width = hidden_states.shape
@@ -115,7 +115,7 @@ class FusedAttention(TimesformerSelfAttention):
 
 
 def write_weights(model: dict[str, Any], folder: str) -> None:
-    """A transformers directory with every parameter drawn, so that none can be mistaken.
+    """Writes a transformers directory in which every parameter is random.
 
     Args:
       model: fields of TimeSformerConfig.

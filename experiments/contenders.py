@@ -1,9 +1,9 @@
 """The contenders of race_pytorch.py, each in a process of its own, with its threads and memory.
 
-Both do the same work with the same weights on the same clips, which lie on the device. Inference is
-the forward pass from normalised clips to logits. Training is a whole step: forward, cross-entropy
-in float32, backward, SGD with Nesterov momentum 0.9 and weight decay 1e-4 on every parameter; no
-drop path.
+All do the same work with the same weights on the same clips, in the memory of the device.
+Inference is the forward pass from normalised clips to logits. Training is a whole step: forward,
+cross-entropy in float32, backward, SGD with Nesterov momentum 0.9 and weight decay 1e-4 on every
+parameter; no drop path.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ import numpy as np
 
 from timesformer_jax.benchmark.timing import time_runs
 
-SETS = 2  # of clips, which steps take in turn
+SETS = 2  # sets of clips; steps alternate between them
 CHECKED_STEPS = 3
 LEARNING_RATE = 0.005
 
-# Module and class, imported in the contender's own process.
+# Module and class; the contender's own process imports them.
 OURS = "contender_ours", "Ours"
 TRANSFORMERS = "contender_transformers", "Transformers"
 
 
 class Task(NamedTuple):
-    """What all contenders do.
+    """The work that all contenders do.
 
     Attributes:
       kind: "inference" or "training".
       model: fields of TimeSformerConfig.
       folder: the weights, a transformers directory.
       device: "cpu" or "cuda".
-      threads: of a CPU.
-      share: of a GPU's memory that one contender may take; the others hold their weights.
+      threads: CPU threads.
+      share: share of a GPU's memory that one contender may use; the others hold their weights.
     """
 
     kind: str
@@ -51,14 +51,14 @@ class Task(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is done to transformers' model.
+    """What is changed in transformers' model.
 
     Attributes:
-      bfloat16: training under autocast, inference with the weights rounded beforehand if `rounded`.
-      rounded: see there.
-      sdpa: its attention through torch's scaled_dot_product_attention.
-      compiled: torch.compile with static shapes.
-      fused: the optimizer in one kernel.
+      bfloat16: whether training and inference run under autocast.
+      rounded: whether inference runs with weights that are bfloat16 already.
+      sdpa: whether attention runs by torch's scaled_dot_product_attention.
+      compiled: whether torch.compile is used, with static shapes.
+      fused: whether the optimizer is one kernel.
     """
 
     bfloat16: bool = False
@@ -73,7 +73,7 @@ class Lost(Exception):
 
 
 class Runner:
-    """A contender's process, asked from here."""
+    """The process of a contender, seen from the race."""
 
     def __init__(self, task: Task, options: Options | None):
         context = multiprocessing.get_context("spawn")
@@ -84,10 +84,10 @@ class Runner:
         theirs.close()
 
     def ask(self, method: str, *arguments: Any, until: float) -> Any:
-        """What the contender's method gives.
+        """The result of a method of the contender.
 
         Args:
-          until: when, of `time.monotonic`, its process is killed if it has not answered.
+          until: its process is killed if it has not answered then, by `time.monotonic`.
 
         Raises:
           Lost: if it fails, or its process ended.
@@ -112,10 +112,10 @@ class Runner:
 
 
 def contend(connection: Connection, task: Task, options: Options | None) -> None:
-    """Answers (method, arguments) with (True, result) or (False, why not), to the race's end.
+    """Answers each (method, arguments) with (True, result) or (False, reason), until the end.
 
     Args:
-      options: of transformers' model; None for ours.
+      options: what is changed in transformers' model; None for our model.
     """
     module, name = OURS if options is None else TRANSFORMERS
     if hasattr(os, "sched_setaffinity") and task.device == "cpu":
@@ -136,8 +136,8 @@ def contend(connection: Connection, task: Task, options: Options | None) -> None
 
 
 def clips(task: Task, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Sets of (B, T, H, W, 3) float32 clips and (B,) int64 labels; the first repeats one clip, so
-    that its mean loss is the same for every batch."""
+    """Sets of (B, T, H, W, 3) float32 clips and (B,) int64 labels. The first set repeats one clip,
+    so that its mean loss is the same for every batch size."""
     rng = np.random.default_rng(0)
     model = task.model
     side = model["image_size"]
@@ -153,21 +153,22 @@ def clips(task: Task, batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 class Contender:
-    """What the race asks of a contender.
+    """The methods of a contender that the race calls.
 
-    A subclass has `about`, its versions and device; `_begin`, which sets `_run` to start a step of
-    that number; `_wait`, which waits for what it gives; and `_product`, a large product to run.
+    A subclass has `about`, its versions and device; `_begin`, which sets `_run`, a function that
+    starts the step of a number; `_wait`, which waits for the result of `_run`; and `_product`,
+    which returns a large product to run.
     """
 
     task: Task
     _run: Callable[[int], Any]
 
     def begin(self, batch: int) -> dict[str, Any]:
-        """Gets ready for a batch.
+        """Prepares for a batch size.
 
         Returns:
-          "compile_seconds", the first run's too where that compiles, and "check": logits of one
-          clip, or the losses of the first steps on it.
+          "compile_seconds", including the first run if that compiles, and "check": the logits of
+          one clip, or the losses of the first steps on it.
         """
         begin = time.perf_counter()
         try:
@@ -177,11 +178,11 @@ class Contender:
         return {"compile_seconds": time.perf_counter() - begin, "check": check}
 
     def turn(self, seconds: float) -> dict[str, float]:
-        """Median seconds a step, of wall and of processor time."""
+        """Median seconds of a step, in wall time and in processor time."""
         return self._timed(self._run, seconds)
 
     def gemm(self, seconds: float) -> dict[str, float]:
-        """FLOPs of a large square product, a second of wall and of processor time."""
+        """FLOP/s of a large square product, by wall time and by processor time."""
         run, flops = self._product(2048 if self.task.device == "cpu" else 8192)
         return {kind: flops / took for kind, took in self._timed(run, seconds).items()}
 
@@ -191,4 +192,4 @@ class Contender:
         return {"wall": timing.wall["median"], "cpu": timing.cpu["median"]}
 
     def _rest(self) -> None:
-        """Gives back memory that the next contender may need."""
+        """Frees memory that the next contender may need."""

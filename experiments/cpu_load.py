@@ -1,4 +1,4 @@
-"""Whether others need a CPU's cores while something is measured on it."""
+"""How much of a CPU other processes use while something is measured."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from timesformer_jax.workers import available_cores
 
 
 def spare_cores(threads: int) -> float:
-    """How many cores others may be at without being in the way of `threads`, and a tenth of one."""
+    """Cores that other processes may use without slowing down `threads` threads, plus 0.1."""
     return max(available_cores() - threads, 0) + 0.1
 
 
 def busy_cores(seconds: float) -> float:
-    """How many cores are at work, over some time."""
+    """Busy cores of the machine, on average over some seconds."""
     return psutil.cpu_percent(seconds) / 100 * psutil.cpu_count()
 
 
 class Others:
-    """What processes other than one need of the cores, from now on.
+    """The cores that all processes but one use, from now on.
 
     Args:
-      pid: of the one.
+      pid: the process that is not counted.
     """
 
     def __init__(self, pid: int):
@@ -31,11 +31,11 @@ class Others:
         self._wall, self._busy = time.monotonic(), self._seconds()
 
     def cores(self) -> float:
-        """How many cores, on average."""
+        """Cores, on average."""
         return (self._seconds() - self._busy) / (time.monotonic() - self._wall)
 
     def _seconds(self) -> float:
-        """Processor time of the whole machine, less that of the one."""
+        """Processor time of the whole machine without that process, in seconds."""
         machine, own = psutil.cpu_times(), self._process.cpu_times()
         at_work = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
         return at_work - own.user - own.system

@@ -1,12 +1,12 @@
-"""Only time tells: divided against space-only attention on the embedded data set.
+"""Divided against space-only attention on the embedded data set, whose classes differ in motion.
 
     .venv/bin/python experiments/demo_motion.py [--seeds=3] [--workdir=runs/demo_motion]
 
 Trains configs/demo.py with each scheme and seed, on the same videos, clips and number of steps,
 prints the table of final accuracies, writes it to docs/demo_motion.json, and draws docs/demo.png:
-frames of four training videos and validation accuracy by epoch. A single frame says nothing of the
-class and a bag of frames cannot tell a direction from its opposite, so a model without temporal
-attention cannot do better than half. Interrupted, it goes on where it was.
+frames of four training videos and validation accuracy by epoch. A single frame does not show the
+class, and frames without their order do not distinguish a direction from its opposite, so a model
+without temporal attention cannot reach more than half. If it is interrupted, run it again: it resumes.
 """
 
 from __future__ import annotations

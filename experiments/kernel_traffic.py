@@ -1,12 +1,12 @@
-"""What programs move through an H100's memory, counted where they are compiled, without one.
+"""Counts the bytes that programs read and write in the memory of an H100, without an H100.
 
     pip install 'jax[cuda13]'; python experiments/kernel_traffic.py [--batch=64]
 
-Two tables: a layer's attentions alone, and all of inference and of the training step. XLA:GPU and
-the kernels are compiled ahead of time for the description of an H100 below, and the bytes that
-every instruction of the program reads and writes are added: an operand of which a fusion only cuts
-slices counts as the slices. Divided by the data sheet's bandwidth that is a prediction, and of
-memory alone; nothing is run. XLA tunes its products on a GPU, and may choose others there.
+Prints two tables: the attentions of one layer, and whole programs of inference and training. The
+programs are compiled ahead of time for the description of an H100 below. The bytes that every
+instruction reads and writes are added; if a fusion only reads slices of an operand, the slices are
+counted. These bytes over the bandwidth of the data sheet predict a time, for memory alone. Nothing
+is run. On a GPU XLA tunes its matrix products and may choose others.
 docs/kernels.md and docs/performance.md have the tables.
 """
 
@@ -54,7 +54,7 @@ BATCH = flags.DEFINE_integer("batch", 64, "clips", lower_bound=1)
 
 
 def with_token(attention: Callable[[jax.Array], jax.Array]) -> Callable[[Tokens], Tokens]:
-    """Spatial attention of [cls; patches] by a function of one array."""
+    """Spatial attention of Tokens, by a function of one array of [cls; patches]."""
 
     def run(qkv: Tokens) -> Tokens:
         out = attention(jnp.concatenate([qkv.cls[:, :, None], qkv.patches], axis=2))
@@ -68,7 +68,7 @@ def patches_alone(attention: Callable[[jax.Array], jax.Array]) -> Callable[[Toke
 
 
 def with_gradient(attention: Callable[[Tokens], Tokens]) -> Callable:
-    """The values and the gradient, as a training step computes both."""
+    """A function that computes values and gradient, as a training step does."""
 
     def run(qkv: Tokens, g: Tokens) -> tuple[Tokens, Tokens]:
         out, backward = jax.vjp(attention, qkv)
@@ -86,7 +86,7 @@ def tokens(kind: str, batch: int, features: tuple[int, ...], place: jax.NamedSha
 
 
 def traffic(text: str) -> int:
-    """Bytes that the instructions of a compiled program's entry read and write."""
+    """Bytes that the instructions of the entry of a compiled program read and write."""
     computations = {name: body for _, name, body in _COMPUTATION.findall(text)}
     entry = next(body for word, _, body in _COMPUTATION.findall(text) if word)
     shapes, total = {}, 0
@@ -107,7 +107,7 @@ _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.
 
 
 def _sliced(computation: str) -> dict[int, int]:
-    """Bytes read of those parameters of a fusion of which it only cuts slices."""
+    """Bytes that a fusion reads of those parameters that it only slices."""
     found = _INSTRUCTION.findall(computation)
     read = {}
     for name, _, opcode, rest in found:
@@ -134,7 +134,7 @@ def main(_: list[str]) -> None:
 
 
 def attentions(place: jax.NamedSharding) -> None:
-    """The table of a layer's attentions."""
+    """Prints the table of the attentions of one layer."""
     print("| attention | by | forward, MB | ms | and gradient, MB | ms |")
     print("|---|---|---|---|---|---|")
     for kind, xla, around in (
@@ -156,7 +156,7 @@ def attentions(place: jax.NamedSharding) -> None:
 
 
 def programs(mesh: jax.sharding.Mesh) -> None:
-    """The table of inference and training: what two and three layers differ by is a layer."""
+    """Prints the table of inference and training. One layer is the difference of three and two."""
     fastest = {"temporal": "pallas", "spatial": "cudnn"}
     print("| workload | attention | a layer, GB | 12 layers, GB | ms |")
     print("|---|---|---|---|---|")
@@ -173,7 +173,7 @@ def programs(mesh: jax.sharding.Mesh) -> None:
 
 
 def whole(workload: str, depth: int, mesh: jax.sharding.Mesh) -> int:
-    """Bytes of a program of `benchmark model`, base with so many layers."""
+    """Bytes of a program of `benchmark model`: the base model with this number of layers."""
     config = preset("timesformer_base", dtype="bfloat16", depth=depth)
     program = model.PROGRAMS[workload](config, BATCH.value, mesh)
     return traffic(program.lower().compile().as_text())

@@ -1,11 +1,11 @@
-"""What the paper's three models need of TPU slices of 4 to 256 chips, without a TPU.
+"""The memory and time of the paper's three models on TPU slices of 4 to 256 chips, without a TPU.
 
     .venv/bin/python experiments/plan_table.py [--plans=runs/plan]
 
-Runs `timesformer plan` for every row, the training step compiled for each slice, and after each
-writes docs/plan.json and the tables of docs/plan.md, with the rows that there are. A row that is in
-the folder of plans is not compiled again, so that it goes on where it was. A compilation takes one
-to two minutes of one core, and 1 to 3 GB.
+Runs `timesformer plan` for every row, which compiles the training step for the slice. After each row
+it writes docs/plan.json and the tables of docs/plan.md with the rows so far. Rows in the folder of
+plans are not compiled again, so an interrupted run resumes. A compilation takes one to two minutes
+of one core, and 1 to 3 GB.
 """
 
 from __future__ import annotations

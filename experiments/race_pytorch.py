@@ -1,17 +1,17 @@
-"""This project against PyTorch: transformers' TimeSformer on the same device, in the same minutes.
+"""Compares this project with transformers' TimeSformer in PyTorch, on one device, in one run.
 
     .venv/bin/python experiments/race_pytorch.py --json=benchmarks/results/DEVICE/race.json
     .venv/bin/python experiments/race_pytorch.py --device=cuda --workloads=base_inference ...
 
-Contenders do the same work with the same weights on the same clips (contenders.py): ours in JAX;
-transformers' model as it is; and that model made faster by every means that leave it the same. Each
-is a process, only one of them computes at a time, and they take turns for several rounds. On a CPU
-a turn waits until nobody else needs its cores, and is taken again if somebody did: threads that
-wait for one another suffer from that by far more than their share. Before the clock starts outputs
-are compared: logits, or in training the losses of three steps. On a GPU each contender runs at its
-best batch and the two frameworks have equal shares of the memory; on a CPU at the batch of the
-workload, with equal threads.
-Ends with status 1 if an output differs.
+All contenders do the same work with the same weights on the same clips (contenders.py): our model
+in JAX; transformers' model as it is; and transformers' model with every option that makes it faster
+and does not change it. Each runs in a process of its own. Only one computes at a time, and they
+take turns for several rounds. On a CPU a turn waits until no other process needs the cores, and is
+repeated if one did, since threads that wait for each other lose much more time than the other
+process takes. Outputs are compared before anything is timed: logits, or the losses of three
+training steps. On a GPU each contender runs at its best batch size, with an equal share of the
+memory; on a CPU at the batch size of the workload, with an equal number of threads.
+The exit status is 1 if an output differs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DEMO = {  # configs/demo.py
 
 
 class Workload(NamedTuple):
-    """kind: "inference" or "training"; batches: on a CPU, and the first that is tried on a GPU."""
+    """kind: "inference" or "training"; batches: the batch size on a CPU, the first one on a GPU."""
 
     kind: str
     model: dict[str, Any]
@@ -79,22 +79,22 @@ CONTENDERS = {
         "transformers, bfloat16, SDPA, compiled, fused": FASTEST,
     },
 }
-# Of the largest output, by device: what rounding alone may do.
+# The largest difference that rounding explains, relative to the largest output, by device.
 TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 KINDS = {"cpu": ("wall", "cpu"), "cuda": ("wall",)}
-MEMORY_SHARE = 0.4  # twice, and what five contenders hold while another computes
-# Of the time, for compiling and finding batches; on a CPU turns wait for quiet.
+MEMORY_SHARE = 0.4  # of two frameworks; the rest is for the weights of waiting contenders
+# The share of the time for compiling and finding batch sizes; on a CPU turns have to wait.
 SEARCH_SHARE = {"cpu": 0.5, "cuda": 0.85}
-GRACE = 60.0  # seconds for a turn that was begun before the end
+GRACE = 60.0  # seconds that a turn may take beyond the end
 
-SELECTED = flags.DEFINE_list("workloads", list(WORKLOADS), f"of {', '.join(WORKLOADS)}")
-DEVICE = flags.DEFINE_enum("device", "cpu", list(CONTENDERS), "what to race on")
+SELECTED = flags.DEFINE_list("workloads", list(WORKLOADS), f"some of {', '.join(WORKLOADS)}")
+DEVICE = flags.DEFINE_enum("device", "cpu", list(CONTENDERS), "the device to run on")
 ONLY = flags.DEFINE_list("contenders", None, "numbers of contenders from 1 on; by default all")
-BATCHES = flags.DEFINE_list("batch_sizes", None, "to try, in place of the workload's")
-THREADS = flags.DEFINE_integer("threads", 2, "of a CPU, for each", lower_bound=1)
+BATCHES = flags.DEFINE_list("batch_sizes", None, "batch sizes to try, instead of the workload's")
+THREADS = flags.DEFINE_integer("threads", 2, "CPU threads of each contender", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each contender", lower_bound=1)
-SECONDS = flags.DEFINE_float("seconds", 1.0, "of a turn, at least", lower_bound=0.0)
-MINUTES = flags.DEFINE_float("minutes", 30.0, "after which no batch or round is begun")
+SECONDS = flags.DEFINE_float("seconds", 1.0, "least length of a turn", lower_bound=0.0)
+MINUTES = flags.DEFINE_float("minutes", 30.0, "no batch size or round starts later")
 JSON = flags.DEFINE_string("json", None, "file for the figures; other workloads in it are kept")
 
 
@@ -108,7 +108,7 @@ def main(_: Sequence[str]) -> None:
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(MEMORY_SHARE)
     ends = time.monotonic() + 60 * MINUTES.value
     for i, name in enumerate(SELECTED.value):
-        # Each workload gets its share of what is left.
+        # Each workload gets an equal share of the remaining time.
         share = (ends - time.monotonic()) / (len(SELECTED.value) - i)
         figures = race(WORKLOADS[name], time.monotonic() + share)
         print(f"\n{name}\n{as_text(figures)}\n", flush=True)
@@ -116,7 +116,7 @@ def main(_: Sequence[str]) -> None:
 
 
 def keep(name: str, figures: dict[str, Any]) -> None:
-    """Puts the figures of a workload into the file, beside those of others."""
+    """Writes the figures of a workload to the file, which keeps those of other workloads."""
     if JSON.value is not None:
         path = pathlib.Path(JSON.value)
         workloads = json.loads(path.read_text()) if path.exists() else {}
@@ -127,7 +127,7 @@ def race(workload: Workload, ends: float) -> dict[str, Any]:
     """The figures of a workload, as JSON values.
 
     Args:
-      ends: when, of `time.monotonic`; SEARCH_SHARE of the time until then is for batches.
+      ends: the end, by `time.monotonic`; SEARCH_SHARE of the time is for finding batch sizes.
     """
     searched = time.monotonic() + SEARCH_SHARE[DEVICE.value] * (ends - time.monotonic())
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def race(workload: Workload, ends: float) -> dict[str, Any]:
 
 @contextmanager
 def running(task: Task) -> Iterator[dict[str, Runner]]:
-    """The contenders' processes; ours' and the others' weights are written first."""
+    """Starts the processes of the contenders, after the weights that they share are written."""
     context = multiprocessing.get_context("spawn")
     writer = context.Process(target=write_weights, args=(task.model, task.folder))
     writer.start()
@@ -188,9 +188,9 @@ def write_weights(model: dict[str, Any], folder: str) -> None:
 def all_ready(
     runners: dict[str, Runner], batch: int, until: float, ends: float
 ) -> dict[str, dict[str, Any]]:
-    """The rows of `ready`, by contender. Each has an equal share of the time that is left.
+    """The rows of `ready`, by contender. Each gets an equal share of the remaining time.
 
-    Those that compile nothing come first, and leave theirs to the others.
+    Contenders that compile nothing come first, and leave the time that they do not need to others.
     """
     rows = {}
     for name in sorted(runners, key=lambda name: _compiles(CONTENDERS[DEVICE.value][name])):
@@ -205,12 +205,12 @@ def _compiles(options: Options | None) -> bool:
 
 
 def ready(runner: Runner, batch: int, until: float, ends: float) -> dict[str, Any]:
-    """A contender at its best batch: its row, with what was tried; or why it cannot run.
+    """The row of a contender at its best batch size, with the sizes tried; or why it cannot run.
 
     Args:
-      batch: on a CPU; on a GPU the first that is tried.
-      until: after which no batch is begun.
-      ends: when a batch that was begun is given up.
+      batch: the batch size on a CPU; the first one that is tried on a GPU.
+      until: no batch size is started later.
+      ends: a batch size that was started is given up then.
     """
     began = {}
 
@@ -242,9 +242,9 @@ def ready(runner: Runner, batch: int, until: float, ends: float) -> dict[str, An
 
 
 def compare(rows: dict[str, dict[str, Any]], tolerance: float) -> None:
-    """Adds to each row by how much its outputs differ from the port's as it is.
+    """Adds to each row how much its outputs differ from those of transformers' unchanged model.
 
-    Ends the program if that is more than rounding.
+    Ends the program if rounding does not explain the difference.
     """
     reference = rows.get(AS_IS, {}).get("check")
     if reference is None:
@@ -265,11 +265,11 @@ def compare(rows: dict[str, dict[str, Any]], tolerance: float) -> None:
 def take_turns(
     runners: dict[str, Runner], rows: dict[str, dict[str, Any]], rounds: int, ends: float
 ) -> dict[str, list[dict[str, Any]]]:
-    """Each contender's turns, a round after the other, another one first in each.
+    """The turns of each contender, round by round; each round starts with another contender.
 
-    On a CPU a turn waits until nobody else needs the cores, and one that was disturbed is taken
-    again. A round that is not over at the end does not count, nor a contender that fails: its row
-    then says why.
+    On a CPU a turn waits until no other process needs the cores, and is repeated if one did. An
+    unfinished round does not count. A contender that fails does not count either, and its row says
+    why.
     """
     names = [name for name, row in rows.items() if "batch_size" in row]
     turns = {name: [] for name in names}
@@ -292,7 +292,7 @@ def take_turns(
 
 
 def take_turn(runner: Runner, ends: float) -> dict[str, Any] | None:
-    """Seconds of a step and the rate of the product; None if there was no quiet until the end."""
+    """Seconds of a step and the rate of the product; None if the machine was busy until the end."""
     spare = spare_cores(THREADS.value)
     while time.monotonic() < ends:
         if DEVICE.value == "cpu" and busy_cores(0.5) > spare:
@@ -312,15 +312,15 @@ def summary(
     turns: dict[str, list[dict[str, Any]]],
     kinds: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """A row for each contender: clips a second, share of the product, ours over it.
+    """A row for each contender: clips a second, share of the product's rate, our rate over its.
 
     Args:
-      rows: of `ready`, by contender.
-      turns: of `take_turns`, of those that ran.
-      kinds: of seconds: "wall", and on a CPU "cpu", of a core.
+      rows: the rows of `ready`, by contender.
+      turns: the turns of `take_turns`, by contender.
+      kinds: the kinds of seconds: "wall" and, on a CPU, "cpu", the time of one core.
     """
     flops = (2 if workload.kind == "inference" else 6) * macs(TimeSformerConfig(**workload.model))
-    # The fastest framework's: the product is the same for all.
+    # The product of the fastest framework: it is the same product for all.
     products = {
         kind: max(spread([t["gemm"][kind] for t in turns[name]])["median"] for name in turns)
         for kind in kinds
@@ -353,7 +353,7 @@ def summary(
 
 
 def as_text(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The figures as a table."""
     host, rows = figures["machine"], figures["contenders"]
     products = next((row["product"] for row in rows if "product" in row), {})
     measured = ", ".join(f"{report.tera(rate)} TFLOP/s ({kind})" for kind, rate in products.items())
