@@ -6,7 +6,8 @@ Trains configs/demo.py with each scheme and seed, on the same videos, clips and 
 prints the table of final accuracies, writes it to docs/demo_motion.json, and draws docs/demo.png:
 frames of four training videos and validation accuracy by epoch. A single frame does not show the
 class, and frames without their order do not distinguish a direction from its opposite, so a model
-without temporal attention cannot reach more than half. If it is interrupted, run it again: it resumes.
+without temporal attention cannot reach more than half. An interrupted run resumes when it is run
+again.
 """
 
 from __future__ import annotations
