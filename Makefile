@@ -17,8 +17,9 @@ check: lint types fast-tests
 test: .venv/test
 	$(PYTEST) --durations=20
 
+# Files that are marked as a whole are not even imported.
 fast-tests: .venv/test
-	$(PYTEST) -m "not ($(SLOW))"
+	$(PYTEST) -m "not ($(SLOW))" $$(grep -L '^pytestmark = ' tests/test_*.py)
 
 format: .venv/test
 	$(BIN)/ruff check --fix .

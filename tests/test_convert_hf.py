@@ -17,6 +17,8 @@ from timesformer_jax.checkpoints.convert import convert
 from timesformer_jax.models.attention import Tokens
 from timesformer_jax.models.timesformer import parameters
 
+pytestmark = pytest.mark.compiles
+
 GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
 SCHEMES = {"divided_space_time": "divided", "joint_space_time": "joint", "space_only": "space"}
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.evaluation.metrics import average_pieces
 from timesformer_jax.evaluation.multi_view import evaluate, make_probabilities
 from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, parameters
+
+pytestmark = pytest.mark.decodes
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 99))

@@ -13,6 +13,8 @@ from timesformer_jax.data.input import pipeline, sampling
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
 
+pytestmark = pytest.mark.decodes
+
 SPEC = ClipSpec(frames=8, frame_stride=2, crop=32, short_side=40)
 OPTIONS = {"batch_size": 16, "short_side_range": (32, 40), "flip": True, "seed": 3}
 
