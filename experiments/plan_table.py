@@ -3,9 +3,9 @@
     .venv/bin/python experiments/plan_table.py [--plans=runs/plan]
 
 Runs `timesformer plan` for every row, which compiles the training step for the slice. After each
-row it writes docs/plan.json and the tables of docs/plan.md with the rows so far. Rows in the folder of
-plans are not compiled again, so an interrupted run resumes. A compilation takes one to two minutes
-of one core, and 1 to 3 GB.
+row it writes docs/plan.json and the tables of docs/plan.md with the rows so far. Rows in the folder
+of plans are not compiled again, so an interrupted run resumes. A compilation takes one to two
+minutes of one core, and 1 to 3 GB.
 """
 
 from __future__ import annotations
