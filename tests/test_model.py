@@ -179,6 +179,7 @@ def test_logits_and_gradients_equal_the_paper_written_out(scheme):
         )
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_patch_of_the_video_reaches_the_logits(scheme):
     config = config_of(scheme)
@@ -292,6 +293,7 @@ def test_drop_path_rises_linearly_and_acts_only_with_a_key():
     assert np.abs(outputs[1] - outputs[2]).max() > 0
 
 
+@pytest.mark.compiles
 def test_remat_changes_no_number():
     config = config_of("joint", drop_path=0.3)
     params, video, key = random_parameters(config), random_video(), jax.random.key(0)
