@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.layer_norm import row_sums
@@ -41,16 +44,16 @@ def dot_product_attention(
     return _attention(q, k, v)
 
 
-def _accumulator(x: jax.Array) -> jnp.dtype:
+def _accumulator(x: Any) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 @jax.custom_vjp
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _attention(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> jax.Array:
     return _forward(q, k, v)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+def _forward(q: Any, k: Any, v: Any) -> tuple:
     wide = _accumulator(q)
     logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True)).astype(v.dtype)
