@@ -1,4 +1,4 @@
-"""The paper's attention schemes: which attentions a block applies, in which order.
+"""The attention schemes, the paper's and others: which attentions a block applies, in which order.
 
 A scheme is a line of `SCHEMES`. An `AttentionLayer` states its partition of the clip's patches into
 sequences; what attends to what, drop path, costs and sharding follow from it. A scheme of your own
@@ -83,8 +83,9 @@ class AttentionLayer(NamedTuple):
       joins_cls: whether the classification token takes part. It is copied to every sequence,
         attends and is attended to there, and its update is the mean over the sequences.
       has_temporal_fc: whether a further linear layer follows the projection, called `temporal_fc`
-        as in the release, which has it after temporal attention. It starts at zero in the release's
-        init, so that a video model starts as the image model it is made from.
+        as in the release, which has it after temporal attention. Every layer of a block but one has
+        it. It starts at zero in the release's init, so that a video model starts as the image model
+        it is made from.
       within: what each of its sequences lies within: "frame", "position", or "clip" for neither.
         Devices that share a clip by frames, or by positions, then exchange nothing for it.
     """
