@@ -10,10 +10,10 @@ SLOW := processes or compiles or training or decodes
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
 
-# Before each commit: under 2 minutes on two cores.
+# Before each commit.
 check: lint types fast-tests
 
-# Before each push: everything, under 12 minutes on two cores.
+# Before each push: everything; 19 minutes on two cores.
 test: .venv/test
 	$(PYTEST) --durations=20
 
