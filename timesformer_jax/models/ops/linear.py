@@ -49,7 +49,7 @@ def linear(
     Args:
       x: a tree of (..., inputs).
       kernel: (inputs, *outputs) float32; rounded to the dtype of `x`.
-      bias: (*outputs) float32, likewise.
+      bias: (*outputs) float32; rounded to the dtype of `x` too.
       rule: the path of the kernel in the sharding rules (`distributed.sharding`).
 
     Returns:
