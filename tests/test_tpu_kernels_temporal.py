@@ -1,0 +1,79 @@
+"""Temporal attention for TPUs, interpreted on the host against float64, and lowered for a TPU."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from timesformer_jax.models.ops.kernels import tpu_temporal
+
+pytestmark = pytest.mark.compiles
+
+# Of the largest value. bfloat16 keeps 8 bits: the weights and the result are each rounded once.
+TOLERANCE = {"bfloat16": 2**-7, "float32": 2**-18}
+
+
+def random(shape, dtype, seed):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, 1.5, shape), dtype)
+
+
+def reference(qkv, g, heads):
+    """Attention along axis 1 of (B, T, N, 3 h d), and the gradient of sum(g * attention)."""
+    b, t, n, width = qkv.shape
+    d = width // 3 // heads
+    q, k, v = np.asarray(qkv, np.float64).reshape(b, t, n, 3, heads, d).transpose(3, 0, 2, 4, 1, 5)
+    do = np.asarray(g, np.float64).reshape(b, t, n, heads, d).transpose(0, 2, 3, 1, 4)
+    logits = q @ k.swapaxes(-1, -2) / np.sqrt(d)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    weights_bar = do @ v.swapaxes(-1, -2)
+    along = (weights * weights_bar).sum(-1, keepdims=True)
+    logits_bar = weights * (weights_bar - along) / np.sqrt(d)
+    bars = (logits_bar @ k, logits_bar.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ do)
+    out = (weights @ v).transpose(0, 3, 1, 2, 4).reshape(b, t, n, -1)
+    return out, np.stack(bars).transpose(1, 4, 2, 0, 3, 5).reshape(b, t, n, -1)
+
+
+def close(found, expected, dtype):
+    error = np.abs(np.asarray(found, np.float64) - expected).max()
+    return error < TOLERANCE[dtype] * max(np.abs(expected).max(), 1e-3)  # False for NaN
+
+
+def check(shape, dtype, cls, interpret=True):
+    """Values and gradients of (B, T, N, h, d), of the interpreted kernels against float64."""
+    b, t, n, h, d = shape
+    qkv, g = random((b, t, n, 3 * h * d), dtype, 0), random((b, t, n, h * d), dtype, 1)
+    token, g_token = random((b, n, 3 * h * d), dtype, 2), random((b, n, h * d), dtype, 3)
+    assert tpu_temporal.unsupported((b, t, n, 3, h, d), dtype, cls) is None
+    attend = functools.partial(tpu_temporal.attention, heads=h, interpret=interpret)
+
+    if cls:
+        found, vjp = jax.vjp(jax.jit(attend), qkv, token)
+        gradients = vjp((g, g_token))
+    else:
+        found, vjp = jax.vjp(jax.jit(lambda qkv: attend(qkv, None)), qkv)
+        gradients = vjp((g, None))
+        assert found[1] is None
+
+    def together(pair):
+        pair = [np.asarray(x, np.float64) for x in pair if x is not None]
+        return np.concatenate([pair[0], pair[1][:, None]], 1) if cls else pair[0]
+
+    expected, of_inputs = reference(together((qkv, token)), together((g, g_token)), h)
+    assert {x.dtype for x in (*found, *gradients) if x is not None} == {jnp.dtype(dtype)}
+    assert close(together(found), expected, dtype)
+    assert close(together(gradients), of_inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("cls", [False, True], ids=["patches", "cls"])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 20, 2, 64), (2, 1, 1, 1, 64), (1, 5, 11, 4, 32), (1, 16, 9, 1, 128)], ids=str
+)
+def test_values_and_gradients(shape, cls, dtype):
+    check(shape, dtype, cls)
