@@ -2,13 +2,10 @@
 
 import functools
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from timesformer_jax.models.ops.kernels import tpu_temporal
 
