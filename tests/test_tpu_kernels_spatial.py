@@ -1,0 +1,184 @@
+"""Spatial attention for TPUs where there is no TPU: interpreted on the host, and lowered."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from timesformer_jax.models.ops.kernels import tpu_spatial
+
+pytestmark = pytest.mark.compiles
+
+# Of the largest value. bfloat16 keeps 8 bits: the weights and the result are each rounded once.
+TOLERANCE = {"bfloat16": 2**-6, "float32": 2**-17}
+
+
+def random(shape, dtype, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, 1.5, shape), dtype)
+
+
+def reference(patches, cls, heads, frames, sequences, g, cls_g):
+    """The attended values and the gradients of their product with g, sequence by sequence."""
+    b, t, n, width = patches.shape
+    d = width // 3 // heads
+    number = np.tile(np.zeros(n, int) if sequences is None else np.asarray(sequences), frames)
+    count = number.max() + 1
+
+    def grouped(x):  # (B, T / frames, frames * N, ...)
+        return np.asarray(x, np.float64).reshape(b, t // frames, frames * n, -1)
+
+    def tokens(x):  # (B, T / frames, C, ...)
+        return np.asarray(x, np.float64).reshape(b, t // frames, count, -1)
+
+    x, g, numbers = grouped(patches), grouped(g), number
+    if cls is not None:
+        x, g = np.concatenate([x, tokens(cls)], 2), np.concatenate([g, tokens(cls_g)], 2)
+        numbers = np.concatenate([number, np.arange(count)])
+    outs, gradients = np.zeros_like(g), np.zeros_like(x)
+    for i, j, s in np.ndindex(b, t // frames, count):
+        at = np.flatnonzero(numbers == s)
+        qkv, do = x[i, j, at].reshape(len(at), 3, heads, d), g[i, j, at].reshape(-1, heads, d)
+        q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+        logits = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(d)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        outs[i, j, at] = np.einsum("hqk,khd->qhd", weights, v).reshape(len(at), -1)
+        d_weights = np.einsum("qhd,khd->hqk", do, v)
+        d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) / np.sqrt(d)
+        parts = (
+            np.einsum("hqk,khd->qhd", d_logits, k),
+            np.einsum("hqk,qhd->khd", d_logits, q),
+            np.einsum("hqk,qhd->khd", weights, do),
+        )
+        gradients[i, j, at] = np.stack(parts, 1).reshape(len(at), -1)
+
+    def split(x):
+        patches, cls = x[:, :, : frames * n], x[:, :, frames * n :]
+        return patches.reshape(b, t, n, -1), cls.reshape(b, -1, x.shape[-1])
+
+    return split(outs), split(gradients)
+
+
+def check(b, t, n, heads, d, dtype, with_cls=True, frames=1, sequences=None):
+    count = t // frames * (1 if sequences is None else max(sequences) + 1)
+    patches = random((b, t, n, 3 * heads * d), dtype)
+    cls = random((b, count, 3 * heads * d), dtype, seed=1) if with_cls else None
+    g = random((b, t, n, heads * d), dtype, seed=2)
+    cls_g = random((b, count, heads * d), dtype, seed=3) if with_cls else None
+    assert tpu_spatial.unsupported((b, t, n, 3, heads, d), dtype, frames) is None
+
+    def attention(patches, cls):
+        return tpu_spatial.attention(
+            patches, cls, heads, frames=frames, sequences=sequences, interpret=True
+        )
+
+    @jax.jit
+    def run(patches, cls, g, cls_g):
+        out, vjp = jax.vjp(attention, patches, cls)
+        return attention(patches, cls), out, vjp((g, cls_g))
+
+    plain, out, gradients = run(patches, cls, g, cls_g)
+
+    expected, of_inputs = reference(patches, cls, heads, frames, sequences, g, cls_g)
+    for found, wanted in ((plain, expected), (out, expected), (gradients, of_inputs)):
+        for x, y, like in zip(found, wanted, (patches, cls)):
+            assert (x is None) == (like is None)
+            if x is not None:
+                assert x.dtype == like.dtype
+                assert x.shape == y.shape
+                assert close(x, y, np.abs(wanted[0]).max(), dtype)
+
+
+def close(found, expected, scale, dtype):
+    return np.abs(np.asarray(found, np.float64) - expected).max() < TOLERANCE[dtype] * scale
+
+
+ROWS = tuple(i // 5 for i in range(30))
+COLUMNS = tuple(i % 5 for i in range(30))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("n", "heads", "d", "options"),
+    [
+        pytest.param(196, 2, 64, {}, id="base"),
+        pytest.param(37, 2, 64, {"with_cls": False}, id="no class token"),
+        pytest.param(300, 1, 128, {}, id="two chunks of queries"),
+        pytest.param(20, 4, 96, {}, id="heads across lanes of 128"),
+        pytest.param(32, 4, 32, {"with_cls": False}, id="whole tiles"),
+        pytest.param(30, 2, 64, {"sequences": ROWS}, id="rows"),
+        pytest.param(30, 2, 64, {"sequences": COLUMNS}, id="columns"),
+        pytest.param(30, 2, 64, {"sequences": COLUMNS, "with_cls": False}, id="columns alone"),
+    ],
+)
+def test_attention_and_its_gradient(n, heads, d, options, dtype):
+    check(1, 2, n, heads, d, dtype, **options)
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(
+    b=st.integers(1, 2),
+    t=st.integers(1, 3),
+    n=st.integers(1, 40),
+    heads=st.sampled_from([(1, 128), (2, 64), (4, 32), (8, 16)]),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    with_cls=st.booleans(),
+    count=st.integers(0, 4),
+)
+@hypothesis.example(1, 1, 1, (2, 64), "bfloat16", True, 0)
+@hypothesis.example(1, 1, 1, (2, 64), "float32", False, 1)
+def test_odd_sizes(b, t, n, heads, dtype, with_cls, count):
+    count = min(count, n)
+    sequences = tuple(i % count for i in range(n)) if count else None
+    check(b, t, n, *heads, dtype, with_cls, sequences=sequences)
+
+
+def test_slabs_in_several_steps(monkeypatch):
+    monkeypatch.setattr(tpu_spatial, "STEP_LOGITS", 1)
+    check(2, 2, 21, 4, 64, "bfloat16", sequences=tuple(i // 7 for i in range(21)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((1, 2, 4, 3, 2, 64), "float16", "float16"),
+        ((1, 2, 4, 3, 2, 60), "bfloat16", "60 channels"),
+        ((1, 2, 4, 3, 3, 32), "bfloat16", "128"),
+        ((1, 2, 4, 3, 2, 8), "float32", "128"),
+    ],
+)
+def test_what_is_not_supported(shape, dtype, reason):
+    assert reason in tpu_spatial.unsupported(shape, dtype)
+
+
+def test_wrong_sequences_are_refused():
+    patches, cls = random((1, 1, 4, 384), "float32"), random((1, 2, 384), "float32")
+    attention = functools.partial(tpu_spatial.attention, heads=2, interpret=True)
+    with pytest.raises(ValueError, match="3 numbers for 4 patches"):
+        attention(patches, cls, sequences=(0, 0, 1))
+    with pytest.raises(ValueError, match="2 tokens for 3 sequences"):
+        attention(patches, cls, sequences=(0, 0, 1, 2))
+
+
+def lowered(function, *shapes):
+    return jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("sequences", [None, tuple(i % 14 for i in range(196))])
+def test_it_lowers_for_tpu_and_nothing_is_laid_anew(sequences):
+    count = 1 if sequences is None else 14
+    patches = jax.ShapeDtypeStruct((2, 8, 196, 2304), jnp.bfloat16)
+    cls = jax.ShapeDtypeStruct((2, 8 * count, 2304), jnp.bfloat16)
+
+    def loss(patches, cls):
+        out, cls_out = tpu_spatial.attention(patches, cls, 12, sequences=sequences)
+        return out.astype(jnp.float32).sum() + cls_out.astype(jnp.float32).sum()
+
+    text = lowered(jax.grad(loss, argnums=(0, 1)), patches, cls)
+    assert text.count("custom_call @tpu_custom_call") == 2
+    for operation in ("transpose", "pad", "concatenate", "slice"):
+        assert f"stablehlo.{operation}" not in text
