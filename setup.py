@@ -51,7 +51,6 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["timesformer_jax", "timesformer_jax.*"]),
-    package_data={"timesformer_jax.models.ops.kernels": ["measured.json"]},
     install_requires=BASE,
     extras_require={
         "cuda12": ["jax[cuda12]"],

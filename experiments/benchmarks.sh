@@ -34,7 +34,7 @@ run() { timeout --foreground --kill-after=10 9m "$python" "$@" || failed+=("$par
 for part in "${parts[@]}"; do
     case $part in
         kernels)  # all other parts then use the fastest
-            run $benchmark attention --autotune --minutes=7 --schemes=divided,joint \
+            run $benchmark attention --minutes=7 --schemes=divided,joint \
                 --json="$out/kernels.json" ;;
         attention)  # the paper's figure 3
             run $benchmark attention --minutes=7 --schemes=divided,joint \

@@ -12,6 +12,7 @@ docs/kernels.md and docs/performance.md have the tables.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -28,7 +29,7 @@ from jax.experimental import topologies
 from timesformer_jax.benchmark import model
 from timesformer_jax.distributed.hardware import CHIPS
 from timesformer_jax.distributed.mesh import make_mesh
-from timesformer_jax.models.attention import Tokens, attend_along_frames, attend_along_patches
+from timesformer_jax.models.attention import Tokens, over_space, over_time
 from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.presets import preset
 
@@ -51,20 +52,6 @@ gpu_device_info {
 FRAMES, GRID, HEADS, CHANNELS = 8, (14, 14), 12, 64  # base at 8 x 224
 
 BATCH = flags.DEFINE_integer("batch", 64, "clips", lower_bound=1)
-
-
-def with_token(attention: Callable[[jax.Array], jax.Array]) -> Callable[[Tokens], Tokens]:
-    """Spatial attention of Tokens, by a function of one array of [cls; patches]."""
-
-    def run(qkv: Tokens) -> Tokens:
-        out = attention(jnp.concatenate([qkv.cls[:, :, None], qkv.patches], axis=2))
-        return Tokens(out[:, :, 0], out[:, :, 1:])
-
-    return run
-
-
-def patches_alone(attention: Callable[[jax.Array], jax.Array]) -> Callable[[Tokens], Tokens]:
-    return lambda qkv: Tokens(None, attention(qkv.patches))
 
 
 def with_gradient(attention: Callable[[Tokens], Tokens]) -> Callable:
@@ -137,19 +124,15 @@ def attentions(place: jax.NamedSharding) -> None:
     """Prints the table of the attentions of one layer."""
     print("| attention | by | forward, MB | ms | and gradient, MB | ms |")
     print("|---|---|---|---|---|---|")
-    for kind, xla, around in (
-        ("temporal", attend_along_frames, patches_alone),
-        ("spatial", attend_along_patches, with_token),
-    ):
-        runs = {"xla": around(xla)}
-        for name, (attention, _) in select.KERNELS[kind].items():
-            if "_" not in name:  # pallas_2 moves what pallas does
-                runs[name] = around(attention)
-        for name, attention in runs.items():
+    for kind, attention in (("temporal", over_time), ("spatial", over_space)):
+        # hopper_2 and hopper_3 move what hopper does
+        for name in ("xla", *sorted({"cudnn", "hopper"} & {*select.KERNELS[kind]})):
+            select.select_implementation = lambda _, name=name: name
+            run = functools.partial(attention, grid=GRID)
             qkv = tokens(kind, BATCH.value, (3, HEADS, CHANNELS), place)
             g = tokens(kind, BATCH.value, (HEADS * CHANNELS,), place)
             cells = [kind, name]
-            for function, inputs in ((attention, (qkv,)), (with_gradient(attention), (qkv, g))):
+            for function, inputs in ((run, (qkv,)), (with_gradient(run), (qkv, g))):
                 moved = traffic(jax.jit(function).lower(*inputs).compile().as_text())
                 cells += [f"{moved / 1e6:.0f}", f"{moved / CHIPS['h100'].memory_rate * 1e3:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
@@ -157,12 +140,12 @@ def attentions(place: jax.NamedSharding) -> None:
 
 def programs(mesh: jax.sharding.Mesh) -> None:
     """Prints the table of inference and training. One layer is the difference of three and two."""
-    fastest = {"temporal": "pallas", "spatial": "cudnn"}
+    fastest = {"temporal": "hopper", "spatial": "cudnn"}
     print("| workload | attention | a layer, GB | 12 layers, GB | ms |")
     print("|---|---|---|---|---|")
     for workload, (name, implementation) in itertools.product(
         model.PROGRAMS,
-        {"xla": lambda *_: "xla", "kernels": lambda kind, *_: fastest[kind]}.items(),
+        {"xla": lambda _: "xla", "kernels": lambda case: fastest[case.kind]}.items(),
     ):
         select.select_implementation = implementation
         two, three = (whole(workload, depth, mesh) for depth in (2, 3))

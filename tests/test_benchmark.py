@@ -1,11 +1,9 @@
 """The benchmarks of attention, of the model and against PyTorch: what they count, do and refuse."""
 
-import dataclasses
 import importlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY, environment
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timesformer_jax.benchmark import attention, autotune, model, programs, report, timing
+from timesformer_jax.benchmark import attention, model, programs, report, timing
 from timesformer_jax.benchmark.machine import DevicePeak
 from timesformer_jax.cli.main import load_command
 from timesformer_jax.clip_spec import ClipSpec
@@ -28,7 +25,7 @@ from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
 from timesformer_jax.models.presets import preset
 from timesformer_jax.models.schemes import SCHEMES
-from timesformer_jax.models.timesformer import abstract, with_parameters
+from timesformer_jax.models.timesformer import with_parameters
 from timesformer_jax.transforms.preprocess import preprocess
 
 pytestmark = pytest.mark.compiles
@@ -271,72 +268,6 @@ def test_attention_is_measured_where_there_is_no_tensorflow(tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 6
     assert "does not fit: needs 0.0 of 0.0 GiB" in lines[-1]
-
-
-def test_the_kernels_of_every_clip_are_timed_once_and_kept(tmp_path, monkeypatch):
-    table = tmp_path / "measured.json"
-    table.write_text("[]")
-    monkeypatch.setattr(autotune.select, "TABLE", table)
-    monkeypatch.setattr(autotune, "PATCHES", 3 * 2 * 4 + 7)
-    monkeypatch.setattr(
-        autotune, "time_runs",
-        lambda run, *_: SimpleNamespace(wall={"median": float(run(0).size)}),
-    )  # fmt: skip
-    rows = [row for rows in autotune.autotune([CONFIG, CONFIG], math.inf) for row in rows]
-    assert json.loads(table.read_text()) == rows
-    timed = {row["kind"]: row for row in rows if row["implementation"] == "xla"}
-    assert (timed["temporal"]["length"], timed["spatial"]["length"]) == (2, 5)
-    # Of as many clips as fit (3) of 2 frames of 4 patches, with a token for space, of 8 channels.
-    assert timed["temporal"]["seconds"] == {"forward": 3 * 2 * 4 * 8, "gradient": 3 * 3 * 2 * 4 * 8}
-    assert timed["spatial"]["seconds"]["forward"] == 3 * 2 * 5 * 8
-    others = [row for row in rows if row["implementation"] != "xla"]
-    assert others
-    assert all("H100" in autotune.as_line(row) for row in others)  # which this is not
-    assert "2 tokens  xla" in autotune.as_line(timed["temporal"])
-    left = [row for rows in autotune.autotune([CONFIG], -math.inf) for row in rows]
-    assert [(row["kind"], row["length"]) for row in left] == [("temporal", 2), ("spatial", 5)]
-    assert all("not timed: no time left" in autotune.as_line(row) for row in left)
-    assert json.loads(table.read_text()) == rows
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_is_timed_is_what_the_model_asks_for(scheme, monkeypatch):
-    asked = set()
-
-    def recorded(kind, shape, dtype):
-        asked.add((kind, shape, jnp.dtype(dtype).name))
-        return "xla"
-
-    monkeypatch.setattr(autotune.select, "select_implementation", recorded)
-    # 7 x 7 patches: halves that differ.
-    config = dataclasses.replace(CONFIG, attention=scheme, image_size=56, num_frames=3)
-    model, video = abstract(config), jax.ShapeDtypeStruct((2, 3, 56, 56, 3), jnp.float32)
-    nnx.eval_shape(lambda model, video: model(video), model, video)
-    assert set(autotune.attention_cases(config, 2)) == asked
-    assert asked
-
-
-@pytest.mark.parametrize("heads", [0, 1])
-def test_attention_that_does_not_fit_stands_in_its_row(heads, monkeypatch):
-    def values(qkv):
-        return qkv[..., 0, :, :].reshape(*qkv.shape[:3], -1)
-
-    def large(qkv):
-        if qkv.shape[-2] > heads:  # so many fit
-            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return values(qkv)
-
-    monkeypatch.setattr(autotune.select, "HOPPER", re.compile("cpu"))
-    kernel = autotune.select.Kernel(values, lambda *_: None)
-    monkeypatch.setitem(autotune.select.KERNELS, "spatial", {"other": kernel})
-    xla, other = autotune.measure(
-        "spatial", (1, 1, 3, 3, 2, 8), "float32", large, lambda f, qkv: float(f(qkv).size)
-    )
-    assert xla["error"] == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
-    if heads:
-        assert other["seconds"] == {"forward": 3 * 2 * 8, "gradient": 3 * 3 * 2 * 8}
-    else:
-        assert other["error"] == "xla has no values to compare it with"
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,6 @@ import jax.numpy as jnp
 import optax
 
 from timesformer_jax.benchmark import report
-from timesformer_jax.benchmark.autotune import as_line as kernel_line
-from timesformer_jax.benchmark.autotune import autotune as autotune_kernels
 from timesformer_jax.benchmark.machine import DevicePeak, default_dtype, describe, measure_peak
 from timesformer_jax.benchmark.programs import (
     INPUT_SETS,
@@ -37,7 +35,6 @@ from timesformer_jax.benchmark.programs import (
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
-from timesformer_jax.models.ops.kernels.select import TABLE
 from timesformer_jax.models.presets import preset as preset_of
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
@@ -55,7 +52,6 @@ def benchmark_attention(
     dtype: str | None = None,
     batch_size: int = 1,
     quick: bool = False,
-    autotune: bool = False,
     seconds: float = 60.0,
     minutes: float = 5.0,
     memory: float | None = None,
@@ -71,8 +67,6 @@ def benchmark_attention(
       dtype: by default bfloat16, on a CPU float32.
       batch_size: clips per run.
       quick: whether to default to one block, three lengths and one side.
-      autotune: whether to time the attention kernels first. The programs measured afterwards, and
-        all later ones, use the fastest.
       seconds: the most that the runs of one pass may take, as predicted.
       minutes: no row is begun after this time.
       memory: GiB that a program may use; by default the device's memory.
@@ -94,12 +88,7 @@ def benchmark_attention(
     print(f"{model}; {report.headline(peak)}\n")
     settings = {"preset": preset, "depth": configs[0].depth, "batch_size": batch_size,
                 "seconds": seconds, "minutes": minutes}  # fmt: skip
-    figures = describe(peak) | {"settings": settings, "kernels": [], "rows": []}
-    if autotune:
-        for kernels in autotune_kernels(configs, deadline):
-            print(*map(kernel_line, kernels), sep="\n", flush=True)
-            figures["kernels"] += kernels
-        print(f"from now on programs use the fastest: {TABLE}\n")
+    figures = describe(peak) | {"settings": settings, "rows": []}
     print(header())
     for row in rows(configs, batch_size, peak, seconds, deadline):
         print(as_line(row), flush=True)

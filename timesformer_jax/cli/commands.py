@@ -230,7 +230,6 @@ COMMANDS = {
             integer("depth", None, "number of blocks; by default the preset's", minimum=1),
             integer("batch_size", 1, "clips per batch", minimum=1),
             boolean("quick", "measure one block, at 224 pixels and up to 32 frames"),
-            boolean("autotune", "first find the fastest kernels, which programs then use"),
             *MEASURING,
         ),
     ),

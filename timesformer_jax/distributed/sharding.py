@@ -33,9 +33,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"batch/frames$", P(BATCH_AXES, "sequence", None, None, None)),
     (r"batch/\w+$", BATCH_SPEC),
     # Between layers, "sequence" splits patches (B, T, N, D) by frames; during temporal attention,
-    # by positions. It splits classification tokens (B, S, D) by their sequences.
+    # by positions; during joint attention nothing but the batch is split. It splits classification
+    # tokens (B, S, D) by their sequences.
     (r"activations/frames$", P(BATCH_AXES, "sequence", None, None)),
     (r"activations/positions$", P(BATCH_AXES, None, "sequence", None)),
+    (r"activations/clip$", P(BATCH_AXES, None, None, None)),
     (r"activations/token$", P(BATCH_AXES, "sequence", None)),
     (r"activations/token$", P(BATCH_AXES, None)),
 )

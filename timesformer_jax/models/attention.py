@@ -12,7 +12,6 @@ h heads of d channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from timesformer_jax.models.ops.dot_product_attention import dot_product_attention
 from timesformer_jax.models.ops.kernels import select
-
-Grid = tuple[int, int]
+from timesformer_jax.models.tokens import Grid, Tokens, joined
 
 # The number of each patch's sequence, (T, N), from 0; patches of one number attend to each other.
 Partition = Callable[[int, Grid], Int[np.ndarray, "t n"]]
-
-
-class Tokens(NamedTuple):
-    """The tokens of a clip: the classification token and, beside it, the patches.
-
-    Attributes:
-      cls: (B, ...), (B, S, ...) where every sequence has a token of its own, or None.
-      patches: (B, T, N, ...).
-    """
-
-    cls: Float[Array, "b *s"] | None
-    patches: Float[Array, "b t n *d"]
 
 
 def attend(qkv: Float[Array, "l 3 h d"]) -> Float[Array, "l hd"]:
@@ -70,40 +56,27 @@ def attend_along_patches(qkv: Float[Array, "b s n 3 h d"]) -> Float[Array, "b s 
 
 def over_time(qkv: Tokens, grid: Grid) -> Tokens:
     """Temporal attention (equation 8): a patch attends to its own position in every frame."""
-    return _with_cls(qkv, _temporal, axis=1)
+    return select.attention("temporal", qkv, grid, _temporal)
 
 
 def over_space(qkv: Tokens, grid: Grid) -> Tokens:
     """Spatial attention (equation 9): a patch attends to every patch of its frame."""
-    return _with_cls(qkv, _spatial, axis=2)
+    return select.attention("spatial", qkv, grid, _spatial)
 
 
 def over_space_time(qkv: Tokens, grid: Grid) -> Tokens:
     """Joint space-time attention: a patch attends to every patch of the clip."""
-    clip = Tokens(qkv.cls, _regroup(qkv.patches, 1, -1))  # b t n ... -> b 1 (t n) ...
-    out = over_space(clip, grid)
-    return Tokens(out.cls, out.patches.reshape(*qkv.patches.shape[:3], -1))
+    return select.attention("joint", qkv, grid, _joint)
 
 
 def over_width(qkv: Tokens, grid: Grid) -> Tokens:
     """Axial attention over width: a patch attends to its own row of its frame."""
-    rows = Tokens(qkv.cls, _regroup(qkv.patches, -1, grid[1]))  # b t (y x) ... -> b (t y) x ...
-    out = over_space(rows, grid)
-    return Tokens(out.cls, out.patches.reshape(*qkv.patches.shape[:3], -1))
+    return select.attention("rows", qkv, grid, _rows)
 
 
 def over_height(qkv: Tokens, grid: Grid) -> Tokens:
     """Axial attention over height: a patch attends to its own column of its frame."""
-    t = qkv.patches.shape[1]
-    cls = None if qkv.cls is None else qkv.cls.reshape(-1, t, grid[1], *qkv.cls.shape[2:])
-    frames = Tokens(cls, _regroup(qkv.patches, t, *grid))  # b t (y x) ... -> b t y x ...
-
-    def columns(frame: Tokens) -> Tokens:  # (B, H, W, ...): along H, at every x
-        return _with_cls(frame, attend_along_frames, axis=1)
-
-    out = jax.vmap(columns, in_axes=1, out_axes=1)(frames)
-    cls = None if out.cls is None else out.cls.reshape(-1, t * grid[1], out.cls.shape[-1])
-    return Tokens(cls, out.patches.reshape(*qkv.patches.shape[:3], -1))
+    return select.attention("columns", qkv, grid, _columns)
 
 
 def over_partition(qkv: Tokens, grid: Grid, partition: Partition) -> Tokens:
@@ -129,22 +102,41 @@ def over_partition(qkv: Tokens, grid: Grid, partition: Partition) -> Tokens:
     return Tokens(cls, patches.reshape(*qkv.patches.shape[:3], -1))
 
 
-def _with_cls(qkv: Tokens, attention: Callable, axis: int) -> Tokens:
-    """Attention of [cls; patches] along an axis of the patches, which cls (B, S, ...) lacks."""
-    if qkv.cls is None:
-        return Tokens(None, attention(qkv.patches))
-    cls = jnp.expand_dims(qkv.cls, axis)
-    out = attention(jnp.concatenate([cls, qkv.patches], axis=axis))
-    cls, patches = jnp.split(out, [1], axis=axis)
-    return Tokens(cls.squeeze(axis), patches)
+# What XLA compiles where no kernel is selected. `_joint` and `_rows` have sequences of patches that
+# lie side by side, for which a kernel of spatial attention may be selected.
 
 
-def _temporal(qkv: jax.Array) -> jax.Array:
-    return select.attention("temporal", qkv, attend_along_frames)
+def _temporal(qkv: Tokens, grid: Grid) -> Tokens:
+    return joined(qkv, attend_along_frames, axis=1)
 
 
-def _spatial(qkv: jax.Array) -> jax.Array:
-    return select.attention("spatial", qkv, attend_along_patches)
+def _spatial(qkv: Tokens, grid: Grid) -> Tokens:
+    return joined(qkv, attend_along_patches, axis=2)
+
+
+def _joint(qkv: Tokens, grid: Grid) -> Tokens:
+    clip = Tokens(qkv.cls, _regroup(qkv.patches, 1, -1))  # b t n ... -> b 1 (t n) ...
+    out = over_space(clip, grid)
+    return Tokens(out.cls, out.patches.reshape(*qkv.patches.shape[:3], -1))
+
+
+def _rows(qkv: Tokens, grid: Grid) -> Tokens:
+    rows = Tokens(qkv.cls, _regroup(qkv.patches, -1, grid[1]))  # b t (y x) ... -> b (t y) x ...
+    out = over_space(rows, grid)
+    return Tokens(out.cls, out.patches.reshape(*qkv.patches.shape[:3], -1))
+
+
+def _columns(qkv: Tokens, grid: Grid) -> Tokens:
+    t = qkv.patches.shape[1]
+    cls = None if qkv.cls is None else qkv.cls.reshape(-1, t, grid[1], *qkv.cls.shape[2:])
+    frames = Tokens(cls, _regroup(qkv.patches, t, *grid))  # b t (y x) ... -> b t y x ...
+
+    def columns(frame: Tokens) -> Tokens:  # (B, H, W, ...): along H, at every x
+        return joined(frame, attend_along_frames, axis=1)
+
+    out = jax.vmap(columns, in_axes=1, out_axes=1)(frames)
+    cls = None if out.cls is None else out.cls.reshape(-1, t * grid[1], out.cls.shape[-1])
+    return Tokens(cls, out.patches.reshape(*qkv.patches.shape[:3], -1))
 
 
 def _regroup(x: jax.Array, *sizes: int) -> jax.Array:
