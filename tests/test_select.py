@@ -290,12 +290,8 @@ def test_a_device_runs_the_kernel_on_its_own_part(kind, shape, part, sequences, 
     mesh = mesh_of((2, 1, 2, 2))
     with jax.set_mesh(mesh):
         specs = select._partition_specs(kind, qkv)
-        lies = jax.tree.map(
-            lambda axes: jax.NamedSharding(mesh, axes),
-            specs,
-            is_leaf=lambda x: isinstance(x, jax.P),
-        )
-        qkv = jax.device_put(qkv, lies)
+        lies = [jax.NamedSharding(mesh, axes) for axes in specs]
+        qkv = Tokens(*map(jax.device_put, qkv, lies))
         assert select.local_case(kind, qkv, (2, 3)) == Case(kind, part, "float32", cls, (2, 3))
         compiled = jax.jit(apply).lower(qkv).compile()
         found = compiled(qkv)

@@ -7,8 +7,8 @@ traced. It depends on the devices of the program's mesh, not on the machine that
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,13 +72,18 @@ def unsupported(case: Case, name: str) -> str | None:
 
 def run_kernel(kind: str, qkv: Tokens, grid: Grid, name: str) -> Tokens:
     """Attention by a kernel of `KERNELS`. On a mesh each device runs it on its own shard."""
-    kernel = functools.partial(KERNELS[kind][name].attention, grid=grid)
+    kernel = KERNELS[kind][name].attention
     if not is_on_mesh():
-        return kernel(qkv)
+        return kernel(qkv, grid)
+
+    def local(*qkv: Any) -> tuple:
+        return tuple(kernel(Tokens(*qkv), grid))
+
     # The partitioner cannot split a kernel: without shard_map every device gathers the whole batch.
     inputs = _partition_specs(kind, qkv)
-    outputs = Tokens(*(axes and P(*axes[:-3], axes[-2]) for axes in inputs))
-    return jax.shard_map(kernel, in_specs=(inputs,), out_specs=outputs, check_vma=False)(qkv)
+    outputs = tuple(P(*axes[:-3], *axes[-2:-1]) for axes in inputs)
+    run = jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
+    return Tokens(*run(*qkv))
 
 
 def local_case(kind: str, qkv: Tokens, grid: Grid) -> Case:
@@ -88,13 +93,13 @@ def local_case(kind: str, qkv: Tokens, grid: Grid) -> Case:
       qkv: the whole projections, as `attention` takes them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes, shape = _partition_specs(kind, qkv).patches, qkv.patches.shape
+    (_, axes), shape = _partition_specs(kind, qkv), qkv.patches.shape
     local = tuple(size // axis_size(axis, mesh) for axis, size in zip(axes, shape))
     return Case(kind, local, jnp.dtype(qkv.patches.dtype).name, qkv.cls is not None, grid)
 
 
-def _partition_specs(kind: str, qkv: Tokens) -> Tokens:
-    """The sharding of qkv on the current mesh; sizes that a mesh axis does not divide are whole.
+def _partition_specs(kind: str, qkv: Tokens) -> tuple[P, P]:
+    """The shardings of cls and patches on the current mesh; what it does not divide is whole.
 
     The token of a sequence lies where the sequence lies.
     """
@@ -102,6 +107,6 @@ def _partition_specs(kind: str, qkv: Tokens) -> Tokens:
     axes = P(*activations[:3], None, "tensor", None)
     axes = without_uneven_axes(axes, qkv.patches.shape, jax.sharding.get_abstract_mesh())
     if qkv.cls is None:
-        return Tokens(None, axes)
+        return P(), axes
     sequences = "sequence" if "sequence" in axes else None
-    return Tokens(P(axes[0], sequences, *axes[3:]), axes)
+    return P(axes[0], sequences, *axes[3:]), axes
