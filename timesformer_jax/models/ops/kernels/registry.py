@@ -107,26 +107,22 @@ def _is_tpu(device: Any) -> bool:
     return device.platform == "tpu"
 
 
-def _side_by_side(qkv: jax.Array | None) -> jax.Array | None:
+def _side_by_side(qkv: Tokens) -> Tokens:
     """(..., 3, h, d) to (..., 3 * h * d)."""
-    return None if qkv is None else qkv.reshape(*qkv.shape[:-3], -1)
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:-3], -1), qkv)
 
 
 def _tpu_temporal() -> Kernel:
     def unsupported(case: Case) -> str | None:
-        try:
-            from timesformer_jax.models.ops.kernels import tpu_temporal
-        except ImportError:
-            return "it is being written"
+        from timesformer_jax.models.ops.kernels import tpu_temporal
 
         return tpu_temporal.unsupported(case.shape, case.dtype, cls=case.cls)
 
     def attention(qkv: Tokens, grid: Grid) -> Tokens:
         from timesformer_jax.models.ops.kernels import tpu_temporal
 
-        heads = qkv.patches.shape[-2]
-        patches, cls = map(_side_by_side, (qkv.patches, qkv.cls))
-        patches, cls = tpu_temporal.attention(patches, cls, heads)
+        cls, patches = _side_by_side(qkv)
+        patches, cls = tpu_temporal.attention(patches, cls, heads=qkv.patches.shape[-2])
         return Tokens(cls, patches)
 
     return Kernel(_is_tpu, unsupported, attention)
@@ -144,10 +140,7 @@ def _tpu_spatial(kind: str) -> Kernel:
         return number and tuple(map(number, range(n)))
 
     def unsupported(case: Case) -> str | None:
-        try:
-            from timesformer_jax.models.ops.kernels import tpu_spatial
-        except ImportError:
-            return "it is being written"
+        from timesformer_jax.models.ops.kernels import tpu_spatial
 
         return tpu_spatial.unsupported(case.shape, case.dtype, frames=frames(case.shape[1]))
 
@@ -155,7 +148,7 @@ def _tpu_spatial(kind: str) -> Kernel:
         from timesformer_jax.models.ops.kernels import tpu_spatial
 
         _, t, n, _, heads, _ = qkv.patches.shape
-        patches, cls = map(_side_by_side, (qkv.patches, qkv.cls))
+        cls, patches = _side_by_side(qkv)
         patches, cls = tpu_spatial.attention(
             patches, cls, heads, frames=frames(t), sequences=sequences(n, grid[1])
         )
