@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+
+from timesformer_jax.planning.hlo import executed, num_bytes, split_tuple
 
 KINDS = (
     "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
@@ -38,7 +39,7 @@ class Collective(NamedTuple):
 def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collective]:
     """The collectives of a compiled program, sorted by total bytes, largest first.
 
-    A collective in a loop counts once per iteration if the compiler knows their number, else once.
+    A collective in a loop counts once per iteration if the program says their number, else once.
     Every branch of a conditional counts. An asynchronous collective counts where it starts.
 
     Args:
@@ -48,11 +49,11 @@ def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collect
     Raises:
       ValueError: if the text is not a compiled program, or its device groups cannot be parsed.
     """
-    text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
-    computations, entry = _computations(text)
     found: Counter = Counter()
-    for (shape, opcode, attributes), times in _executed(computations, entry, 1):
+    for (_, shape, opcode, attributes), times, _ in executed(compiled):
         kind = opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
         groups = _device_groups(kind, attributes, mesh.devices.size)
         if axes := _axes(groups, mesh):
             found[kind, _num_bytes(kind, opcode, shape, len(groups[0])), axes] += times
@@ -60,84 +61,12 @@ def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collect
     return sorted(listed, key=lambda c: (-c.num_bytes * c.count, c))
 
 
-# HLO text: a computation is a line `%name (...) -> shape {`, its instructions, and `}`. An
-# instruction is `%name = shape opcode(operands), attribute=value, ...`.
-
-Instruction = tuple[str, str, str]  # shape, opcode, operands and attributes
-
-
-def _executed(
-    computations: dict[str, list[Instruction]], name: str, times: int
-) -> Iterator[tuple[Instruction, int]]:
-    """The collective instructions that `times` runs of a computation execute, and how often."""
-    for instruction in computations[name]:
-        _, opcode, attributes = instruction
-        if opcode.removesuffix("-start") in KINDS:
-            yield instruction, times
-        elif opcode not in ("async-update", "async-done"):
-            for called in _called_computations(attributes):
-                yield from _executed(computations, called, times * _trip_count(attributes))
-
-
-def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of every computation, by name, and the name of the entry computation."""
-    found: dict[str, list[Instruction]] = {}
-    entry, current = None, []
-    for line in text.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
-            current = found.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif instruction := re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (.*)", line):
-            current.append(_instruction(instruction[1]))
-    if entry is None:
-        raise ValueError("no ENTRY computation in the text; give what compile().as_text() returns")
-    return found, entry
-
-
-def _instruction(text: str) -> Instruction:
-    text = re.sub(r"/\*.*?\*/", "", text)
-    end = len(_split_tuple(text)[0]) if text.startswith("(") else text.index(" ")
-    opcode, _, rest = text[end:].lstrip().partition("(")
-    return text[:end], opcode, rest
-
-
-def _split_tuple(text: str) -> list[str]:
-    """The tuple at the beginning of the text, followed by its elements."""
-    depth, begin, parts = 0, 1, []
-    for i, character in enumerate(text):
-        if character in ",)" and depth == 1:
-            parts.append(text[begin:i].strip())
-            begin = i + 1
-        depth += (character in "([{") - (character in ")]}")
-        if depth == 0:
-            return [text[: i + 1], *parts]
-    raise ValueError(f"no end of the tuple in {text!r}")
-
-
 def _num_bytes(kind: str, opcode: str, shape: str, group: int) -> int:
     # The shape of a "-start" instruction has the operands, the results, and data of the runtime;
     # that of an all-reduce has the results only.
     if opcode.endswith("-start") and kind != "all-reduce":
-        shape = _split_tuple(shape)[2]
-    bits = 0
-    for dtype, sizes in re.findall(r"(\w+)\[([\d,<=]*)\]", shape):
-        width = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or [0])[0])
-        bits += width * math.prod(int(s.removeprefix("<=")) for s in sizes.split(",") if s)
-    return bits // 8 * (group if kind == "reduce-scatter" else 1)
-
-
-def _called_computations(attributes: str) -> list[str]:
-    one = r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
-    many = r"\b(?:branch_computations|called_computations)=\{([^}]*)\}"
-    names = re.findall(one, attributes)
-    for listed in re.findall(many, attributes):
-        names += [name.strip().removeprefix("%") for name in listed.split(",") if name.strip()]
-    return names
-
-
-def _trip_count(attributes: str) -> int:
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
-    return int(known[1]) if known else 1
+        shape = split_tuple(shape)[2]
+    return num_bytes(shape) * (group if kind == "reduce-scatter" else 1)
 
 
 # Device groups. Devices are numbered by their position in the mesh.

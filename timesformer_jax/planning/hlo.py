@@ -1,0 +1,165 @@
+"""Parses the text of a compiled program: its instructions, and how often a run executes each."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+
+class Instruction(NamedTuple):
+    """An instruction of HLO text, `%name = shape opcode(operands), attribute=value, ...`.
+
+    Attributes:
+      name: without the percent sign.
+      shape: of the result, with its layout.
+      opcode: what it does.
+      rest: the operands and attributes.
+    """
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+
+class Execution(NamedTuple):
+    """An instruction that a run of a program executes.
+
+    Attributes:
+      instruction: what is executed.
+      times: how often.
+      known: False in a loop whose number of iterations the text does not say; it counts as one.
+    """
+
+    instruction: Instruction
+    times: int
+    known: bool = True
+
+
+def executed(compiled: jax.stages.Compiled | str) -> Iterator[Execution]:
+    """The instructions that one run of a compiled program executes.
+
+    Those of a called computation (a fusion, the body of a loop, every branch of a conditional)
+    follow their caller; those of an asynchronous one only where it starts. What a reduction or a
+    sort applies to its elements is left out.
+
+    Args:
+      compiled: `jax.jit(f).lower(...).compile()`, or its `as_text()`.
+
+    Raises:
+      ValueError: if the text is not a compiled program.
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
+    computations, entry = _computations(text)
+    return _executed(computations, entry, 1, True)
+
+
+# HLO text: a computation is a line `%name (...) -> shape {`, its instructions, and `}`.
+
+Computations = dict[str, list[Instruction]]
+
+
+def _executed(
+    computations: Computations, name: str, times: int, known: bool
+) -> Iterator[Execution]:
+    for instruction in computations[name]:
+        yield Execution(instruction, times, known)
+        if instruction.opcode in ("async-update", "async-done"):
+            continue
+        inside, of_known = times, known
+        if instruction.opcode == "while":
+            count = _trip_count(instruction.rest, computations)
+            inside, of_known = times * (count or 1), known and count is not None
+        for called in _called_computations(instruction):
+            yield from _executed(computations, called, inside, of_known)
+
+
+def _computations(text: str) -> tuple[Computations, str]:
+    """The instructions of every computation, by name, and the name of the entry computation."""
+    found: Computations = {}
+    entry, current = None, []
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+            current = found.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif instruction := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)", line):
+            current.append(_instruction(*instruction.groups()))
+    if entry is None:
+        raise ValueError("no ENTRY computation in the text; give what compile().as_text() returns")
+    return found, entry
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    text = re.sub(r"/\*.*?\*/", "", text)
+    end = len(split_tuple(text)[0]) if text.startswith("(") else text.index(" ")
+    opcode, _, rest = text[end:].lstrip().partition("(")
+    return Instruction(name, text[:end], opcode, rest)
+
+
+def _called_computations(instruction: Instruction) -> list[str]:
+    one = r"\b(?:body|condition|calls|true_computation|false_computation)=%?([\w.-]+)"
+    if instruction.opcode == "call":
+        one = one.replace("calls", "to_apply")  # elsewhere it is what a reduction applies
+    many = r"\b(?:branch_computations|called_computations)=\{([^}]*)\}"
+    names = re.findall(one, instruction.rest)
+    for listed in re.findall(many, instruction.rest):
+        names += [name.strip().removeprefix("%") for name in listed.split(",") if name.strip()]
+    return names
+
+
+def _trip_count(attributes: str, computations: Computations) -> int | None:
+    """How often a loop runs; None if the text does not say.
+
+    The compilers for CPUs and GPUs write the number. That for TPUs leaves the condition, which for
+    JAX's loops of a fixed length is `i < number`, where i counts from 0.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes):
+        return int(known[1])
+    condition = re.search(r"\bcondition=%?([\w.-]+)", attributes)
+    inside = computations.get(condition[1], []) if condition else []
+    compared = [one.rest for one in inside if one.opcode == "compare"]
+    if len(compared) != 1 or "direction=LT" not in compared[0]:
+        return None
+    bound = re.findall(r"%([\w.-]+)", compared[0].partition(")")[0])[-1]
+    for one in inside:
+        if one.name == bound and one.opcode == "constant":
+            return int(one.rest.partition(")")[0])
+    return None
+
+
+# Shapes: `f32[16,768]{1,0:T(8,128)}`, or a tuple of them in parentheses.
+
+
+def split_tuple(text: str) -> list[str]:
+    """The tuple at the beginning of the text, followed by its elements."""
+    depth, begin, parts = 0, 1, []
+    for i, character in enumerate(text):
+        if character in ",)" and depth == 1:
+            parts.append(text[begin:i].strip())
+            begin = i + 1
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            return [text[: i + 1], *parts]
+    raise ValueError(f"no end of the tuple in {text!r}")
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The dtype, as HLO writes it, and the sizes of every array of a shape."""
+    found = re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", shape)
+    return [
+        (dtype, tuple(int(s.removeprefix("<=")) for s in sizes.split(",") if s))
+        for dtype, sizes in found
+    ]
+
+
+def num_bytes(shape: str) -> int:
+    """The bytes of all arrays of a shape, without padding."""
+    bits = 0
+    for dtype, sizes in arrays(shape):
+        width = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or [0])[0])
+        bits += width * math.prod(sizes)
+    return bits // 8
