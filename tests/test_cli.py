@@ -145,7 +145,7 @@ def test_predict_and_evaluate_agree_on_every_video(trained, demo_data, timesform
 def test_predict_gives_the_evaluated_probabilities(trained, demo_data):
     from timesformer_jax.checkpoints import store as checkpoints
     from timesformer_jax.data.input import pipeline
-    from timesformer_jax.evaluation.multi_view import make_probabilities
+    from timesformer_jax.evaluation.step import make_probabilities
     from timesformer_jax.inference.predict import Predictor
 
     split = open_split(demo_data, "validation")

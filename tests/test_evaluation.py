@@ -16,7 +16,8 @@ from timesformer_jax.data.input.pipeline import eval_batches
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.evaluation.metrics import average_pieces
-from timesformer_jax.evaluation.multi_view import evaluate, make_probabilities
+from timesformer_jax.evaluation.multi_view import evaluate
+from timesformer_jax.evaluation.step import make_probabilities
 from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, parameters
 
 pytestmark = pytest.mark.decodes

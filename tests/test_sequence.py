@@ -24,7 +24,7 @@ from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed import sequence
 from timesformer_jax.distributed.mesh import put_batch
 from timesformer_jax.distributed.sharding import spec
-from timesformer_jax.evaluation.multi_view import make_probabilities
+from timesformer_jax.evaluation.step import make_probabilities
 from timesformer_jax.models.attention import Tokens
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, with_parameters

@@ -7,6 +7,11 @@ compute, HBM bandwidth, ICI ports and bidirectional ICI bandwidth of a chip, whi
 among the ports and both directions (v5e 400 GB/s / 4 / 2). Memory is what the compiler (libtpu
 0.0.42.1) names as the chip's when a program exceeds it, a little less than the page's.
 
+A TPU's clock follows from its peak: two FLOPs a cycle and cell of its matrix units (MXU), which the
+same pages count: v5e 4 and v5p 2 x 4 of 128 x 128 cells. For v6e the page's versions say two or
+four MXUs, and 256 x 256 cells. Four give 1.75 GHz, at which the compiler's estimate for a copy is
+the same multiple of what the memory's rate allows as on v5e, 1.24.
+
 GPUs: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM and H200 SXM; figures "with sparsity" are
 halved. NVLink's bandwidth is given for both directions together (900 GB/s) and halved here. The
 network is that of the DGX of each (user guides): 8 adapters of 200 Gb/s with the A100, of 400 Gb/s
@@ -63,6 +68,7 @@ class Chip(NamedTuple):
         GPUs TensorFloat-32.
       memory_rate: bytes/s to and from the memory.
       links: to the other chips.
+      clock: cycles/s; None for GPUs, whose compiler estimates no cycles.
     """
 
     kind: str
@@ -71,12 +77,15 @@ class Chip(NamedTuple):
     float32: float
     memory_rate: float
     links: Torus | Hosts
+    clock: float | None = None
 
 
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 197e12, 197e12, 819e9, Torus(50e9, 16)),
-    "v5p": Chip("TPU v5", 95.74 * GIB, 459e12, 459e12, 2765e9, Torus(100e9, 4, cubes=True)),
-    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 918e12, 918e12, 1638e9, Torus(100e9, 16)),
+    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 197e12, 197e12, 819e9, Torus(50e9, 16), 1.503e9),
+    "v5p": Chip(
+        "TPU v5", 95.74 * GIB, 459e12, 459e12, 2765e9, Torus(100e9, 4, cubes=True), 1.751e9
+    ),
+    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 918e12, 918e12, 1638e9, Torus(100e9, 16), 1.751e9),
     "a100": Chip("A100-SXM4-80GB", 80e9, 312e12, 156e12, 2039e9, Hosts(300e9, 25e9)),
     "h100": Chip("H100 80GB HBM3", 80e9, 989.4e12, 494.7e12, 3350e9, Hosts(450e9, 50e9)),
     "h200": Chip("H200", 141e9, 989.4e12, 494.7e12, 4800e9, Hosts(450e9, 50e9)),

@@ -6,7 +6,6 @@ not overlap, are averaged (the paper's HowTo100M protocol).
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -29,28 +28,8 @@ from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results, average_pieces
-from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
-from timesformer_jax.transforms.preprocess import preprocess
-
-Probabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
-
-
-def make_probabilities(model: TimeSformerConfig, clip: ClipSpec) -> Probabilities:
-    """A function that predicts class probabilities, averaged over views.
-
-    It takes parameters, frames (B, V, T, H, W, 3) uint8 and crop_boxes (B, V, 3). It returns
-    (B, classes) float32: the mean over the V views of the softmax, as in the paper (the authors'
-    release sums logits).
-    """
-
-    def probabilities(params: Any, frames: jax.Array, crop_boxes: jax.Array) -> jax.Array:
-        views = frames.shape[:2]
-        frames = frames.reshape(-1, *frames.shape[2:])  # b v ... -> (b v) ...
-        video = preprocess(frames, crop_boxes.reshape(-1, 3), clip)
-        logits = with_parameters(model, params)(video)
-        return jax.nn.softmax(logits).reshape(*views, -1).mean(axis=1)
-
-    return probabilities
+from timesformer_jax.evaluation.step import make_step
+from timesformer_jax.models.timesformer import TimeSformerConfig
 
 
 def evaluate(
@@ -78,7 +57,7 @@ def evaluate(
       crops: 3 for left, centre and right; 1 for the centre only.
       after_batch: called after each batch; an exception ends the evaluation.
     """
-    step = _make_step(model, clip, mesh)
+    step = make_step(model, clip, mesh)
     rows = batch_rows(mesh, batch_size)
     batches = eval_batches(split, clip, batch_size=batch_size, views=views, crops=crops, rows=rows)
     progress = tqdm(
@@ -105,22 +84,6 @@ def evaluate(
         views=views,
         crops=crops,
     )
-
-
-@functools.lru_cache(maxsize=2)
-def _make_step(model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh) -> Callable:
-    """The jitted function from parameters and batch to probabilities, records and validity.
-
-    Cached, so that a process compiles it once.
-    """
-
-    def step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            p = make_probabilities(model, clip)(params, batch["frames"], batch["crop_boxes"])
-        return p, batch["record"], batch["valid"]
-
-    # Replicated: every host computes the metrics of the whole split.
-    return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
 
 def evaluate_checkpoint(

@@ -50,6 +50,7 @@ class Embedding(nnx.Module):
         shape = config.num_frames, width
         self.time = nnx.Param(time(rngs.params(), shape)) if has_time else None
 
+    @jax.named_scope("embedding")
     def __call__(self, video: Video) -> Tokens:
         """(B, T, H, W, 3) to cls (B, D), or (B, T, D) for space only, and patches (B, T, N, D)."""
         config = self.config

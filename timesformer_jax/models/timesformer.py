@@ -2,8 +2,9 @@
 
 Modules hold parameters and say the forward pass. Which tokens attend to which is in `schemes.py`,
 attention itself in `attention.py`, the patch embedding in `embedding.py`; `ops/` has the operations
-in a fast form. Every quirk of the authors' release that its checkpoints need is named where it is
-reproduced.
+in a fast form. Named scopes tell the parts of the compiled program apart, for profiles and for
+`timesformer plan`. Every quirk of the authors' release that its checkpoints need is named where it
+is reproduced.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Attention(nnx.Module):
     def _split_heads(self, qkv: Float[Array, "*b 3 hd"]) -> Float[Array, "*b 3 h d"]:
         return qkv.reshape(*qkv.shape[:-1], self.heads, -1)
 
+    @jax.named_scope("linear")
     def _project(self, y: Tokens, drop: Callable[[Tokens], Tokens]) -> Tokens:
         """`proj`, drop path and, where there is one, `temporal_fc`.
 
@@ -113,6 +115,7 @@ class MLP(nnx.Module):
         self.fc1 = _linear(config, "fc1", config.hidden_size, config.mlp_size, rngs)
         self.fc2 = _linear(config, "fc2", config.mlp_size, config.hidden_size, rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Tokens, grid: Grid, key: MaybeKey = None, rate: Rate = 0.0) -> Tokens:
         """The residual update of `x`."""
         y = self.fc1(jax.tree.map(self.norm, x))
@@ -137,10 +140,13 @@ class Block(nnx.Module):
         block_input = x = _named(BLOCK_INPUT, x)
         for i, name in enumerate(self.order):
             read = block_input if self.parallel else x
-            x = _add(x, self.attention[name](read, grid, _fold_in(key, i), rate))
+            with jax.named_scope(name):
+                update = self.attention[name](read, grid, _fold_in(key, i), rate)
+            x = _add(x, update)
         return _add(x, self.mlp(x, grid, _fold_in(key, len(self.order)), rate))
 
 
+@jax.named_scope("residual")
 def _add(x: Tokens, update: Tokens) -> Tokens:
     """x + update, whose cls may be None."""
     assert x.cls is not None  # the residual stream always has the token
@@ -159,6 +165,7 @@ def _residual_stream(x: Tokens) -> Tokens:
     return Tokens(constrain(x.cls, "token"), patches)
 
 
+@jax.named_scope("residual")
 def drop_path(x: Tokens, rate: Rate, sequences: Numbers, key: MaybeKey) -> Tokens:
     """Stochastic depth: zeroes a sequence's residual with probability `rate`, scales up the others.
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from timesformer_jax.planning.hlo import executed, num_bytes, split_tuple
+from timesformer_jax.planning.hlo import executed, num_bytes, parse, split_tuple
 
 KINDS = (
     "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute",
@@ -50,7 +50,7 @@ def collectives(compiled: jax.stages.Compiled | str, mesh: Mesh) -> list[Collect
       ValueError: if the text is not a compiled program, or its device groups cannot be parsed.
     """
     found: Counter = Counter()
-    for (_, shape, opcode, attributes), times, _ in executed(compiled):
+    for (_, shape, opcode, attributes), times, _ in executed(parse(compiled)):
         kind = opcode.removesuffix("-start")
         if kind not in KINDS:
             continue

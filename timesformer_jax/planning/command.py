@@ -6,7 +6,7 @@ timesformer plan --config=configs/k400_l.py --topology=v5e:4x4
 from __future__ import annotations
 
 import sys
-from json import dump
+from json import dumps
 from typing import TYPE_CHECKING
 
 from timesformer_jax.errors import InputError
@@ -23,22 +23,36 @@ def plan(
     find_batch: bool = False,
     quick: bool = False,
     memory: float | None = None,
+    work: str = "training",
     json: str | None = None,
+    hlo: str | None = None,
 ) -> None:
     """Prints the plan of a recipe. The other arguments are those of `make_plan`.
 
     Args:
       json: file for all figures.
+      hlo: file for the text of the compiled program.
 
     Raises:
-      InputError: as `make_plan`, or if the file cannot be written.
+      InputError: as `make_plan`, if a file cannot be written, or if there is no compiled program to
+        write.
     """
-    result = make_plan(config, topology, find_batch=find_batch, quick=quick, memory=memory)
+    result = make_plan(
+        config, topology, work=work, find_batch=find_batch, quick=quick, memory=memory
+    )
     print(as_text(result))
     if json:
-        try:
-            with open(json, "w") as f:
-                dump(as_json(result), f, indent=2)
-        except OSError as e:
-            raise InputError(f"--json={json} cannot be written: {e.strerror}") from e
-        print(f"written: {json}", file=sys.stderr)
+        _write("json", json, dumps(as_json(result), indent=2))
+    if hlo and result.text is None:
+        raise InputError(f"--hlo={hlo} is not written: no program was compiled that fits")
+    if hlo and result.text:
+        _write("hlo", hlo, result.text)
+
+
+def _write(flag: str, path: str, text: str) -> None:
+    try:
+        with open(path, "w") as f:
+            f.write(text)
+    except OSError as e:
+        raise InputError(f"--{flag}={path} cannot be written: {e.strerror}") from e
+    print(f"written: {path}", file=sys.stderr)

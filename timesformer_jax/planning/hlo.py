@@ -40,12 +40,15 @@ class Execution(NamedTuple):
     known: bool = True
 
 
-def executed(compiled: jax.stages.Compiled | str) -> Iterator[Execution]:
-    """The instructions that one run of a compiled program executes.
+class Module(NamedTuple):
+    """A compiled program: the instructions of every computation by name, and its entry's name."""
 
-    Those of a called computation (a fusion, the body of a loop, every branch of a conditional)
-    follow their caller; those of an asynchronous one only where it starts. What a reduction or a
-    sort applies to its elements is left out.
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+
+def parse(compiled: jax.stages.Compiled | str) -> Module:
+    """Parses a compiled program.
 
     Args:
       compiled: `jax.jit(f).lower(...).compile()`, or its `as_text()`.
@@ -54,43 +57,41 @@ def executed(compiled: jax.stages.Compiled | str) -> Iterator[Execution]:
       ValueError: if the text is not a compiled program.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
-    computations, entry = _computations(text)
-    return _executed(computations, entry, 1, True)
-
-
-# HLO text: a computation is a line `%name (...) -> shape {`, its instructions, and `}`.
-
-Computations = dict[str, list[Instruction]]
-
-
-def _executed(
-    computations: Computations, name: str, times: int, known: bool
-) -> Iterator[Execution]:
-    for instruction in computations[name]:
-        yield Execution(instruction, times, known)
-        if instruction.opcode in ("async-update", "async-done"):
-            continue
-        inside, of_known = times, known
-        if instruction.opcode == "while":
-            count = _trip_count(instruction.rest, computations)
-            inside, of_known = times * (count or 1), known and count is not None
-        for called in _called_computations(instruction):
-            yield from _executed(computations, called, inside, of_known)
-
-
-def _computations(text: str) -> tuple[Computations, str]:
-    """The instructions of every computation, by name, and the name of the entry computation."""
-    found: Computations = {}
+    # A computation is a line `%name (...) -> shape {`, its instructions, and `}`.
+    computations: dict[str, list[Instruction]] = {}
     entry, current = None, []
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
-            current = found.setdefault(head[2], [])
+            current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
         elif instruction := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)", line):
             current.append(_instruction(*instruction.groups()))
     if entry is None:
         raise ValueError("no ENTRY computation in the text; give what compile().as_text() returns")
-    return found, entry
+    return Module(computations, entry)
+
+
+def executed(module: Module) -> Iterator[Execution]:
+    """The instructions that one run of a compiled program executes.
+
+    Those of a called computation (a fusion, the body of a loop, every branch of a conditional)
+    follow their caller; those of an asynchronous one only where it starts. What a reduction or a
+    sort applies to its elements is left out.
+    """
+    return _executed(module, module.entry, 1, True)
+
+
+def _executed(module: Module, name: str, times: int, known: bool) -> Iterator[Execution]:
+    for instruction in module.computations[name]:
+        yield Execution(instruction, times, known)
+        if instruction.opcode in ("async-update", "async-done"):
+            continue
+        inside, of_known = times, known
+        if instruction.opcode == "while":
+            count = _trip_count(instruction.rest, module)
+            inside, of_known = times * (count or 1), known and count is not None
+        for called in called_computations(instruction):
+            yield from _executed(module, called, inside, of_known)
 
 
 def _instruction(name: str, text: str) -> Instruction:
@@ -100,7 +101,8 @@ def _instruction(name: str, text: str) -> Instruction:
     return Instruction(name, text[:end], opcode, rest)
 
 
-def _called_computations(instruction: Instruction) -> list[str]:
+def called_computations(instruction: Instruction) -> list[str]:
+    """The names of the computations that an instruction runs."""
     one = r"\b(?:body|condition|calls|true_computation|false_computation)=%?([\w.-]+)"
     if instruction.opcode == "call":
         one = one.replace("calls", "to_apply")  # elsewhere it is what a reduction applies
@@ -111,7 +113,7 @@ def _called_computations(instruction: Instruction) -> list[str]:
     return names
 
 
-def _trip_count(attributes: str, computations: Computations) -> int | None:
+def _trip_count(attributes: str, module: Module) -> int | None:
     """How often a loop runs; None if the text does not say.
 
     The compilers for CPUs and GPUs write the number. That for TPUs leaves the condition, which for
@@ -120,7 +122,7 @@ def _trip_count(attributes: str, computations: Computations) -> int | None:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes):
         return int(known[1])
     condition = re.search(r"\bcondition=%?([\w.-]+)", attributes)
-    inside = computations.get(condition[1], []) if condition else []
+    inside = module.computations[condition[1]] if condition else []
     compared = [one.rest for one in inside if one.opcode == "compare"]
     if len(compared) != 1 or "direction=LT" not in compared[0]:
         return None

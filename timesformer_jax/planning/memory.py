@@ -1,4 +1,4 @@
-"""The memory that a training step needs on a chip: compiled, or counted from the config."""
+"""The memory that a step needs on a chip: compiled, or counted from the config."""
 
 from __future__ import annotations
 
@@ -65,15 +65,18 @@ def counted_memory(program: Program) -> Memory:
     """Memory counted from the config, without a compiler.
 
     Activations are the gradients, the clips after preprocessing and all residuals that the forward
-    pass saves for the backward pass. A compiler recomputes some of them and pads others. They are
-    divided by the sequence axis; division by the tensor axis is not counted.
+    pass saves for the backward pass; of inference, which has no gradients, those of one block at a
+    time. A compiler recomputes some of them and pads others. They are divided by the sequence axis;
+    division by the tensor axis is not counted.
     """
     params, optimizer, inputs = _arguments(program)
     frames, side = program.clip.frames, program.clip.crop
-    clips = program.batch_size // program.batch_multiple
+    clips = program.clips // program.batch_multiple
     video = clips * program.parts * frames * side * side * 3 * 4
-    gradients = bytes_a_chip(trained(program.state.params, program.train))
-    gradients *= 2 if program.parts > 1 else 1  # the sum so far, and that of one part
+    gradients = 0
+    if program.work == "training":
+        gradients = bytes_a_chip(trained(program.state.params, program.train))
+        gradients *= 2 if program.parts > 1 else 1  # the sum so far, and that of one part
     kept = kept_for_backward(program.model, frames, side, clips, program.train)
     kept //= dict(program.mesh.shape).get("sequence", 1)
     return Memory(params, optimizer, inputs, gradients + video + kept)
@@ -92,14 +95,14 @@ def kept_for_backward(
 
     With rematerialisation: what all blocks save, and everything inside one of them. All blocks but
     the first, which has no drop path, save the same; so two blocks are traced and the others
-    counted. If only the head is trained there is no backward pass, and the arrays inside one block
-    exist at a time.
+    counted. If only the head is trained, or nothing is, there is no backward pass, and the arrays
+    inside one block exist at a time.
     """
 
     def kept(depth: int, remat: str = model.remat) -> int:
         return _residuals(dataclasses.replace(model, depth=depth, remat=remat), frames, side, clips)
 
-    if train == "head":
+    if train != "all":
         return kept(1, "none")
     total = kept(1)
     if model.depth > 1:

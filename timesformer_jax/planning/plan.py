@@ -16,9 +16,10 @@ from timesformer_jax.distributed.mesh import BATCH_SPEC
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.costs import macs
 from timesformer_jax.planning.collectives import Collective, collectives
+from timesformer_jax.planning.cycles import Cycles, count_cycles
 from timesformer_jax.planning.largest_batch import largest_batch
 from timesformer_jax.planning.memory import Memory, compiled_memory, counted_memory, required_bytes
-from timesformer_jax.planning.program import Program, build
+from timesformer_jax.planning.program import Program, batch_size_of, build
 from timesformer_jax.planning.roofline import Roofline, roofline
 from timesformer_jax.planning.topology import Topology, open_topology
 from timesformer_jax.training.optimizer import trained
@@ -37,18 +38,17 @@ class Estimate(NamedTuple):
       memory: bytes on one chip.
       flops: FLOPs on one chip. Compiled: those that the program executes; None for a program with
         loops, since compilers count a loop once. Counted: those of the model, two for each
-        multiply-accumulate, three times the forward pass.
+        multiply-accumulate, in training three times the forward pass.
       moved: bytes to and from the memory of one chip, as the compiler counts them: every operand
         and result of every fused operation. None if nothing was compiled, or the program has loops.
-      collectives: the collectives of the step; None for a program with loops on a TPU, whose
-        compiler does not say how often they run.
+      collectives: the collectives of the step.
       roofline: from the costs above; counted costs replace unknown ones. None for the host's CPU.
     """
 
     memory: Memory
     flops: float | None
     moved: float | None
-    collectives: list[Collective] | None
+    collectives: list[Collective]
     roofline: Roofline | None
 
 
@@ -57,16 +57,20 @@ class Plan:
     """What a recipe needs of a topology.
 
     Attributes:
-      topology, program: the devices, and the training step.
+      topology, program: the devices, and the step of training or inference.
       limit: bytes of memory that a program can use on a chip; None if unknown.
       needed: bytes that the program needs on a chip: compiled, or else counted; inf if the compiler
         only says that it is too much.
       counted: the costs counted from the config.
       compiled: the costs of the compiled program; None if this machine has no compiler for the
         chip, or the program does not fit.
+      cycles: what the TPU compiler says of the program's time; None for other chips, or if the
+        program does not fit.
+      text: the compiled program as HLO text; None if there is none.
       compile_seconds: how long the compiler took; None if it did not run.
       quick: whether the compiler was told to optimise less.
-      largest_batch: clips a step, of all devices together; None if it was not searched for.
+      largest_batch: as `Program.batch_size`, of all devices together; None if it was not searched
+        for.
     """
 
     topology: Topology
@@ -75,6 +79,8 @@ class Plan:
     needed: float
     counted: Estimate
     compiled: Estimate | None
+    cycles: Cycles | None
+    text: str | None
     compile_seconds: float | None
     quick: bool
     largest_batch: int | None
@@ -105,20 +111,29 @@ class Plan:
             return None
         return counted.compute / best.roofline.overlapped
 
+    @property
+    def cycles_mfu(self) -> float | None:
+        """The FLOPs of the model over those that the chip could do in the compiler's own time."""
+        if self.cycles is None or self.counted.roofline is None:
+            return None
+        return self.counted.roofline.compute / self.cycles.seconds
+
 
 def make_plan(
     config: ConfigDict,
     topology: str,
     *,
+    work: str = "training",
     find_batch: bool = False,
     quick: bool = False,
     memory: float | None = None,
 ) -> Plan:
-    """Compiles the training step of a recipe for a topology, or counts what it costs.
+    """Compiles a step of a recipe for a topology, or counts what it costs.
 
     Args:
       config: a recipe of `recipes`.
       topology: "v5e:4x4", "h100:8", "cpu:8".
+      work: "training", a step of it, or "inference", a batch of the evaluation.
       find_batch: whether to search for the largest batch that fits; it takes more compilations.
       quick: whether the TPU compiler optimises less: it takes much less time, and the program
         needs a little more memory.
@@ -134,29 +149,36 @@ def make_plan(
     if find_batch and limit is None:
         raise InputError(f"--topology={topology} has no memory limit; give one, --memory=16 (GiB)")
     options = _QUICK if quick and target.devices[0].platform == "tpu" else {}
-    program = build(config, target.devices, config.batch_size)
-    counted, compiled, seconds = _counted(target.chip, program), None, None
+    batch_size = batch_size_of(config, work)
+    program = build(config, target.devices, batch_size, work)
+    counted, found, seconds = _counted(target.chip, program), None, None
     needed: float = counted.memory.total
     if target.compiles:
-        logging.info("compiling the training step for %s", topology)
+        logging.info("compiling a step of %s for %s", work, topology)
         start = time.perf_counter()
-        compiled, needed = _compile(target.chip, program, options)
+        found, needed = _compile(program, options)
         seconds = time.perf_counter() - start
+    text = found.as_text() if found else None
+    compiled = _compiled(target.chip, program, found) if found else None
+    cycles = _cycles(target, program, text) if text else None
 
     def bytes_of(batch: int) -> float:
-        if batch == config.batch_size:
+        if batch == batch_size:
             return needed
-        other = build(config, target.devices, batch)
+        other = build(config, target.devices, batch, work)
         if not target.compiles:
             return counted_memory(other).total
         logging.info("compiling with a batch of %d", batch)
-        return _compile(target.chip, other, options)[1]
+        return _compile(other, options)[1]
 
     largest = None
     if find_batch and limit is not None:
         empty = counted.memory.parameters + counted.memory.optimizer
-        largest = largest_batch(bytes_of, limit, program.batch_multiple, config.batch_size, empty)
-    return Plan(target, program, limit, needed, counted, compiled, seconds, bool(options), largest)
+        largest = largest_batch(bytes_of, limit, program.batch_multiple, batch_size, empty)
+    return Plan(
+        target, program, limit, needed, counted, compiled, cycles, text, seconds, bool(options),
+        largest,
+    )  # fmt: skip
 
 
 def _limit(chip: Chip | None, memory: float | None) -> float | None:
@@ -170,20 +192,29 @@ def _limit(chip: Chip | None, memory: float | None) -> float | None:
     return chip.memory * part if memory is None else given
 
 
-def _compile(chip: Chip | None, program: Program, options: dict) -> tuple[Estimate | None, float]:
-    """The costs of the compiled program, if it fits, and the bytes of memory that it needs."""
+def _compile(program: Program, options: dict) -> tuple[jax.stages.Compiled | None, float]:
+    """The compiled program, if it fits, and the bytes of memory that it needs."""
     try:
         compiled = program.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as e:
         if (needed := required_bytes(e)) is None:
             raise
         return None, needed
+    return compiled, compiled_memory(program, compiled).total
+
+
+def _compiled(chip: Chip | None, program: Program, compiled: jax.stages.Compiled) -> Estimate:
     costs = {} if program.has_loops else compiled.cost_analysis() or {}
-    memory = compiled_memory(program, compiled)
+    memory, exchanged = compiled_memory(program, compiled), collectives(compiled, program.mesh)
     flops, moved = costs.get("flops"), costs.get("bytes accessed")
-    hidden = program.has_loops and program.mesh.devices.flat[0].platform == "tpu"
-    exchanged = None if hidden else collectives(compiled, program.mesh)
-    return _estimate(chip, program, memory, flops, moved, exchanged), memory.total
+    return _estimate(chip, program, memory, flops, moved, exchanged)
+
+
+def _cycles(topology: Topology, program: Program, text: str) -> Cycles | None:
+    if topology.chip is None or topology.chip.clock is None:
+        return None
+    layers = [layer.name for layer in program.model.scheme.layers]
+    return count_cycles(text, topology.chip, topology.name.partition(":")[0], layers)
 
 
 def _counted(chip: Chip | None, program: Program) -> Estimate:
@@ -195,7 +226,7 @@ def model_flops(program: Program) -> float:
     """FLOPs of the model for one step, on one chip."""
     forward = macs(program.model, program.clip.frames, program.clip.crop, program.clip.crop)
     passes = 3 if program.train == "all" else 1  # the backward pass of the head is negligible
-    return passes * 2 * forward * program.batch_size / program.mesh.devices.size
+    return passes * 2 * forward * program.clips / program.mesh.devices.size
 
 
 def _estimate(
@@ -204,13 +235,12 @@ def _estimate(
     memory: Memory,
     flops: float | None,
     moved: float | None,
-    exchanged: list[Collective] | None,
+    exchanged: list[Collective],
 ) -> Estimate:
     bound = None
     if chip is not None:
         products = model_flops(program) if flops is None else flops
-        sends = counted_collectives(program) if exchanged is None else exchanged
-        bound = roofline(chip, program.mesh, program.model.dtype, products, moved, sends)
+        bound = roofline(chip, program.mesh, program.model.dtype, products, moved, exchanged)
     return Estimate(memory, flops, moved, exchanged, bound)
 
 
@@ -219,22 +249,25 @@ def counted_collectives(program: Program) -> list[Collective]:
 
     A gradient is summed over the axes that share the batch. If its parameter is split over one of
     them, this is a reduce-scatter, and the parameter is gathered for the forward and the backward
-    pass; over the other axes it is an all-reduce. The exchanges of the tensor and sequence axes are
-    not counted.
+    pass; over the other axes it is an all-reduce. In inference a split parameter is gathered once.
+    The exchanges of the tensor and sequence axes are not counted.
     """
-    mesh = program.mesh
+    mesh, training = program.mesh, program.work == "training"
     batch = [axis for axis in _names(BATCH_SPEC[0]) if mesh.shape[axis] > 1]
     sizes: dict[tuple[str, tuple[str, ...]], int] = {}
-    for leaf in jax.tree.leaves(trained(program.state.params, program.train)):
+    params = program.state.params
+    for leaf in jax.tree.leaves(trained(params, program.train) if training else params):
         split = [axis for part in leaf.sharding.spec for axis in _names(part) if axis in batch]
         others = tuple(axis for axis in batch if axis not in split)
         part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         whole = part * math.prod(mesh.shape[axis] for axis in split)
         if split:
             along = tuple(split)
-            sizes["all-gather", along] = sizes.get(("all-gather", along), 0) + 2 * whole
-            sizes["reduce-scatter", along] = sizes.get(("reduce-scatter", along), 0) + whole
-        if others:
+            gathered = 2 * whole if training else whole
+            sizes["all-gather", along] = sizes.get(("all-gather", along), 0) + gathered
+            if training:
+                sizes["reduce-scatter", along] = sizes.get(("reduce-scatter", along), 0) + whole
+        if others and training:
             sizes["all-reduce", others] = sizes.get(("all-reduce", others), 0) + part
     return [Collective(kind, size, axes, 1) for (kind, axes), size in sizes.items()]
 

@@ -1,4 +1,4 @@
-"""The program of a training step, from a config, for devices that need not exist."""
+"""The programs of training and inference, from a config, for devices that need not exist."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input.sampling import decoded_side
 from timesformer_jax.distributed.mesh import BATCH_SPEC, check_batch, make_mesh
-from timesformer_jax.distributed.sharding import batch_sharding
-from timesformer_jax.models.timesformer import TimeSformerConfig
+from timesformer_jax.distributed.sharding import batch_sharding, shardings
+from timesformer_jax.errors import InputError
+from timesformer_jax.evaluation.step import make_step
+from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 from timesformer_jax.training.checks import check_model
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
 from timesformer_jax.training.step import TrainState, abstract_state, make_train_step
@@ -23,19 +25,20 @@ if TYPE_CHECKING:  # planning.memory is used where ml_collections is not install
     from ml_collections import ConfigDict
 
 CLASSES = 400  # if the config takes them from the data
+WORKS = ("training", "inference")
 _STEPS_PER_EPOCH = 1000  # depends on the data, and does not change the cost of a step
 
 
 class Program(NamedTuple):
-    """A training step that can be compiled; it holds shapes, no arrays.
+    """A step of training or inference that can be compiled; it holds shapes, no arrays.
 
     Attributes:
-      model, clip: the model, and the clips that it is trained on.
+      model, clip: the model, and the clips that it sees.
       mesh: the devices.
-      state: shapes, dtypes and shardings of the training state.
+      state: shapes, dtypes and shardings of the training state; of inference the parameters only.
       batch: shapes, dtypes and shardings of the inputs of all devices together.
-      step: the jitted training step.
-      train: which parameters are trained, "all" or "head".
+      step: the jitted step.
+      train: which parameters are trained, "all" or "head"; "none" for inference.
       parts: how many parts of a batch go through the model one after another.
     """
 
@@ -49,8 +52,24 @@ class Program(NamedTuple):
     parts: int
 
     @property
+    def work(self) -> str:
+        """One of `WORKS`."""
+        return "inference" if self.train == "none" else "training"
+
+    @property
     def batch_size(self) -> int:
-        return self.batch["label"].shape[0]
+        """Clips of training, videos of inference."""
+        return self.batch["frames"].shape[0]
+
+    @property
+    def clips(self) -> int:
+        """Clips in a step: of inference, all views of its videos."""
+        return math.prod(self.batch["crop_boxes"].shape[:-1])
+
+    @property
+    def frame_side(self) -> int:
+        """Of the square frames that are decoded, in pixels."""
+        return self.batch["frames"].shape[-2]
 
     @property
     def batch_multiple(self) -> int:
@@ -64,27 +83,45 @@ class Program(NamedTuple):
 
     def lower(self) -> jax.stages.Lowered:
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state, self.batch)
+            held = self.state if self.work == "training" else self.state.params
+            return self.step.lower(held, self.batch)
 
 
-def build(config: ConfigDict, devices: list[jax.Device], batch_size: int) -> Program:
-    """The training step of `config` on `devices`.
+def batch_size_of(config: ConfigDict, work: str) -> int:
+    """The batch size of a config: clips of training, videos of inference."""
+    return config.batch_size if work == "training" else config.eval.batch_size
 
-    The frames are squares as training decodes them from videos with a short side of 256 pixels, or
-    of the largest in data.short_side_range if 256 is not in this range.
+
+def build(
+    config: ConfigDict, devices: list[jax.Device], batch_size: int, work: str = "training"
+) -> Program:
+    """The program of `config` on `devices`: a step of training, or a batch of its evaluation.
+
+    The frames are squares as they are decoded from videos with a short side of 256 pixels, or of
+    the largest in data.short_side_range if 256 is not in this range.
+
+    Args:
+      config: a recipe.
+      devices: as many as its mesh has.
+      batch_size: see `Program.batch_size`.
+      work: one of `WORKS`.
 
     Raises:
       InputError: if the config's mesh or the batch does not fit the devices, or a field of the
         config is wrong.
     """
+    if work not in WORKS:
+        raise InputError(f"--work={work}: there are {' and '.join(WORKS)}")
     mesh = make_mesh(**config.mesh, devices=devices)
-    check_batch(mesh, batch_size, "--config.batch_size", config.accumulate_steps)
     low, high = config.data.short_side_range
     short_side = 256 if low <= 256 <= high else high
     clip = ClipSpec(**config.clip, short_side=short_side)
     fields = dict(config.model)
     model = TimeSformerConfig(**fields | {"num_classes": fields["num_classes"] or CLASSES})
     check_model(mesh, model, clip)
+    if work == "inference":
+        return _inference(config, model, clip, mesh, batch_size)
+    check_batch(mesh, batch_size, "--config.batch_size", config.accumulate_steps)
     schedule = learning_rate(
         config.optimizer, config.optimizer.reference_batch_size, _STEPS_PER_EPOCH
     )
@@ -96,19 +133,44 @@ def build(config: ConfigDict, devices: list[jax.Device], batch_size: int) -> Pro
         trainable=train, accumulate_steps=parts, ema_decay=config.ema_decay,
     )  # fmt: skip
     side = decoded_side(clip.short_side, clip.crop, low)
-    batch = _batch(mesh, batch_size, clip.frames, side)
-    return Program(model, clip, mesh, state, batch, step, train, parts)
-
-
-def _batch(mesh: Mesh, size: int, frames: int, side: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of the batches that the input pipeline yields."""
     fields = {
-        "frames": ((frames, side, side, 3), jnp.uint8),
+        "frames": ((clip.frames, side, side, 3), jnp.uint8),
         "crop_boxes": ((3,), jnp.float32),
         "flip": ((), jnp.bool_),
         "augment_seed": ((), jnp.uint32),
         "label": ((), jnp.int32),
     }
+    batch = _batch(mesh, batch_size, fields)
+    return Program(model, clip, mesh, state, batch, step, train, parts)
+
+
+def _inference(
+    config: ConfigDict, model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh, batch_size: int
+) -> Program:
+    """The program of `evaluate`; that of `predict` is the same for one video, on one device."""
+    check_batch(mesh, batch_size, "--config.eval.batch_size")
+    views, side = config.eval.views * config.eval.crops, clip.short_side
+    fields = {
+        "frames": ((views, clip.frames, side, side, 3), jnp.uint8),
+        "crop_boxes": ((views, 3), jnp.float32),
+        "record": ((), jnp.int32),
+        "valid": ((), jnp.bool_),
+    }
+    params = parameters(abstract(model))
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        params,
+        shardings(mesh, params),
+    )
+    batch = _batch(mesh, batch_size, fields)
+    held = TrainState(None, params, None)  # type: ignore[arg-type]
+    return Program(model, clip, mesh, held, batch, make_step(model, clip, mesh), "none", 1)
+
+
+def _batch(
+    mesh: Mesh, size: int, fields: dict[str, tuple[tuple[int, ...], Any]]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of the batches that the input pipeline yields."""
     return {
         name: jax.ShapeDtypeStruct(
             (size, *shape), dtype, sharding=batch_sharding(mesh, name, 1 + len(shape))

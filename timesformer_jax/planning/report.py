@@ -9,6 +9,8 @@ import jax
 
 from timesformer_jax.distributed.hardware import GIB, Torus
 from timesformer_jax.planning.plan import Estimate, Plan
+from timesformer_jax.planning.program import Program
+from timesformer_jax.planning.report_cycles import cycles_json, cycles_lines, cycles_notes
 from timesformer_jax.planning.roofline import Roofline, sent
 
 _KINDS = {
@@ -28,6 +30,8 @@ def as_text(plan: Plan) -> str:
     columns = [(name, estimate) for name, estimate in found if estimate]
     lines += [_row("memory a chip, GiB", [name for name, _ in columns])]
     for kind, name in _KINDS.items():
+        if kind == "optimizer" and plan.program.work == "inference":
+            continue
         values = [getattr(estimate.memory, kind) / GIB for _, estimate in columns]
         lines.append(_row(f"  {name}", [f"{value:.3f}" for value in values]))
     totals = [estimate.memory.total / GIB for _, estimate in columns]
@@ -39,6 +43,8 @@ def as_text(plan: Plan) -> str:
         lines += _sent(name, estimate, plan)
     if plan.best.roofline:
         lines += ["", *_times(plan, plan.best.roofline)]
+    if plan.cycles:
+        lines += ["", *cycles_lines(plan, plan.cycles)]
     if plan.largest_batch is not None:
         lines += ["", _largest(plan)]
     return "\n".join([*lines, "", "assumed:", *(f"  {line}" for line in assumptions(plan))])
@@ -49,9 +55,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
     program, bound = plan.program, plan.best.roofline
     return {
         "topology": plan.topology.name,
+        "work": program.work,
         "chips": program.mesh.devices.size,
         "mesh": dict(program.mesh.shape),
-        "batch_size": plan.program.batch_size,
+        "batch_size": program.batch_size,
+        "clips": program.clips,
         "clip": {"frames": program.clip.frames, "crop": program.clip.crop},
         "attention": program.model.attention,
         "dtype": program.model.dtype,
@@ -67,8 +75,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compiled": plan.compiled and _estimate_json(plan.compiled, plan),
         "counted": _estimate_json(plan.counted, plan),
         "step_seconds": plan.step_seconds,
-        "clips_per_second": bound and plan.program.batch_size / bound.overlapped,
+        "clips_per_second": bound and program.clips / bound.overlapped,
         "mfu": plan.mfu,
+        "cycles": plan.cycles and cycles_json(plan, plan.cycles),
         "assumptions": assumptions(plan),
     }
 
@@ -76,13 +85,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _estimate_json(estimate: Estimate, plan: Plan) -> dict[str, Any]:
     exchanged = [
         c._asdict() | {"axes": list(c.axes), "sent_bytes": sent(c, plan.program.mesh)}
-        for c in estimate.collectives or []
+        for c in estimate.collectives
     ]
     return {
         "memory_bytes": estimate.memory._asdict() | {"total": estimate.memory.total},
         "flops": estimate.flops,
         "moved_bytes": estimate.moved,
-        "collectives": None if estimate.collectives is None else exchanged,
+        "collectives": exchanged,
         "roofline_seconds": estimate.roofline and estimate.roofline._asdict(),
     }
 
@@ -90,20 +99,23 @@ def _estimate_json(estimate: Estimate, plan: Plan) -> dict[str, Any]:
 def assumptions(plan: Plan) -> list[str]:
     """The assumptions behind the figures, one a line."""
     chip, program = plan.topology.chip, plan.program
+    kept = "every residual of the forward pass is" if program.train == "all" else "one block's is"
     lines = [
         "counted TFLOPs: 2 a multiply-accumulate of the model; recomputation by remat not included",
-        "counted memory: every residual of the forward pass is kept, without padding",
+        f"counted memory: {kept} kept, without padding",
         "sent: as in a ring of n chips, (n - 1) / n of the bytes, an all-reduce twice that",
-        f"frames are {program.batch['frames'].shape[2]} x {program.batch['frames'].shape[3]} "
-        f"uint8; reading and decoding them is not counted",
+        f"frames are {program.frame_side} x {program.frame_side} uint8; reading and decoding them "
+        "is not counted",
         f"{program.model.num_classes} classes",
     ]
     if program.train == "all":
         lines[0] += ", forward 3 times"
-    if program.has_loops:
+    if program.has_loops and plan.compiled:
         lines.append("a compiled program with loops: its FLOPs and traffic are not counted")
     if plan.quick:
         lines.append("compiled with --quick: less optimised than training would")
+    if plan.cycles:
+        lines += cycles_notes(plan.cycles)
     if chip is None:
         return [*lines, "the peaks of this CPU are unknown: no time is estimated"]
     product = "a bfloat16 pass" if isinstance(chip.links, Torus) else "TensorFloat-32"
@@ -132,8 +144,15 @@ def _head(plan: Plan) -> str:
     return (
         f"{model.attention}, {clip.frames} x {clip.crop}, {model.dtype}, remat {model.remat}, on "
         f"{plan.topology.name}: {chips} chip{'s' * (chips > 1)}, mesh {mesh or 'of one'}\n"
-        f"a step of {plan.program.batch_size} clips"
+        f"{_work(program)}"
     )
+
+
+def _work(program: Program) -> str:
+    if program.work == "training":
+        return f"training, a step of {program.clips} clips"
+    views = program.clips // program.batch_size
+    return f"inference, a batch of {program.batch_size} videos in {views} clips each"
 
 
 def _verdict(plan: Plan) -> str:
@@ -160,12 +179,11 @@ def _scaled(value: float | None, unit: float) -> str:
 def _sent(name: str, estimate: Estimate, plan: Plan) -> list[str]:
     """What a chip sends, summed over the collectives of one kind along the same axes."""
     sums: dict[tuple[str, tuple[str, ...]], list[float]] = {}
-    for c in estimate.collectives or []:
+    for c in estimate.collectives:
         entry = sums.setdefault((c.kind, c.axes), [0, 0.0])
         entry[0] += c.count
         entry[1] += sent(c, plan.program.mesh)
-    none = ": none" if estimate.collectives == [] else ": not counted"
-    lines = [f"MB that a chip sends, {name}" + ("" if sums else none)]
+    lines = [f"MB that a chip sends, {name}" + ("" if sums else ": none")]
     for (kind, axes), (count, size) in sorted(sums.items(), key=lambda item: -item[1][1]):
         times = f"  ({count} of them)" if name == "compiled" else ""
         lines.append(_row(f"  {kind} over {', '.join(axes)}", [f"{size / 1e6:.3f}"]) + times)
@@ -177,7 +195,7 @@ def _times(plan: Plan, bound: Roofline) -> list[str]:
     lines = ["roofline of a step, ms"]
     for name, seconds in parts.items():
         lines.append(_row(f"  {name}", ["-" if seconds is None else f"{seconds * 1e3:.2f}"]))
-    late, rate = bound.one_by_one, plan.program.batch_size / bound.overlapped
+    late, rate = bound.one_by_one, plan.program.clips / bound.overlapped
     mfu = "traffic to memory not counted" if plan.mfu is None else f"MFU {plan.mfu:.1%}"
     return [
         *lines,
@@ -189,4 +207,5 @@ def _times(plan: Plan, bound: Roofline) -> list[str]:
 def _largest(plan: Plan) -> str:
     if plan.largest_batch == 0:
         return "no batch fits: try --config.model.remat=block, bfloat16 or more chips"
-    return f"largest batch that fits: {plan.largest_batch}"
+    of = " videos" if plan.program.work == "inference" else ""
+    return f"largest batch that fits: {plan.largest_batch}{of}"

@@ -139,12 +139,14 @@ def make_train_step(
         subset, examples = trained(state.params, trainable), inputs(batch)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             (loss, accuracy), grads = gradient(subset, state.params, examples, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = state.params | optax.apply_updates(subset, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = state.params | optax.apply_updates(subset, updates)
+            norm = optax.tree.norm(grads)
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "gradient_norm": optax.tree.norm(grads),
+            "gradient_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         average = None if state.ema is None else _moving_average(state.ema, params, ema_decay)
@@ -182,10 +184,11 @@ def _make_inputs(
         video = crop(batch["frames"], batch["crop_boxes"], clip.crop, batch["flip"])
         labels = targets = batch["label"]
         if augmentation.on:
-            video, targets = augment(
-                video, labels, batch["augment_seed"], augmentation,
-                fill=clip.mean, classes=model.num_classes, mesh=mesh,
-            )  # fmt: skip
+            with jax.named_scope("preprocessing"):
+                video, targets = augment(
+                    video, labels, batch["augment_seed"], augmentation,
+                    fill=clip.mean, classes=model.num_classes, mesh=mesh,
+                )  # fmt: skip
         return Examples(normalise(jnp.asarray(video), clip), jnp.asarray(targets), labels)
 
     return inputs
@@ -238,6 +241,7 @@ def _accumulated(gradient: Callable, steps: int) -> Callable:
     return of_batch
 
 
+@jax.named_scope("optimizer")
 def _moving_average(average: Any, params: Any, decay: float) -> Any:
     # Not optax.incremental_update: its factors, decay and 1 - decay rounded to float32, do not add
     # up to 1, which biases the average: at 0.9999 by 1.6e-4 of its value after 40000 steps, where

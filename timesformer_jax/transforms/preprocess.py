@@ -35,6 +35,7 @@ def preprocess(
     return normalise(crop(frames, crop_boxes, spec.crop, flip), spec)
 
 
+@jax.named_scope("preprocessing")
 def crop(
     frames: Frames, crop_boxes: CropBoxes, size: int, flip: Flip = None
 ) -> Float[Array, "b t {size} {size} 3"]:
@@ -50,6 +51,7 @@ def crop(
     return clips / 255
 
 
+@jax.named_scope("preprocessing")
 def normalise(clips: Float[Array, "*b 3"], spec: ClipSpec) -> Float[Array, "*b 3"]:
     """(..., 3) float32 RGB in [0, 1], normalised and in the channel order of the model."""
     clips = (clips - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)

@@ -42,7 +42,8 @@ def layer_norm(
       x: (..., D) of any float dtype; its gradient has this dtype.
       scale, bias: (D,) float32; their gradients are float32.
     """
-    return _layer_norm(x, scale, bias)
+    with jax.named_scope("norm"):
+        return _layer_norm(x, scale, bias)
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -55,7 +55,8 @@ def linear(
     Returns:
       The tree with (..., *outputs) in the dtype of `x`.
     """
-    return _linear(rule, x, kernel, bias)
+    with jax.named_scope("linear"):
+        return _linear(rule, x, kernel, bias)
 
 
 class Linear(nnx.LinearGeneral):
@@ -85,6 +86,7 @@ class Linear(nnx.LinearGeneral):
         return jax.tree.map(lambda t: checkpoint_name(t, OUTPUT), y)
 
 
+@jax.named_scope("linear")
 def fused(first: Linear, second: Linear) -> tuple[Float[Array, "i o"], Float[Array, " o"]]:
     """W W' and b W', where x W + b is `first` and W' the kernel of `second`.
 

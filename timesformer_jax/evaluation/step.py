@@ -1,0 +1,51 @@
+"""The program of an evaluation: class probabilities, averaged over the views of each video."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
+from timesformer_jax.transforms.preprocess import preprocess
+
+Probabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def make_probabilities(model: TimeSformerConfig, clip: ClipSpec) -> Probabilities:
+    """A function that predicts class probabilities, averaged over views.
+
+    It takes parameters, frames (B, V, T, H, W, 3) uint8 and crop_boxes (B, V, 3). It returns
+    (B, classes) float32: the mean over the V views of the softmax, as in the paper (the authors'
+    release sums logits).
+    """
+
+    def probabilities(params: Any, frames: jax.Array, crop_boxes: jax.Array) -> jax.Array:
+        views = frames.shape[:2]
+        frames = frames.reshape(-1, *frames.shape[2:])  # b v ... -> (b v) ...
+        video = preprocess(frames, crop_boxes.reshape(-1, 3), clip)
+        logits = with_parameters(model, params)(video)
+        return jax.nn.softmax(logits).reshape(*views, -1).mean(axis=1)
+
+    return probabilities
+
+
+@functools.lru_cache(maxsize=2)
+def make_step(model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted function from parameters and batch to probabilities, records and validity.
+
+    Cached, so that a process compiles it once.
+    """
+
+    def step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            p = make_probabilities(model, clip)(params, batch["frames"], batch["crop_boxes"])
+        return p, batch["record"], batch["valid"]
+
+    # Replicated: every host computes the metrics of the whole split.
+    return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
