@@ -371,6 +371,75 @@ def test_errors_are_one_line(topology, changes, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("topology", ["cpu:8", "h100:8"])
+def test_inference_holds_parameters_and_runs_forward(topology):
+    config = tiny(**{"eval.batch_size": 8, "eval.views": 2, "eval.crops": 3})
+    found = make_plan(config, topology, work="inference", memory=1.0)
+    memory = found.best.memory
+    assert memory.parameters == bytes_of(found.program.state.params)
+    assert memory.optimizer == 0
+    assert memory.inputs == bytes_of(found.program.batch) // 8
+    assert found.program.clips == 8 * 2 * 3
+    assert found.counted.flops == 2 * macs(found.program.model) * 8 * 6 / 8
+    assert found.counted.collectives == []
+    text = as_text(found)
+    assert "inference, a batch of 8 videos in 6 clips each" in text
+    assert "optimizer" not in text
+    written = as_json(found)
+    assert (written["work"], written["batch_size"], written["clips"]) == ("inference", 8, 48)
+    if found.compiled:
+        assert found.compiled.flops / found.counted.flops == pytest.approx(1, abs=0.35)
+
+
+def test_the_batch_of_inference_is_what_evaluation_feeds_the_step(demo_data):
+    from timesformer_jax.data.input import pipeline
+
+    config = recipes.demo()
+    split = open_split(demo_data, "validation")
+    clip = ClipSpec(**config.clip, short_side=int(split.height[0]))
+    config.data.short_side_range = (clip.short_side, clip.short_side)
+    (fed, *_) = pipeline.eval_batches(split, clip, batch_size=8, views=1, crops=3)
+    planned = build(config, jax.devices(), 8, "inference").batch
+    assert {k: (fed[k].shape, fed[k].dtype) for k in planned} == {
+        k: (v.shape, v.dtype) for k, v in planned.items()
+    }
+
+
+def test_parameters_that_devices_share_are_gathered_once_for_inference():
+    config = tiny(**{"mesh.data": 2, "mesh.fsdp": 4})
+    found = build(config, jax.devices(), 16, "inference")
+    split = sum(
+        x.size * 4
+        for x in jax.tree.leaves(found.state.params)
+        if not x.sharding.is_fully_replicated
+    )
+    assert counted_collectives(found) == [Collective("all-gather", split, ("fsdp",), 1)]
+
+
+def test_the_largest_batch_of_inference_is_of_videos():
+    changes = {"model.depth": 1, "model.hidden_size": 16}
+    found = make_plan(tiny(**changes), "h100:8", work="inference", find_batch=True, memory=0.1)
+    assert f"largest batch that fits: {found.largest_batch} videos" in as_text(found)
+    other = tiny(**changes, **{"eval.batch_size": found.largest_batch})
+    assert make_plan(other, "h100:8", work="inference", memory=0.1).fits
+
+
+def test_an_unknown_work_is_refused():
+    with pytest.raises(tsf.InputError, match="--work=testing: there are training and inference"):
+        make_plan(tiny(), "cpu:8", work="testing")
+
+
+def test_the_compiled_program_is_written(tmp_path):
+    small = tiny(**{"batch_size": 1, "model.depth": 1, "model.hidden_size": 16})
+    plan(small, "cpu:1", work="inference", hlo=str(tmp_path / "step.hlo"))
+    text = (tmp_path / "step.hlo").read_text()
+    assert "\nENTRY " in text
+    assert "/spatial/" in text  # the scopes of the model
+    with pytest.raises(tsf.InputError, match="no program was compiled that fits"):
+        plan(small, "h100:1", hlo=str(tmp_path / "none.hlo"))
+    assert not (tmp_path / "none.hlo").exists()
+
+
 def test_a_search_without_a_limit_is_refused():
     with pytest.raises(tsf.InputError, match="has no memory limit; give one, --memory=16"):
         make_plan(tiny(), "cpu:8", find_batch=True)

@@ -148,16 +148,15 @@ def place(instruction: Instruction, layers: Sequence[str]) -> tuple[str, str]:
     Both follow from its name in the traced program, `jit(step)/transpose(jvp(mlp))/linear/add`:
     the innermost scope that is known. A fusion has the name of one of its operations.
     """
-    name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    path = name[1].partition(";")[0] if name else ""
+    path = _path(instruction)
     direction = FORWARD
     if "rematted_computation" in path:
         direction = RECOMPUTED
-    elif "transpose(" in path:
+    elif "transpose" in path[:-1]:  # of a gradient; the last is the operation
         direction = BACKWARD
     if instruction.opcode.removesuffix("-start").removesuffix("-done") in KINDS:
         return COLLECTIVES, direction
-    for scope in reversed(re.split(r"[/()]+", path)[:-1]):  # the last is the operation
+    for scope in reversed(path[:-1]):
         if scope in layers:
             return f"{scope} attention", direction
         if scope in PARTS:
@@ -165,11 +164,17 @@ def place(instruction: Instruction, layers: Sequence[str]) -> tuple[str, str]:
     return OTHER, direction
 
 
+def _path(instruction: Instruction) -> list[str]:
+    """The scopes and transformations around an operation, and its own name, from the outermost."""
+    name = re.search(r'op_name="([^"]*)"', instruction.rest)
+    first = name[1].partition(";")[0] if name else ""  # of operations that are now one
+    return [part for part in re.split(r"[/()]+", first) if part]
+
+
 def kernel_name(instruction: Instruction) -> str:
     """The name that a kernel was given, `temporal_forward`: of the scope around its call."""
-    name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    scopes = name[1].split("/") if name else []
-    return scopes[-2] if len(scopes) > 1 else instruction.name
+    scopes = _path(instruction)[:-1]
+    return scopes[-1] if scopes else instruction.name
 
 
 def _kernel_call(

@@ -13,7 +13,7 @@ NOTES = (
     "of the peak, a small fusion at 2000 or more, a few operations at 0",
     "cycles of a kernel: the bundles of its schedule times the iterations of its loops, or its "
     "operands and results at the memory's rate; waits inside it are not counted, every branch is",
-    "cycles of a fusion count for the part that names it; a copy only moves data or changes its type",
+    "cycles of a fusion count for the part that names it; a copy only moves or converts data",
     "cycles leave out collectives, the host and the input",
 )
 

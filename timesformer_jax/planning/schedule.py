@@ -11,17 +11,14 @@ import re
 from typing import NamedTuple
 
 # A line `  0x4e LB: >> { ...` is a bundle; LB if the body of a loop begins with it.
-_BUNDLE = re.compile(r"\s+(?:0x)?[0-9a-f]+\s+(LB)?[A-Z ]*: *>* *\{")
-# `%p2 = scmp.ge.s32.totalorder %s19, 4 /* loop exit test */`, in some places after a predicate.
-_EXIT = re.compile(
-    r"(%p\w+) = scmp\.ge\.s32\.totalorder (?:\([^)]*\), )?(%\w+), (\d+) /\* loop exit test"
-)
-# What is tested: `%s19 = sadd.s32 1, %s28`, the next of a number that counts from 0.
+_BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s+(LB)?[A-Z ]*: *>* *\{")
+# It ends with a branch back to the body, unless `%p2 = scmp.ge.s32.totalorder %s19, 4` holds.
+_EXIT = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder (?:\([^)]*\), )?(%\w+), (\d+)\b")
+_BRANCH = re.compile(r"sbr\.rel \((!?)(%p\w+)\) target = \$region(\d+)")
+_START = re.compile(r"Start(?:/End)? (?:empty )?region (\d+)")
+_DELAY_SLOTS = 4  # after a branch, of v5e, v5p and v6e
+# What is compared: `%s19 = sadd.s32 1, %s28`, the next of a number that counts from 0.
 _STEP = re.compile(r"(%s\w+) = sadd\.s32 (?:\([^)]*\), )?(\d+), %")
-# The branch back to the body, unless the exit test holds. The bundles in its delay slots are the
-# loop's too. (What `pl.when` skips is skipped by a branch without the `!`.)
-_BACK = re.compile(r"sbr\.rel \(!(%p\w+)\)")
-_DELAY_SLOTS = 4  # of v5e, v5p and v6e
 # The loop over a grid is a pipeline: it runs longer than the grid has steps, to fill and to drain.
 _STAGE = re.compile(r"iteration index, stage = (\d+)")
 
@@ -51,6 +48,7 @@ def read_schedule(text: str) -> Schedule:
     steps: dict[str, int] = {}
     exits: dict[str, int] = {}
     iterations: list[int | None] = []  # of each loop
+    started: set[str] = set()
     stages = 0
     open_loops: tuple[int, ...] = ()
     delay = 0
@@ -67,8 +65,10 @@ def read_schedule(text: str) -> Schedule:
         for name, tested, bound in _EXIT.findall(line):
             exits[name] = -(-int(bound) // steps.get(tested, 1))
         stages = max(stages, *map(int, _STAGE.findall(line)), 0)
-        if open_loops and (back := _BACK.search(line)):
-            iterations[open_loops[-1]] = exits.get(back[1])
+        started.update(_START.findall(line))
+        branch = _BRANCH.search(line)
+        if branch and branch[3] in started and open_loops:
+            iterations[open_loops[-1]] = exits.get(branch[2]) if branch[1] else None
             delay = _DELAY_SLOTS + 1
     if not around:
         raise ValueError("no bundles in the text")
