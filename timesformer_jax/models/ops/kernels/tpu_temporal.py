@@ -153,8 +153,8 @@ def _kernel(how: Plan, body: Any, inputs: int, *refs: Any) -> None:
     def step(i: jax.Array, _: None) -> None:
         at = pl.multiple_of(i * rows, rows)
         tiles = [Tile(how, part, at, rows, how.positions - start - at) for part in parts]
-        for lane in range(0, how.width, how.slab):
-            body(how, lane, *tiles)
+        stages = [body(how, lane, *tiles) for lane in range(0, how.width, how.slab)]
+        _in_turn(stages)
 
     steps = jnp.minimum(how.block, how.positions - start + rows - 1) // rows
     jax.lax.fori_loop(0, steps, step, None)
@@ -169,22 +169,21 @@ class Tile(NamedTuple):
     rows: int
     valid: jax.Array  # positions of the tile that are there
 
-    def load(self, lane: int) -> list[jax.Array]:
+    def load(self, lane: int, clean: bool = True) -> list[jax.Array]:
         """Channels from `lane` on, of group after group: (tokens * group, slab).
 
-        What lies behind the last position is not defined, and set to zero.
+        What lies behind the last position is not defined, and set to zero if `clean`.
         """
         how = self.how
         lanes, rows = slice(lane, lane + how.slab), pl.ds(self.at, self.rows)
         x = self.refs[0][0, :, rows, lanes]
         if how.cls:
             x = jnp.concatenate([x, self.refs[1][:, rows, lanes]])
-        x = x.reshape(-1, how.slab)
-        if how.positions % self.rows:
-            x = _keep(x, lambda row, _: row % self.rows < self.valid)
+        if how.positions % self.rows and clean:
+            x = _keep(x, lambda row, _: row < self.valid)
         if self.rows == how.group:
-            return [x]
-        wide = x.astype(jnp.float32).reshape(how.tokens, self.rows, how.slab)
+            return [x.reshape(-1, how.slab)]
+        wide = x.astype(jnp.float32)
         return [
             wide[:, i : i + how.group].reshape(-1, how.slab).astype(x.dtype)
             for i in range(0, self.rows, how.group)
@@ -203,7 +202,9 @@ class Tile(NamedTuple):
 def _keep(x: jax.Array, keep: Any) -> jax.Array:
     """x where keep(row, lane), zero elsewhere, also where x is NaN."""
     bits = pltpu.bitcast(x, jnp.int32)
-    row, lane = (jax.lax.broadcasted_iota(jnp.int32, bits.shape, i) for i in range(2))
+    row, lane = (
+        jax.lax.broadcasted_iota(jnp.int32, bits.shape, i) for i in (x.ndim - 2, x.ndim - 1)
+    )
     if x.dtype.itemsize == 4:
         mask = jnp.where(keep(row, lane), -1, 0)
     else:  # two rows in a word, the first in its low half
@@ -220,15 +221,35 @@ def _head(how: Plan, x: jax.Array, head: int) -> jax.Array:
     return _keep(x, lambda _, lane: (lane >= first) & (lane < first + how.channels))
 
 
-def _weights(how: Plan, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _weights(how: Plan, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp(logits - largest) of keys x queries, and the sums over the keys (1, queries)."""
-    logits = _dot(k, q, 1, 1)
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, i) for i in range(2))
-    if how.group > 1:
-        logits = jnp.where(row % how.group == column % how.group, logits, -jnp.inf)
-    largest = logits.max(axis=0, keepdims=True)
+    queries = logits.shape[1]
+    logits = logits.reshape(how.tokens, how.group, queries)
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, i) for i in (1, 2))
+    logits = jnp.where(row == column & (how.group - 1), logits, -jnp.inf)
+    largest = logits.max(axis=(0, 1), keepdims=True)
     weights = jnp.exp2((logits - largest) * (math.log2(math.e) / math.sqrt(how.channels)))
+    weights = weights.reshape(-1, queries)
     return weights, weights.sum(axis=0, keepdims=True)
+
+
+AHEAD = int(__import__("os").environ.get("AHEAD", "2"))
+
+
+def _in_turn(stages: list) -> None:
+    live = []
+    stages = iter(stages)
+    done = False
+    while not done or live:
+        if not done:
+            new = next(stages, None)
+            if new is None:
+                done = True
+            else:
+                live.append(new)
+        for g in list(live):
+            if next(g, StopIteration) is StopIteration:
+                live.remove(g)
 
 
 def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
@@ -237,42 +258,66 @@ def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
 
 def _transposed_heads(how: Plan, x: jax.Array) -> list[jax.Array]:
     """(rows, slab) to an array (d, rows) for each head."""
-    x = x.astype(jnp.float32).T.astype(x.dtype)
+    x = x.T
     return [x[i : i + how.channels] for i in range(0, how.slab, how.channels)]
 
 
-def _forward(how: Plan, lane: int, qkv: Tile, out: Tile) -> None:
-    results = []
-    for q, k, v in zip(*(qkv.load(part * how.width + lane) for part in range(3))):
-        heads = []
-        for head, v_t in enumerate(_transposed_heads(how, v)):
-            weights, total = _weights(how, _head(how, q, head), k)
-            heads.append(_dot(v_t, weights.astype(v.dtype), 1, 0) / total)
-        results.append(jnp.concatenate(heads).T)
-    out.store(lane, results)
+def _forward(how: Plan, lane: int, qkv: Tile, out: Tile) -> Any:
+    parts = [qkv.load(part * how.width + lane, clean=part == 2) for part in range(3)]
+    logits = [
+        [_dot(k, _head(how, q, head), 1, 1) for head in range(how.slab // how.channels)]
+        for q, k, _ in zip(*parts)
+    ]
+    v_t = [_transposed_heads(how, v) for v in parts[2]]
+    yield 1
+    weights = [[_weights(how, s) for s in heads] for heads in logits]
+    yield 2
+    results = [
+        [
+            _dot(v, w.astype(v.dtype), 1, 0) * (1 / total)
+            for (w, total), v in zip(heads, values)
+        ]
+        for heads, values in zip(weights, v_t)
+    ]
+    yield 3
+    dtype = parts[0][0].dtype
+    out.store(lane, [jnp.concatenate(heads).astype(dtype).T for heads in results])
 
 
-def _backward(how: Plan, lane: int, qkv: Tile, g: Tile, out: Tile) -> None:
-    results = []
-    for q, k, v, do in zip(*(qkv.load(part * how.width + lane) for part in range(3)), g.load(lane)):
-        heads = []
-        q_t, k_t, do_t = (_transposed_heads(how, x) for x in (q, k, do))
-        for head in range(len(q_t)):
-            weights, total = _weights(how, _head(how, q, head), k)
-            weights = weights / total
-            weights_bar = _dot(v, _head(how, do, head), 1, 1)
+def _backward(how: Plan, lane: int, qkv: Tile, g: Tile, out: Tile) -> Any:
+    groups = list(zip(*(qkv.load(part * how.width + lane) for part in range(3)), g.load(lane)))
+    count = range(how.slab // how.channels)
+    logits = [[_dot(k, _head(how, q, head), 1, 1) for head in count] for q, k, _, _ in groups]
+    bars = [[_dot(v, _head(how, do, head), 1, 1) for head in count] for _, _, v, do in groups]
+    yield 1
+    t = [[_transposed_heads(how, x) for x in (q, k, do)] for q, k, _, do in groups]
+    saved = []
+    dtype = groups[0][0].dtype
+    for heads, heads_bar in zip(logits, bars):
+        saved.append([])
+        for s, weights_bar in zip(heads, heads_bar):
+            weights, total = _weights(how, s)
+            weights = weights * (1 / total)
             product = weights * weights_bar
             along = product.sum(axis=0, keepdims=True)
-            logits_bar = (product - weights * along).astype(q.dtype)
-            heads.append(
-                (
-                    _dot(k_t[head], logits_bar, 1, 0),
-                    _dot(q_t[head], logits_bar, 1, 1),
-                    _dot(do_t[head], weights.astype(v.dtype), 1, 1),
-                )
+            logits_bar = (product - weights * along).astype(dtype)
+            saved[-1].append((weights.astype(dtype), logits_bar))
+    yield 2
+    scale = 1 / math.sqrt(how.channels)
+    results = [
+        [
+            (
+                _dot(k, logits_bar, 1, 0) * scale,
+                _dot(q, logits_bar, 1, 1) * scale,
+                _dot(do, weights, 1, 1),
             )
-        scale = 1 / math.sqrt(how.channels)
-        dq, dk, dv = (jnp.concatenate(part) for part in zip(*heads))
-        results.append(((dq * scale).T, (dk * scale).T, dv.T))
-    for part, groups in enumerate(zip(*results)):
-        out.store(part * how.width + lane, list(groups))
+            for (weights, logits_bar), q, k, do in zip(heads, *ts)
+        ]
+        for heads, ts in zip(saved, t)
+    ]
+    yield 3
+    for part in range(3):
+        out.store(
+            part * how.width + lane,
+            [jnp.concatenate([h[part] for h in heads]).astype(dtype).T for heads in results],
+        )
