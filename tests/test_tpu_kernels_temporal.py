@@ -70,7 +70,14 @@ def check(shape, dtype, cls, interpret=True):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("cls", [False, True], ids=["patches", "cls"])
 @pytest.mark.parametrize(
-    "shape", [(1, 8, 20, 2, 64), (2, 1, 1, 1, 64), (1, 5, 11, 4, 32), (1, 16, 9, 1, 128)], ids=str
+    "shape",
+    [(1, 8, 20, 2, 64), (2, 1, 1, 1, 64), (1, 5, 11, 4, 32), (1, 16, 9, 1, 128), (1, 29, 3, 2, 64)],
+    ids=str,
 )
 def test_values_and_gradients(shape, cls, dtype):
     check(shape, dtype, cls)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_sequences_with_products_of_their_own(dtype):
+    check((1, 33, 3, 2, 64), dtype, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+VMEM = 60 * 2**20  # a v5p has 64 MiB, a v5e and a v6e 128
+# Bytes of a step of the backward kernel's grid, which are there twice: one step computes while
+# another one's are moved. Small steps start sooner, large ones are fewer.
+BLOCK = 10 * 2**20
+LARGEST = 23 * 2**20
+UNROLLED = 16  # tokens; the heads of longer sequences are a loop, for the compiler's time
+GROUPED = 32  # tokens; longer sequences have products of their own
 
 
 class Plan(NamedTuple):
@@ -43,6 +51,11 @@ class Plan(NamedTuple):
         return self.frames + self.cls
 
     @property
+    def length(self) -> int:
+        """Rows of a sequence that has products of its own: whole tiles in every dtype."""
+        return pl.cdiv(self.tokens, 16) * 16
+
+    @property
     def slab(self) -> int:
         """Channels whose heads are loaded and stored together: whole heads and whole lane rows."""
         slab = math.lcm(self.channels, LANES)
@@ -56,30 +69,35 @@ def rows_of(dtype: Any) -> int:
 
 def unsupported(shape: tuple[int, ...], dtype: Any, cls: bool = False) -> str | None:
     """Why the kernels do not support qkv (B, T, N, 3, h, d) of a dtype; None if they do."""
-    _, t, _, _, _, d = shape
+    _, t, _, _, h, d = shape
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"no product of {jnp.dtype(dtype).name}"
     if d % 8 or d > LANES:
         return f"heads have {d} channels; the kernel takes multiples of 8 up to {LANES}"
-    if t + cls > 32:
-        return f"{t + cls} tokens; the kernel takes up to 32"
+    if _bytes(t + cls, h * d, dtype) > LARGEST:
+        return f"{t + cls} tokens of {h * d} channels do not fit the memory of a kernel"
     return None
 
 
+def _bytes(tokens: int, width: int, dtype: Any, rows: int = 0) -> int:
+    """Of qkv, the gradient of the result and the gradient of qkv, of the positions of one tile."""
+    return (rows or rows_of(dtype)) * tokens * 7 * width * jnp.dtype(dtype).itemsize
+
+
 def plan(shape: tuple[int, ...], dtype: Any, cls: bool, heads: int, interpret: Any) -> Plan:
+    """How the kernels work on qkv (B, T, N, 3 * h * d)."""
     _, t, n, width = shape
-    rows = rows_of(dtype)
+    width //= 3
     tokens = t + cls
-    group = 8
-    while group < 128 and 2 * group * tokens <= LANES:
-        group *= 2
-    group = min(group, max(8, 1 << (n - 1).bit_length()))
-    loaded = max(group, rows)
-    # Of qkv, the result and their gradients, each twice: one is computed on while one is moved.
-    row = tokens * (2 * width + 2 * width // 3) * jnp.dtype(dtype).itemsize
-    block = max(1, min(pl.cdiv(n, loaded), 24 * 2**20 // (row * loaded)))
-    block = pl.cdiv(pl.cdiv(n, loaded), pl.cdiv(pl.cdiv(n, loaded), block)) * loaded
-    return Plan(t, n, heads, width // 3 // heads, cls, group, block, interpret)
+    group = 1
+    if tokens <= GROUPED:
+        group = 8
+        while 2 * group * tokens <= LANES and group < n:
+            group *= 2
+    rows = max(group, rows_of(dtype))
+    tiles = pl.cdiv(n, rows)
+    steps = pl.cdiv(tiles, max(1, BLOCK // _bytes(tokens, width, dtype, rows)))
+    return Plan(t, n, heads, width // heads, cls, group, pl.cdiv(tiles, steps) * rows, interpret)
 
 
 def attention(
@@ -131,72 +149,155 @@ def _call(how: Plan, body: Any, inputs: tuple, width: int) -> tuple[jax.Array, .
     first = inputs[0][0]
     b, dtype = len(first), first.dtype
     shapes = [(b, how.frames, how.positions, width), (b, how.positions, width)]
-    out_shape = tuple(jax.ShapeDtypeStruct(s, dtype) for s in shapes[: 1 + how.cls])
+    scratch = []
+    if how.group == 1:
+        parts = (sum(pair[0].shape[-1] for pair in inputs) + width) // how.width
+        rows = how.length * 8
+        scratch = [pltpu.VMEM((parts * pl.cdiv(how.slab, LANES), rows, LANES), jnp.uint32)]
     return pl.pallas_call(
         functools.partial(_kernel, how, body, len(inputs)),
         grid=(b, pl.cdiv(how.positions, how.block)),
         in_specs=[spec(a.shape[-1], i == 0) for pair in inputs for i, a in enumerate(pair)],
         out_specs=tuple(spec(width, i == 0) for i in range(1 + how.cls)),
-        out_shape=out_shape,
+        out_shape=tuple(jax.ShapeDtypeStruct(s, dtype) for s in shapes[: 1 + how.cls]),
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM
         ),
         interpret=how.interpret,
     )(*(a for pair in inputs for a in pair))
 
 
 def _kernel(how: Plan, body: Any, inputs: int, *refs: Any) -> None:
-    parts = [refs[i : i + 1 + how.cls] for i in range(0, len(refs), 1 + how.cls)]
+    """Runs `body` on every tile of positions and slab of heads of a block."""
+    count = (inputs + 1) * (1 + how.cls)
+    arrays = [refs[i : i + 1 + how.cls] for i in range(0, count, 1 + how.cls)]
     rows = max(how.group, rows_of(refs[0].dtype))
     start = pl.program_id(1) * how.block
+    parts = [
+        (array, offset) for array in arrays for offset in range(0, array[0].shape[-1], how.width)
+    ]
 
     def step(i: jax.Array, _: None) -> None:
         at = pl.multiple_of(i * rows, rows)
-        tiles = [Tile(how, part, at, rows, how.positions - start - at) for part in parts]
-        stages = [body(how, lane, *tiles) for lane in range(0, how.width, how.slab)]
-        _in_turn(stages)
+        tile = Tile(how, at, rows, how.positions - start - at)
+        if how.tokens <= UNROLLED:
+            lanes = range(0, how.width, how.slab)
+            _in_turn([_grouped(tile, body, parts, lane) for lane in lanes])
+        else:
+            jax.lax.fori_loop(0, how.width // how.slab, functools.partial(slab, tile), None)
+
+    def slab(tile: Tile, number: Any, _: None) -> None:
+        # A width that is no multiple of whole lane rows is one slab: offsets must be known then.
+        one = how.width == how.slab
+        lane = 0 if one else pl.multiple_of(number * how.slab, how.slab)
+        if how.group > 1:
+            _in_turn([_grouped(tile, body, parts, lane)])
+        else:
+            _single(tile, body, parts, refs[-1], lane)
 
     steps = jnp.minimum(how.block, how.positions - start + rows - 1) // rows
     jax.lax.fori_loop(0, steps, step, None)
 
 
 class Tile(NamedTuple):
-    """Some positions of a block (1, T, block, C), of class tokens (1, block, C) too."""
+    """Some positions of a block (1, T, block, C), and of class tokens (1, block, C).
+
+    Attributes:
+      at: the first of them; rows: their number; valid: how many of them are there.
+    """
 
     how: Plan
-    refs: tuple
     at: jax.Array
     rows: int
-    valid: jax.Array  # positions of the tile that are there
+    valid: jax.Array
 
-    def load(self, lane: int, clean: bool = True) -> list[jax.Array]:
-        """Channels from `lane` on, of group after group: (tokens * group, slab).
+    def load(self, refs: tuple, lane: Any) -> jax.Array:
+        """(tokens, rows, slab), the channels from `lane` on."""
+        at = (pl.ds(self.at, self.rows), pl.ds(lane, self.how.slab))
+        x = refs[0][0, :, *at]
+        return jnp.concatenate([x, refs[1][:, *at]]) if self.how.cls else x
 
-        What lies behind the last position is not defined, and set to zero if `clean`.
-        """
-        how = self.how
-        lanes, rows = slice(lane, lane + how.slab), pl.ds(self.at, self.rows)
-        x = self.refs[0][0, :, rows, lanes]
-        if how.cls:
-            x = jnp.concatenate([x, self.refs[1][:, rows, lanes]])
-        if how.positions % self.rows and clean:
-            x = _keep(x, lambda row, _: row < self.valid)
-        if self.rows == how.group:
-            return [x.reshape(-1, how.slab)]
-        wide = x.astype(jnp.float32)
-        return [
-            wide[:, i : i + how.group].reshape(-1, how.slab).astype(x.dtype)
-            for i in range(0, self.rows, how.group)
+    def store(self, refs: tuple, lane: Any, x: jax.Array) -> None:
+        at = (pl.ds(self.at, self.rows), pl.ds(lane, self.how.slab))
+        refs[0][0, :, *at] = x[: self.how.frames]
+        if self.how.cls:
+            refs[1][:, *at] = x[self.how.frames :]
+
+
+def _grouped(tile: Tile, body: Any, parts: list, lane: Any) -> Iterator[None]:
+    """Sequences of `group` positions as one of tokens * group rows, the others' weights zero."""
+    how, count = tile.how, len(body.inputs)
+    operands = []
+    for (refs, offset), clean in zip(parts, body.inputs):
+        x = tile.load(refs, offset + lane)
+        # What lies behind the last position is not defined.
+        if how.positions % tile.rows and clean:
+            x = _keep(x, lambda row, _: row < tile.valid)
+        if tile.rows > how.group:  # tiles of 32 bits have fewer rows
+            wide = x.astype(jnp.float32)
+            split = [wide[:, i : i + how.group] for i in range(0, tile.rows, how.group)]
+            operands.append([y.reshape(-1, how.slab).astype(x.dtype) for y in split])
+        else:
+            operands.append([x.reshape(-1, how.slab)])
+    results = yield from body(how, list(zip(*operands)))
+    dtype = parts[0][0][0].dtype
+    for (refs, offset), groups in zip(parts[count:], zip(*results)):
+        wide = [x.reshape(how.tokens, how.group, how.slab) for x in groups]
+        tile.store(refs, offset + lane, jnp.concatenate(wide, axis=1).astype(dtype))
+
+
+def _single(tile: Tile, body: Any, parts: list, scratch: Any, lane: Any) -> None:
+    how, count = tile.how, len(body.inputs)
+    columns = [(i, min(LANES, how.slab - i)) for i in range(0, how.slab, LANES)]
+    words = tile.rows * parts[0][0][0].dtype.itemsize // 4
+    dtype = parts[0][0][0].dtype
+    for j, (refs, offset) in enumerate(parts[:count]):
+        x = pltpu.bitcast(tile.load(refs, offset + lane), jnp.uint32)
+        for c, (i, size) in enumerate(columns):
+            rows = x[..., i : i + size].reshape(-1, size)
+            buffer = scratch.at[j * len(columns) + c]
+            buffer[: len(rows), :size] = rows
+            if how.length > how.tokens:
+                padding = (words * how.length - len(rows), size)
+                buffer[len(rows) : words * how.length, :size] = jnp.zeros(padding, rows.dtype)
+
+    def unit(w: int) -> Iterator[None]:
+        at = pl.ds(w, how.length, stride=words)
+        operands = []
+        for j in range(count):
+            x = [scratch.at[j * len(columns) + c][at, :] for c in range(len(columns))]
+            x = jnp.concatenate(x, axis=1)[:, : how.slab]
+            operands.append(_unpack(x, dtype))
+        results = yield from body(how, list(zip(*operands)))
+        for j, groups in enumerate(zip(*results)):
+            x = _pack(groups, dtype)
+            for c, (i, size) in enumerate(columns):
+                scratch.at[(count + j) * len(columns) + c][at, :size] = x[:, i : i + size]
+
+    _in_turn([unit(w) for w in range(words)])
+    for j, (refs, offset) in enumerate(parts[count:]):
+        x = [
+            scratch[(count + j) * len(columns) + c, : how.tokens * words, :size]
+            for c, (i, size) in enumerate(columns)
         ]
+        x = jnp.concatenate(x, axis=1).reshape(how.tokens, words, how.slab)
+        tile.store(refs, offset + lane, pltpu.bitcast(x, dtype))
 
-    def store(self, lane: int, parts: list[jax.Array]) -> None:
-        how = self.how
-        lanes, rows = slice(lane, lane + how.slab), pl.ds(self.at, self.rows)
-        parts = [part.reshape(how.tokens, how.group, how.slab) for part in parts]
-        x = jnp.concatenate(parts, axis=1).astype(self.refs[0].dtype)
-        self.refs[0][0, :, rows, lanes] = x[: how.frames]
-        if how.cls:
-            self.refs[1][:, rows, lanes] = x[how.frames :]
+
+def _unpack(x: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Rows of words to those of each value in them."""
+    if dtype.itemsize == 4:
+        return [pltpu.bitcast(x, dtype)]
+    halves = (x << 16, x & jnp.uint32(0xFFFF0000))
+    return [pltpu.bitcast(half, jnp.float32).astype(dtype) for half in halves]
+
+
+def _pack(parts: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
+    if dtype.itemsize == 4:
+        return pltpu.bitcast(parts[0], jnp.uint32)
+    low, high = (pltpu.bitcast(part.astype(jnp.float32), jnp.uint32) for part in parts)
+    return (low >> 16) | high
 
 
 def _keep(x: jax.Array, keep: Any) -> jax.Array:
@@ -224,32 +325,26 @@ def _head(how: Plan, x: jax.Array, head: int) -> jax.Array:
 def _weights(how: Plan, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp(logits - largest) of keys x queries, and the sums over the keys (1, queries)."""
     queries = logits.shape[1]
-    logits = logits.reshape(how.tokens, how.group, queries)
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, i) for i in (1, 2))
-    logits = jnp.where(row == column & (how.group - 1), logits, -jnp.inf)
-    largest = logits.max(axis=(0, 1), keepdims=True)
+    if how.group > 1:
+        logits = logits.reshape(how.tokens, how.group, queries)
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, i) for i in (1, 2))
+        logits = jnp.where(row == column & (how.group - 1), logits, -jnp.inf)
+        logits = logits.reshape(-1, queries)
+    elif how.length > how.tokens:
+        row = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+        logits = jnp.where(row < how.tokens, logits, -jnp.inf)
+    largest = logits.max(axis=0, keepdims=True)
     weights = jnp.exp2((logits - largest) * (math.log2(math.e) / math.sqrt(how.channels)))
-    weights = weights.reshape(-1, queries)
     return weights, weights.sum(axis=0, keepdims=True)
 
 
-AHEAD = int(__import__("os").environ.get("AHEAD", "2"))
-
-
-def _in_turn(stages: list) -> None:
-    live = []
-    stages = iter(stages)
-    done = False
-    while not done or live:
-        if not done:
-            new = next(stages, None)
-            if new is None:
-                done = True
-            else:
-                live.append(new)
-        for g in list(live):
-            if next(g, StopIteration) is StopIteration:
-                live.remove(g)
+def _in_turn(stages: list[Iterator[None]]) -> None:
+    """Runs generators one step apart: the scheduler overlaps what lies close in the program."""
+    live: list[Iterator[None]] = []
+    while stages or live:
+        live += stages[:1]
+        stages = stages[1:]
+        live = [stage for stage in live if next(stage, StopIteration) is not StopIteration]
 
 
 def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
@@ -262,37 +357,37 @@ def _transposed_heads(how: Plan, x: jax.Array) -> list[jax.Array]:
     return [x[i : i + how.channels] for i in range(0, how.slab, how.channels)]
 
 
-def _forward(how: Plan, lane: int, qkv: Tile, out: Tile) -> Any:
-    parts = [qkv.load(part * how.width + lane, clean=part == 2) for part in range(3)]
-    logits = [
-        [_dot(k, _head(how, q, head), 1, 1) for head in range(how.slab // how.channels)]
-        for q, k, _ in zip(*parts)
-    ]
-    v_t = [_transposed_heads(how, v) for v in parts[2]]
-    yield 1
+def _forward(how: Plan, groups: list) -> Any:
+    """From [(q, k, v)] of groups, (tokens * group, slab) each, to [(result,)]."""
+    dtype = groups[0][0].dtype
+    count = range(how.slab // how.channels)
+    logits = [[_dot(k, _head(how, q, head), 1, 1) for head in count] for q, k, _ in groups]
+    values = [_transposed_heads(how, v) for _, _, v in groups]
+    yield
     weights = [[_weights(how, s) for s in heads] for heads in logits]
-    yield 2
+    yield
     results = [
-        [
-            _dot(v, w.astype(v.dtype), 1, 0) * (1 / total)
-            for (w, total), v in zip(heads, values)
-        ]
-        for heads, values in zip(weights, v_t)
+        [_dot(v, w.astype(dtype), 1, 0) * (1 / total) for (w, total), v in zip(heads, v_t)]
+        for heads, v_t in zip(weights, values)
     ]
-    yield 3
-    dtype = parts[0][0].dtype
-    out.store(lane, [jnp.concatenate(heads).astype(dtype).T for heads in results])
+    yield
+    return [(jnp.concatenate(heads).astype(dtype).T,) for heads in results]
 
 
-def _backward(how: Plan, lane: int, qkv: Tile, g: Tile, out: Tile) -> Any:
-    groups = list(zip(*(qkv.load(part * how.width + lane) for part in range(3)), g.load(lane)))
+# Whether what lies behind the last position is kept out, by operand. Queries and keys there only
+# reach logits that are dropped, but zero times NaN is no zero.
+_forward.inputs = (False, False, True)  # type: ignore[attr-defined]
+
+
+def _backward(how: Plan, groups: list) -> Any:
+    """From [(q, k, v, gradient of the result)] of groups to [(gradients of q, k, v)]."""
+    dtype = groups[0][0].dtype
     count = range(how.slab // how.channels)
     logits = [[_dot(k, _head(how, q, head), 1, 1) for head in count] for q, k, _, _ in groups]
     bars = [[_dot(v, _head(how, do, head), 1, 1) for head in count] for _, _, v, do in groups]
-    yield 1
+    yield
     t = [[_transposed_heads(how, x) for x in (q, k, do)] for q, k, _, do in groups]
     saved = []
-    dtype = groups[0][0].dtype
     for heads, heads_bar in zip(logits, bars):
         saved.append([])
         for s, weights_bar in zip(heads, heads_bar):
@@ -302,7 +397,7 @@ def _backward(how: Plan, lane: int, qkv: Tile, g: Tile, out: Tile) -> Any:
             along = product.sum(axis=0, keepdims=True)
             logits_bar = (product - weights * along).astype(dtype)
             saved[-1].append((weights.astype(dtype), logits_bar))
-    yield 2
+    yield
     scale = 1 / math.sqrt(how.channels)
     results = [
         [
@@ -315,9 +410,10 @@ def _backward(how: Plan, lane: int, qkv: Tile, g: Tile, out: Tile) -> Any:
         ]
         for heads, ts in zip(saved, t)
     ]
-    yield 3
-    for part in range(3):
-        out.store(
-            part * how.width + lane,
-            [jnp.concatenate([h[part] for h in heads]).astype(dtype).T for heads in results],
-        )
+    yield
+    return [
+        tuple(jnp.concatenate(part).astype(dtype).T for part in zip(*heads)) for heads in results
+    ]
+
+
+_backward.inputs = (True,) * 4  # type: ignore[attr-defined]
