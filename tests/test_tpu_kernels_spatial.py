@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from timesformer_jax.models.ops.kernels import tpu_spatial
+from timesformer_jax.models.ops.kernels import tpu_heads, tpu_joint, tpu_spatial
 
 pytestmark = pytest.mark.compiles
 
@@ -138,8 +138,26 @@ def test_odd_sizes(b, t, n, heads, dtype, with_cls, count):
 
 
 def test_slabs_in_several_steps(monkeypatch):
-    monkeypatch.setattr(tpu_spatial, "STEP_LOGITS", 1)
+    monkeypatch.setattr(tpu_heads, "STEP_LOGITS", 1)
     check(2, 2, 21, 4, 64, "bfloat16", sequences=tuple(i // 7 for i in range(21)))
+
+
+@pytest.mark.parametrize(
+    ("step_logits", "t", "frames", "n", "heads", "d", "with_cls"),
+    [
+        pytest.param(1_500_000, 4, 2, 7, 2, 64, True, id="one block"),
+        pytest.param(20_000, 4, 4, 21, 4, 64, True, id="blocks of frames"),
+        pytest.param(20_000, 5, 5, 13, 2, 64, True, id="a last block of fewer frames"),
+        pytest.param(20_000, 5, 5, 16, 4, 32, False, id="no class token"),
+        pytest.param(40_000, 2, 1, 150, 2, 64, True, id="blocks of a frame"),
+        pytest.param(20_000, 2, 2, 128, 1, 128, False, id="blocks of several frames"),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "passes"), [("bfloat16", 1), ("float32", 2)])
+def test_long_sequences(step_logits, t, frames, n, heads, d, with_cls, dtype, passes, monkeypatch):
+    monkeypatch.setattr(tpu_heads, "STEP_LOGITS", step_logits)
+    monkeypatch.setattr(tpu_joint, "RESIDENT", 0 if passes == 2 else tpu_joint.RESIDENT)
+    check(1, t, n, heads, d, dtype, with_cls, frames)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +176,9 @@ def test_what_is_not_supported(shape, dtype, reason):
 def test_wrong_sequences_are_refused():
     patches, cls = random((1, 1, 4, 384), "float32"), random((1, 2, 384), "float32")
     attention = functools.partial(tpu_spatial.attention, heads=2, interpret=True)
-    with pytest.raises(ValueError, match="3 numbers for 4 patches"):
+    with pytest.raises(ValueError, match="3 numbers of sequences for 1 x 4"):
         attention(patches, cls, sequences=(0, 0, 1))
-    with pytest.raises(ValueError, match="2 tokens for 3 sequences"):
+    with pytest.raises(ValueError, match="2 tokens for 1 x 3 sequences"):
         attention(patches, cls, sequences=(0, 0, 1, 2))
 
 

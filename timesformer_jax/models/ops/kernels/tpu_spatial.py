@@ -1,58 +1,22 @@
-"""Attention within the sequences of each frame (section 3, equation 9) for TPUs, in Pallas.
+"""Attention within frames, and across frames, for TPUs (section 3, equation 9, and joint).
 
-One step of the grid has a frame's projection in VMEM, as the linear layer wrote it, and writes the
-result where the next one reads it. The classification tokens come as a second array: the rows of
-the frame's last tile that the patches leave empty hold them, so that nothing is joined in memory.
-
-Per head, with logits in units of log 2 so that exp2 serves:
-
-    S = K Q^T / sqrt(d) log2 e     P = exp2(S - max) / sum     O^T = V^T P          (equations 5, 6)
-
-The logits are transposed, keys in rows: maxima and sums over the keys are elementwise over vector
-registers, where those along lanes would pass through the cross-lane unit. The result of a head is
-d rows of O^T, so its product streams d rows through the unit and not 128 lanes of which half belong
-to another head. Backward, from the log-sums L that forward saves:
-
-    P = exp2(S - L)                dP = V G^T               dS = P (dP - sum over keys of P dP)
-    dV^T = G^T P^T                 dQ^T = K^T dS / sqrt(d)  dK^T = Q^T dS^T / sqrt(d)
-
-All three are products of a head's d rows. Only inputs and results are transposed, by slabs.
-
-A slab is the fewest heads whose channels fill whole lanes of 128: two heads of 64. Lanes are never
-cut within: queries of the slab's other heads are zero where a head's logits are computed.
-
-B clips, T frames, N patches a frame, C sequences a frame, h heads of d channels.
+B clips, T frames, N patches a frame, S sequences a clip, h heads of d channels.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-QUERIES = 256  # of one product, at most: 50 registers of logits for 197 keys
-STEP_LOGITS = 1_500_000  # of one step of the grid, about: the compiler's time grows with them
-MASKED = -1e30  # a logit of a key that is not attended to; finite, so that no NaN arises
-VMEM = 56 * 2**20  # bytes that a kernel may use: a core of v5p and v7x has 64 MiB, others 128
-LOG2_E = math.log2(math.e)
-
-_NT = (((1,), (1,)), ((), ()))  # x y^T
-_NN = (((1,), (0,)), ((), ()))  # x y
-_dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+from timesformer_jax.models.ops.kernels import tpu_frame, tpu_joint
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, frames: int = 1) -> str | None:
-    """Why this kernel does not support qkv (B, T, N, 3, h, d) of a dtype; None if it does."""
-    _, t, n, _, h, d = shape
+    """Why these kernels do not support qkv (B, T, N, 3, h, d) of a dtype; None if they do."""
+    _, t, _, _, h, d = shape
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"it takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
     if d % 8 or d > LANES:
@@ -61,11 +25,6 @@ def unsupported(shape: tuple[int, ...], dtype: Any, frames: int = 1) -> str | No
         return f"{h} heads of {d} channels are not a multiple of {LANES} lanes"
     if t % frames:
         return f"{t} frames are not a multiple of {frames}"
-    if frames > 1:
-        return "sequences of several frames are not supported"
-    frame = _Frame(n, 1, h, d, jnp.dtype(dtype))
-    if frame.vmem > VMEM:
-        return f"a frame of {n} patches exceeds the memory of a core"
     return None
 
 
@@ -78,470 +37,39 @@ def attention(
     sequences: tuple[int, ...] | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Attention within the sequences of every frame, each with a classification token or none.
+    """Attention within the sequences of every frame, or of every few frames.
 
     Args:
       patches: (B, T, N, 3 * h * d), the projection: all queries, all keys, all values, by heads.
         Products take their operands in its dtype; sums and the softmax are float32.
-      cls: (B, T * C, 3 * h * d), one token for each sequence, frame by frame; None without tokens.
-      frames: consecutive frames whose patches share a sequence.
-      sequences: the number of each patch's sequence within its frame, N integers of 0 to C - 1; by
-        default C = 1.
+      cls: (B, S, 3 * h * d), a classification token for each sequence, group of frames by group; it
+        attends and is attended to within its sequence. None without tokens.
+      frames: consecutive frames whose patches share a sequence: 1, or T for joint attention.
+      sequences: where `frames` is 1, the number of each patch's sequence within its frame, N
+        integers from 0 without gaps; by default a frame is one sequence.
       interpret: as `pallas_call` takes it, to run where there is no TPU.
 
     Returns:
-      The attended values, (B, T, N, h * d) and (B, T * C, h * d), heads side by side; None for the
+      The attended values, (B, T, N, h * d) and (B, S, h * d), heads side by side; None for the
       second without tokens.
+
+    Raises:
+      ValueError: if `sequences` is not for these frames, patches and tokens.
     """
-    b, t = patches.shape[:2]
-    if cls is not None:
-        cls = cls.reshape(b, t, -1, cls.shape[-1])
-    out, cls_out = _attention(patches, cls, heads, sequences, interpret)
+    b, t, n, width = patches.shape
+    count = 1 if sequences is None else max(sequences) + 1
+    if sequences is not None and (frames > 1 or len(sequences) != n):
+        raise ValueError(f"{len(sequences)} numbers of sequences for {frames} x {n} patches")
+    if cls is not None and cls.shape[1] != t // frames * count:
+        raise ValueError(f"{cls.shape[1]} tokens for {t // frames} x {count} sequences")
+    tokens = 0 if cls is None else count
+    small = frames == 1 and tpu_frame.supports(n, tokens, heads, width // 3 // heads, patches.dtype)
+    if small or sequences is not None:
+        cls = None if cls is None else cls.reshape(b, t, count, width)
+        out, cls_out = tpu_frame.attention(patches, cls, heads, sequences, interpret)
+    else:
+        groups = patches.reshape(-1, frames, n, width)
+        cls = None if cls is None else cls.reshape(-1, 1, width)
+        out, cls_out = tpu_joint.attention(groups, cls, heads, interpret)
+    out = out.reshape(b, t, n, -1)
     return out, None if cls_out is None else cls_out.reshape(b, -1, out.shape[-1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _attention(
-    patches: jax.Array,
-    cls: jax.Array | None,
-    heads: int,
-    sequences: tuple[int, ...] | None,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array | None]:
-    out, cls_out, _ = _run_forward(patches, cls, heads, sequences, interpret, saves=False)
-    return out, cls_out
-
-
-def _forward(patches, cls, heads, sequences, interpret) -> tuple:
-    out, cls_out, log_sums = _run_forward(patches, cls, heads, sequences, interpret, saves=True)
-    return (out, cls_out), (patches, cls, log_sums)
-
-
-def _backward(heads, sequences, interpret, saved: tuple, gradients: tuple) -> tuple:
-    patches, cls, log_sums = saved
-    frame = _Frame.of(patches, cls, heads)
-    inputs = [patches, cls, *gradients, log_sums, *_numbers(frame, sequences)]
-    outputs = [_like(patches), cls if cls is None else _like(cls)]
-    return _call(_backward_kernel, frame, inputs, outputs, products=5, interpret=interpret)
-
-
-_attention.defvjp(_forward, _backward)
-
-
-def _run_forward(patches, cls, heads, sequences, interpret, saves: bool) -> tuple:
-    b, t, n, _ = patches.shape
-    frame = _Frame.of(patches, cls, heads)
-    outputs = [
-        _like(patches, (b, t, n, frame.width)),
-        None if cls is None else _like(cls, (b, t, frame.c, frame.width)),
-        jax.ShapeDtypeStruct((b, t, 1, heads * frame.queries), jnp.float32) if saves else None,
-    ]
-    inputs = [patches, cls, *_numbers(frame, sequences)]
-    return _call(_forward_kernel, frame, inputs, outputs, products=2, interpret=interpret)
-
-
-def _like(x: jax.Array, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape or x.shape, x.dtype)
-
-
-class _Frame(NamedTuple):
-    """The tokens of a frame: n patches, then c classification tokens.
-
-    They fill `keys` rows where they are keys, whole tiles of the dtype, and `queries` lanes.
-    """
-
-    n: int
-    c: int
-    heads: int
-    d: int
-    dtype: Any
-
-    @classmethod
-    def of(cls, patches: jax.Array, tokens: jax.Array | None, heads: int) -> _Frame:
-        c = 0 if tokens is None else tokens.shape[2]
-        return cls(patches.shape[2], c, heads, patches.shape[3] // 3 // heads, patches.dtype)
-
-    @property
-    def tokens(self) -> int:
-        return self.n + self.c
-
-    @property
-    def keys(self) -> int:
-        return _round_up(self.tokens, self.tile)
-
-    @property
-    def queries(self) -> int:
-        return _round_up(self.tokens, LANES)
-
-    @property
-    def tile(self) -> int:
-        """Rows of a tile."""
-        return 32 // self.dtype.itemsize
-
-    @property
-    def whole(self) -> int:
-        """Rows of the tiles that have patches only."""
-        return self.n - self.n % self.tile
-
-    @property
-    def tail(self) -> int:
-        """Rows after the whole tiles of patches: the last patches, the tokens, empty rows."""
-        return self.keys - self.whole
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.d
-
-    @property
-    def slab(self) -> int:
-        """Lanes of a slab."""
-        return math.lcm(self.d, LANES)
-
-    @property
-    def slabs(self) -> int:
-        return self.width // self.slab
-
-    @property
-    def slabs_per_step(self) -> int:
-        few = max(1, STEP_LOGITS // (self.keys * self.queries * self.slab // self.d))
-        return max(s for s in range(1, self.slabs + 1) if self.slabs % s == 0 and s <= few)
-
-    @property
-    def steps(self) -> int:
-        return self.slabs // self.slabs_per_step
-
-    @property
-    def vmem(self) -> int:
-        """Bytes of the backward kernel, about: two of each block, and 6 arrays of logits."""
-        rows = self.keys * 7 * self.width * self.dtype.itemsize
-        return 2 * rows + 6 * 4 * self.keys * min(QUERIES, self.queries)
-
-    def chunks(self) -> list[slice]:
-        """The lanes of queries that are multiplied together."""
-        starts = range(0, self.queries, QUERIES)
-        return [slice(start, min(start + QUERIES, self.queries)) for start in starts]
-
-
-def _multiple(x: Any, of: int) -> Any:
-    return x if isinstance(x, int) else pl.multiple_of(x, of)
-
-
-def _round_up(x: int, to: int) -> int:
-    return -(-x // to) * to
-
-
-def _numbers(frame: _Frame, sequences: tuple[int, ...] | None) -> list[Any]:
-    """The number of each key's sequence (keys, 1) and of each query's (1, queries), int32.
-
-    Rows beyond the tokens belong to no query's sequence. Lanes beyond them follow sequence 0, and
-    are dropped. None and None if all tokens attend to each other.
-    """
-    if sequences is None:
-        return [None, None]
-    if len(sequences) != frame.n:
-        raise ValueError(f"sequences has {len(sequences)} numbers for {frame.n} patches")
-    if frame.c not in (0, max(sequences) + 1):
-        raise ValueError(f"{frame.c} tokens for {max(sequences) + 1} sequences")
-    tokens = [*sequences, *range(frame.c)]
-    keys, queries = np.full(frame.keys, -1, np.int32), np.zeros(frame.queries, np.int32)
-    keys[: len(tokens)] = queries[: len(tokens)] = tokens
-    return [jnp.asarray(keys[:, None]), jnp.asarray(queries[None])]
-
-
-def _call(
-    kernel: Callable, frame: _Frame, inputs: list, outputs: list, products: int, interpret: Any
-) -> tuple:
-    """Runs a kernel on every frame. Inputs and outputs that are None stay so.
-
-    Blocks are whole frames, of which a step reads and writes its slabs, so that they are copied
-    once a frame. Arrays of two axes are the same for all.
-    """
-    b, t = inputs[0].shape[:2]
-
-    def spec(x: Any) -> pl.BlockSpec:
-        if len(x.shape) == 2:
-            return pl.BlockSpec(x.shape, lambda i, j, k: (0, 0))
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, j, k: (i, j, 0, 0))
-
-    def body(*refs: Any) -> None:
-        refs = iter(refs)
-        given = [next(refs) if x is not None else None for x in (*inputs, *outputs)]
-        kernel(frame, *given, next(refs))
-
-    present = [x for x in inputs if x is not None]
-    made = [x for x in outputs if x is not None]
-    logits = b * t * frame.heads * frame.tokens**2
-    results = pl.pallas_call(
-        body,
-        name=f"spatial_attention{kernel.__name__.removesuffix('_kernel')}",
-        grid=(b, t, frame.steps),
-        in_specs=[spec(x) for x in present],
-        out_specs=[spec(x) for x in made],
-        out_shape=made,
-        scratch_shapes=[
-            pltpu.VMEM((4, frame.tail or frame.tile, frame.width // frame.steps), frame.dtype)
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * logits * frame.d,
-            transcendentals=logits,
-            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in present + made),
-        ),
-        interpret=interpret,
-    )(*present)
-    results = iter(results)
-    return tuple(next(results) if x is not None else None for x in outputs)
-
-
-def _forward_kernel(
-    frame, patches, cls, key_number, query_number, out, cls_out, log_sums, tails
-) -> None:
-    mask = _Mask(frame, key_number, query_number)
-    scale = frame.d**-0.5 * LOG2_E
-    for part in range(3):
-        _fill_tail(frame, patches, cls, part, tails.at[part])
-    results = {}
-
-    def logits(item: _Item) -> jax.Array:
-        if item.is_first:
-            slab = item.slab
-            slab.q, slab.k, v = _read(frame, patches, tails, slab)
-            slab.v_t = v.T
-        slab = item.slab
-        return _dot(slab.k[:, item.span], item.only(slab.q[item.queries, item.span]), _NT)
-
-    def weights(item: _Item, s: jax.Array) -> tuple[jax.Array, jax.Array]:
-        s = mask(s, item.queries)
-        top = s.max(0, keepdims=True) * scale
-        p = jnp.exp2(s * scale - top)
-        total = p.sum(0, keepdims=True)
-        if log_sums is not None:
-            log_sums[:, item.statistics] = top + jnp.log2(total)
-        return p.astype(frame.dtype), total
-
-    def values(item: _Item, weights: tuple[jax.Array, jax.Array]) -> None:
-        p, total = weights
-        results[item.key] = _dot(item.slab.v_t[item.channels], p, _NN) / total
-        if item.is_last:
-            result = _by_tokens(frame, item.slab, results)
-            _write(frame, out, cls_out, item.slab.lanes(frame, 0), result)
-
-    _pipeline(_items(frame), logits, weights, values)
-
-
-def _backward_kernel(
-    frame, patches, cls, g, cls_g, log_sums, key_number, query_number, d_patches, d_cls, tails
-) -> None:
-    mask = _Mask(frame, key_number, query_number)
-    scale = frame.d**-0.5
-    for part in range(3):
-        _fill_tail(frame, patches, cls, part, tails.at[part])
-    _fill_tail(frame, g, cls_g, 0, tails.at[3])
-    d_q, d_k, d_v = {}, {}, {}
-
-    def logits(item: _Item) -> tuple[jax.Array, jax.Array]:
-        slab = item.slab
-        if item.is_first:
-            slab.q, slab.k, slab.v = _read(frame, patches, tails, slab)
-            slab.g = _tokens(frame, g, tails.at[3], slab, 0, frame.queries)
-            slab.q_t, slab.k_t, slab.g_t = slab.q.T, slab.k.T, slab.g.T
-        at = item.queries, item.span
-        s = _dot(slab.k[:, item.span], item.only(slab.q[at]), _NT)
-        return s, _dot(slab.v[:, item.span], item.only(slab.g[at]), _NT)
-
-    def weights(item: _Item, products: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        s, d_p = products
-        p = jnp.exp2(mask(s, item.queries) * (scale * LOG2_E) - log_sums[:, item.statistics])
-        d_s = p * (d_p - (p * d_p).sum(0, keepdims=True))
-        return p.astype(frame.dtype), d_s.astype(frame.dtype)
-
-    def gradients(item: _Item, weights: tuple[jax.Array, jax.Array]) -> None:
-        p, d_s = weights
-        slab, at = item.slab, (item.channels, item.queries)
-        d_q[item.key] = _dot(slab.k_t[item.channels], d_s, _NN)
-        d_k[item.key] = _dot(slab.q_t[at], d_s, _NT)
-        d_v[item.key] = _dot(slab.g_t[at], p, _NT)
-        if item.is_last:
-            for part, (x, factor) in enumerate(((d_q, scale), (d_k, scale), (d_v, 1.0))):
-                result = _by_tokens(frame, slab, x, sums=part > 0) * factor
-                _write(frame, d_patches, d_cls, slab.lanes(frame, part), result)
-
-    _pipeline(_items(frame), logits, weights, gradients)
-
-
-class _Slab:
-    """A slab of the step: its number among them, and what is read of it."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-    def lanes(self, frame: _Frame, part: int) -> Any:
-        """Where it lies among the parts q, k, v of the projection, or in the result as part 0."""
-        start = (part * frame.slabs + self.among_all(frame)) * frame.slab
-        return pl.ds(_multiple(start, frame.slab), frame.slab)
-
-    def among_all(self, frame: _Frame) -> Any:
-        """Its number among the slabs of the frame."""
-        if frame.steps == 1:
-            return self.number
-        return pl.program_id(2) * frame.slabs_per_step + self.number
-
-
-class _Item(NamedTuple):
-    """The work on one head of a slab and one chunk of queries, for all keys."""
-
-    frame: _Frame
-    slab: _Slab
-    head: int
-    queries: slice
-
-    @property
-    def key(self) -> tuple[int, int, int]:
-        return self.slab.number, self.head, self.queries.start
-
-    @property
-    def channels(self) -> slice:
-        """Of the slab."""
-        return slice(self.head * self.frame.d, (self.head + 1) * self.frame.d)
-
-    @property
-    def span(self) -> slice:
-        """The whole lanes of 128 that have the head's channels."""
-        channels = self.channels
-        return slice(channels.start // LANES * LANES, _round_up(channels.stop, LANES))
-
-    @property
-    def statistics(self) -> Any:
-        """Where its numbers lie in an array of one for each head and query."""
-        heads = self.frame.slab // self.frame.d
-        head = self.slab.among_all(self.frame) * heads + self.head
-        start = head * self.frame.queries + self.queries.start
-        return pl.ds(_multiple(start, LANES), self.queries.stop - self.queries.start)
-
-    @property
-    def is_first(self) -> bool:
-        """Of its slab."""
-        return self.head == self.queries.start == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.channels.stop == self.frame.slab and self.queries.stop == self.frame.queries
-
-    def only(self, x: jax.Array) -> jax.Array:
-        """x (rows, span) with zeros in the channels of other heads."""
-        lane = self.span.start + lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
-        inside = (lane >= self.channels.start) & (lane < self.channels.stop)
-        return jnp.where(inside, x, jnp.zeros((), x.dtype))
-
-
-def _items(frame: _Frame) -> list[_Item]:
-    return [
-        _Item(frame, slab, head, queries)
-        for slab in map(_Slab, range(frame.slabs_per_step))
-        for queries in frame.chunks()
-        for head in range(frame.slab // frame.d)
-    ]
-
-
-def _pipeline(items: list[_Item], first: Callable, second: Callable, third: Callable) -> None:
-    """Runs three stages on each item, the later ones beside the earlier ones of the next items.
-
-    The compiler keeps to the order of the program, mostly: with stages of one item after another
-    the matrix unit waits for the vector unit (4,078 bundles a frame of base, and 2,725 so).
-    """
-    products, weights = {}, {}
-    for i in range(len(items) + 2):
-        if i < len(items):
-            products[i] = first(items[i])
-        if 0 <= i - 1 < len(items):
-            weights[i - 1] = second(items[i - 1], products.pop(i - 1))
-        if i - 2 >= 0:
-            third(items[i - 2], weights.pop(i - 2))
-
-
-class _Mask(NamedTuple):
-    """Gives logits (keys, queries) of keys that a query does not attend to the value MASKED."""
-
-    frame: _Frame
-    key_number: Any
-    query_number: Any
-
-    def __call__(self, s: jax.Array, queries: slice) -> jax.Array:
-        if self.key_number is not None:
-            return jnp.where(self.key_number[...] == self.query_number[:, queries], s, MASKED)
-        # Only the last tile has rows of no token: the others are left as they are.
-        whole, tokens = self.frame.whole, self.frame.tokens
-        if tokens == self.frame.keys:
-            return s
-        row = whole + lax.broadcasted_iota(jnp.int32, (self.frame.tail, s.shape[1]), 0)
-        return _stack([s[:whole], jnp.where(row < tokens, s[whole:], MASKED)])
-
-
-def _stack(parts: Iterable[jax.Array]) -> jax.Array:
-    """Rows after one another, of which some may be none."""
-    parts = [part for part in parts if part.shape[0]]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0)
-
-
-def _read(frame: _Frame, patches: Any, tails: Any, slab: _Slab) -> list[jax.Array]:
-    """Queries (queries, slab), keys and values (keys, slab)."""
-    rows = (frame.queries, 0, 0)
-    return [_tokens(frame, patches, tails.at[i], slab, i, rows[i]) for i in range(3)]
-
-
-def _tokens(
-    frame: _Frame, patches: Any, tail: Any, slab: _Slab, part: int, rows: int = 0
-) -> jax.Array:
-    """The lanes of a slab for all tokens, (keys or `rows`, slab), with zeros in rows of no token.
-
-    Rows beyond an array's own are undefined in memory, so that whole tiles are read where they lie
-    and the last rows from `tails`.
-    """
-    pieces = []
-    if frame.whole:
-        pieces.append(patches[: frame.whole, slab.lanes(frame, part)])
-    if frame.tail:
-        start = slab.number * frame.slab
-        pieces.append(tail[:, start : start + frame.slab])
-    if rows > frame.keys:
-        pieces.append(jnp.zeros((rows - frame.keys, frame.slab), frame.dtype))
-    return _stack(pieces)
-
-
-def _fill_tail(frame: _Frame, patches: Any, cls: Any, part: int, tail: Any) -> None:
-    """Writes the last patches and the tokens of this step's slabs, and zeros after them."""
-    if not frame.tail:
-        return
-    size = frame.slabs_per_step * frame.slab
-    start = part * frame.width + (0 if frame.steps == 1 else pl.program_id(2) * size)
-    lanes = pl.ds(_multiple(start, LANES), size)
-    rest = frame.n - frame.whole
-    tail[...] = jnp.zeros(tail.shape, frame.dtype)
-    if rest:
-        tail[:rest, :] = patches[frame.whole :, lanes]
-    if frame.c:
-        tail[rest : rest + frame.c, :] = cls[:, lanes]
-
-
-def _by_tokens(frame: _Frame, slab: _Slab, results: dict, sums: bool = False) -> jax.Array:
-    """The results of a slab's items, (d, tokens), as (tokens, slab), with sums over chunks or not.
-
-    Args:
-      sums: whether each item has a summand of all tokens, and not the result of its queries.
-    """
-    heads, chunks = range(frame.slab // frame.d), frame.chunks()
-    parts = [
-        [results.pop((slab.number, head, queries.start)) for head in heads] for queries in chunks
-    ]
-    if sums:
-        parts = [[functools.reduce(jnp.add, of_head) for of_head in zip(*parts)]]
-    return _stack(_stack(of_heads).T for of_heads in parts)
-
-
-def _write(frame: _Frame, patches: Any, cls: Any, lanes: Any, x: jax.Array) -> None:
-    """Writes rows of tokens where they belong."""
-    patches[:, lanes] = x[: frame.n].astype(frame.dtype)
-    if frame.c:
-        cls[:, lanes] = x[frame.n : frame.tokens].astype(frame.dtype)

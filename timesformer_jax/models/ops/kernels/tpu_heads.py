@@ -1,0 +1,107 @@
+"""What the attention kernels for TPUs share: heads within lanes, products, the order of the work.
+
+A TPU's registers and its matrix unit are 128 lanes wide. A "slab" is the fewest heads whose
+channels fill whole lanes of 128, such as two heads of 64 or four of 96. Lanes are never cut within:
+where a head's logits are computed, the queries of the slab's other heads in the same lanes are
+zero. Rows are cut freely, so that what is transposed, channels in rows, has a head's d rows only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+LANES = 128
+QUERIES = 256  # of one product, at most: 50 registers of logits for 197 keys
+STEP_LOGITS = 1_500_000  # of one step of the grid, about: the compiler's time grows with them
+MASKED = -1e30  # a logit of a key that is not attended to; finite, so that no NaN arises
+VMEM = 56 * 2**20  # bytes that a kernel may use: a core of v5p and v7x has 64 MiB, others 128
+LOG2_E = math.log2(math.e)
+
+NT = (((1,), (1,)), ((), ()))  # x y^T
+NN = (((1,), (0,)), ((), ()))  # x y
+dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+
+
+class Head(NamedTuple):
+    """A head of a slab: the `number`-th, of d channels."""
+
+    number: int
+    d: int
+
+    @property
+    def channels(self) -> slice:
+        """Of the slab."""
+        return slice(self.number * self.d, (self.number + 1) * self.d)
+
+    @property
+    def lanes(self) -> slice:
+        """The whole lanes of 128 that have the head's channels."""
+        channels = self.channels
+        return slice(channels.start // LANES * LANES, round_up(channels.stop, LANES))
+
+    def logits(self, keys: jax.Array, queries: jax.Array) -> jax.Array:
+        """The products of keys (k, slab) and queries (q, slab), (k, q) in float32."""
+        lane = self.lanes.start + lax.broadcasted_iota(
+            jnp.int32, (1, self.lanes.stop - self.lanes.start), 1
+        )
+        inside = (lane >= self.channels.start) & (lane < self.channels.stop)
+        own = jnp.where(inside, queries[:, self.lanes], jnp.zeros((), queries.dtype))
+        return dot(keys[:, self.lanes], own, NT)
+
+
+def slab_lanes(d: int) -> int:
+    return math.lcm(d, LANES)
+
+
+def slab_heads(d: int) -> list[Head]:
+    return [Head(number, d) for number in range(slab_lanes(d) // d)]
+
+
+def tile_rows(dtype: Any) -> int:
+    """Rows of a tile, in which rows are stored and kept in registers."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def chunks(queries: int) -> list[slice]:
+    """The lanes of queries that are multiplied together."""
+    starts = range(0, queries, QUERIES)
+    return [slice(start, min(start + QUERIES, queries)) for start in starts]
+
+
+def stack(parts: Iterable[jax.Array]) -> jax.Array:
+    """Rows after one another, of which some may be none."""
+    parts = [part for part in parts if part.shape[0]]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0)
+
+
+def pipeline(items: list[Any], first: Callable, second: Callable, third: Callable) -> None:
+    """Runs three stages on each item, the later ones beside the earlier ones of the next items.
+
+    The compiler keeps to the order of the program, mostly: with the stages of one item after
+    another the matrix unit waits for the vector unit.
+    """
+    products, weights = {}, {}
+    for i in range(len(items) + 2):
+        if i < len(items):
+            products[i] = first(items[i])
+        if 0 <= i - 1 < len(items):
+            weights[i - 1] = second(items[i - 1], products.pop(i - 1))
+        if i >= 2:
+            third(items[i - 2], weights.pop(i - 2))
+
+
+def round_up(x: int, to: int) -> int:
+    return -(-x // to) * to
+
+
+def multiple(x: Any, of: int) -> Any:
+    """x, which is known to be a multiple, also where it is computed by the kernel."""
+    return x if isinstance(x, int) else pl.multiple_of(x, of)
