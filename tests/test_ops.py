@@ -1,11 +1,14 @@
 """Every operation of models/ops: its fast form against its plain reference, and against PyTorch."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from test_costs import equations
 from test_model import assert_near, config_of, random_parameters, random_video
 
@@ -13,6 +16,7 @@ from timesformer_jax.models.ops.dot_product_attention import dot_product_attenti
 from timesformer_jax.models.ops.gelu import gelu
 from timesformer_jax.models.ops.layer_norm import layer_norm
 from timesformer_jax.models.ops.linear import linear
+from timesformer_jax.models.ops.patch_embedding import patch_embedding
 from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.timesformer import with_parameters
 
@@ -33,6 +37,10 @@ OPERATIONS = {
         lambda x, kernel, bias: linear(x, kernel, bias, "qkv/kernel"),
         (random(3, 5, 16),), (random(16, 3, 8), random(3, 8)),
     ),
+    "patch embedding": (
+        lambda video, kernel, bias: patch_embedding(video, kernel, bias, 4, "patch/kernel"),
+        (random(2, 3, 8, 12, 3),), (random(48, 13), random(13)),
+    ),
     **{
         f"attention of {length} tokens": (
             dot_product_attention, tuple(random(length, 2, 16 + i)[..., :16] for i in range(3)), (),
@@ -42,14 +50,27 @@ OPERATIONS = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def traced_for(platform):
+    """Operations take the form that they have in a program for a device of another platform."""
+    device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_values_and_gradients_are_those_of_the_reference(name, dtype):
+@pytest.mark.parametrize(
+    ("name", "platform"),
+    [(name, "cpu") for name in OPERATIONS]
+    + [(name, "tpu") for name in ("linear", "linear to several axes", "patch embedding")],
+)
+def test_values_and_gradients_are_those_of_the_reference(name, platform, dtype):
     operation, inputs, parameters = OPERATIONS[name]
     arguments = *jax.tree.map(lambda x: x.astype(dtype), inputs), *parameters
 
     def run(arguments, references):
-        with use_references(references):
+        with use_references(references), traced_for(platform):
             out, vjp = jax.vjp(operation, *arguments)
             direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), out)
             return out, vjp(jax.tree.map(lambda d, x: d.astype(x.dtype), direction, out))

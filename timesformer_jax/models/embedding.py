@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from timesformer_jax.models.attention import Grid, Tokens
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops.linear import Linear
+from timesformer_jax.models.ops.patch_embedding import patch_embedding
 
 Video = Float[Array | np.ndarray, "b t h w 3"]
 
@@ -56,10 +57,13 @@ class Embedding(nnx.Module):
         config = self.config
         b, t = video.shape[:2]
         p, grid, dtype = config.patch_size, patch_grid(config, video), jnp.dtype(config.dtype)
-
-        x = video.reshape(b, t, grid[0], p, grid[1], p, 3)
-        x = x.transpose(0, 1, 2, 4, 3, 5, 6)  # b t y p x q c -> b t y x p q c
-        patches = self.patch(x.reshape(b, t, grid[0] * grid[1], p * p * 3))
+        patches = patch_embedding(
+            jnp.asarray(video, dtype),
+            self.patch.kernel[...],
+            self.patch.bias[...],
+            p,
+            "patch/kernel",
+        )
         # Positions are added in float32, and so are their gradients, which are sums over clips.
         cls = self.cls[...]
         if self.space is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from timesformer_jax.distributed.sharding import gather_fsdp
+from timesformer_jax.distributed.sharding import gather_fsdp, mesh_size, target_device
 from timesformer_jax.models.ops.reference import with_reference
 from timesformer_jax.models.remat import OUTPUT
 
@@ -103,11 +102,13 @@ def fused(first: Linear, second: Linear) -> tuple[Float[Array, "i o"], Float[Arr
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(rule: str, x: Any, kernel: ArrayLike, bias: ArrayLike) -> Any:
     matrix = _gathered_matrix(rule, x, kernel)
-    bias = jnp.asarray(bias, matrix.dtype)
+    outputs = jnp.shape(bias)
+    bias = _merge_features(jnp.asarray(bias, matrix.dtype), len(outputs))
 
     def apply(x):
-        y = jnp.tensordot(_as_matrix(x, 1), matrix, 1)
-        return y.reshape(*x.shape[:-1], *bias.shape) + bias
+        y = jnp.tensordot(_merge_tokens(x), matrix, 1)
+        y = y.reshape(*x.shape[:-1], *bias.shape) + bias
+        return y.reshape(*x.shape[:-1], *outputs)
 
     return jax.tree.map(apply, x)
 
@@ -130,20 +131,22 @@ def _backward(rule: str, saved: tuple, g: Any) -> tuple:
 
     @unless_zero
     def x_bar(g, x):
-        g = _as_matrix(g, outputs)
+        g = _merge_tokens(_merge_features(g, outputs))
         axes = tuple(range(1 - matrix.ndim, 0)), tuple(range(1, matrix.ndim))
         return jnp.tensordot(g, matrix, axes).reshape(x.shape)
 
     @unless_zero
     def kernel_bar(g, x):
-        g, x = _as_matrix(g, outputs), _as_matrix(x, 1)
+        g, x = _merge_tokens(_merge_features(g, outputs)), _merge_tokens(x)
         tokens = tuple(range(x.ndim - 1))
         product = jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=kernel.dtype)
         return product.reshape(kernel.shape)
 
     @unless_zero
     def bias_bar(g):
-        return g.sum(tuple(range(g.ndim - outputs)), dtype=kernel.dtype)
+        shape = g.shape[g.ndim - outputs :]
+        g = _merge_features(g, outputs)
+        return token_sums(g, g.ndim - matrix.ndim + 1, kernel.dtype).reshape(shape)
 
     return (
         jax.tree.map(x_bar, g, x),
@@ -158,16 +161,41 @@ _linear.defvjp(_forward, _backward, symbolic_zeros=True)
 def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> Any:
     """The kernel in the dtype of `x`; rounded before devices gather it, which halves the bytes."""
     kernel = jnp.asarray(kernel, jax.tree.leaves(x)[0].dtype)
-    return _as_matrix(gather_fsdp(kernel, rule), kernel.ndim - 1)
+    return _merge_features(gather_fsdp(kernel, rule), kernel.ndim - 1)
 
 
-def _as_matrix(x: Any, features: int) -> Any:
-    """Merges the last `features` axes into one, and all axes before them, on a single device.
+def _merge_features(x: Any, features: int) -> Any:
+    """(..., *features) to (..., product of features), where the mesh does not split them.
+
+    A TPU lays the last two axes out in tiles of 8 or 16 x 128: an axis of 3 (queries, keys, values)
+    among them costs a copy of the array before and after.
+    """
+    if features == 1 or mesh_size("tensor") > 1:
+        return x
+    return x.reshape(*x.shape[: x.ndim - features], -1)
+
+
+def token_sums(g: jax.Array, tokens: int, dtype: Any) -> jax.Array:
+    """The sum over the first `tokens` axes, in `dtype`."""
+    axes = tuple(range(tokens))
+    if target_device().platform != "tpu":
+        return g.sum(axes, dtype=dtype)
+    # The matrix unit sums a bfloat16 array exactly, and in a fraction of the vector unit's time. Of
+    # one row of ones, not eight, the compiler would make a reduction again.
+    ones = jnp.ones((8, *g.shape[:tokens]), g.dtype)
+    precision = "highest" if g.dtype == dtype else None
+    contracted = tuple(range(1, tokens + 1)), axes
+    return jnp.tensordot(ones, g, contracted, precision=precision, preferred_element_type=dtype)[0]
+
+
+def _merge_tokens(x: Any) -> Any:
+    """(*tokens, features) to (product of tokens, features) on a single CPU or GPU.
 
     XLA makes a matrix of an operand with more axes itself, on a CPU by a transposed copy, into
-    which it recomputes all that the operand is made of. On several devices merged axes could not
-    keep their sharding.
+    which it recomputes all that the operand is made of. A TPU's compiler does not, and would copy
+    the array, whose rows of patches are padded to whole tiles. On several devices merged axes could
+    not keep their sharding.
     """
-    if jax.sharding.get_abstract_mesh().size > 1:
+    if jax.sharding.get_abstract_mesh().size > 1 or target_device().platform == "tpu":
         return x
-    return x.reshape(math.prod(x.shape[: x.ndim - features]), -1)
+    return x.reshape(-1, *x.shape[x.ndim - 1 :])
