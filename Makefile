@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal
 SLOW := processes or compiles or training or decodes
 
-.PHONY: train check test fast-tests format lint layers types rooms plan-table benchmarks device clean
+.PHONY: train check test fast-tests format lint layers types rooms plan-table tpu-test benchmarks device clean
 
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
@@ -42,8 +42,12 @@ rooms: .venv/test
 	$(BIN)/python experiments/rooms.py
 
 # For TPUs, on a machine that needs none; an hour of two cores.
-plan-table: .venv/tpu
-	$(BIN)/python experiments/plan_table.py
+plan-table: .venv-tpu/installed
+	.venv-tpu/bin/python experiments/plan_table.py
+
+# What programs for TPUs cost, by the TPU compiler; 10 minutes of two cores, and no TPU.
+tpu-test: .venv-tpu/installed
+	.venv-tpu/bin/python -m pytest -q -c /dev/null --rootdir=. --noconftest tests/test_tpu.py
 
 # What a GPU does, into benchmarks/results/$(DEVICE); an hour, or some of
 # PARTS="kernels attention schemes model inference training flags", each of 9 minutes at most.
@@ -54,10 +58,15 @@ device:
 	@test -n "$(DEVICE)" || { echo "say DEVICE=h100, or another folder of benchmarks/results"; exit 2; }
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-tpu build *.egg-info
 
 # A file for each set of extras that is installed.
 .venv/%: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+.venv-tpu/installed: setup.py constraints.txt
+	test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[tpu]' pytest
 	touch $@

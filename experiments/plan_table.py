@@ -1,11 +1,12 @@
-"""The memory and time of the paper's three models on TPU slices of 4 to 256 chips, without a TPU.
+"""The memory and time of the paper's three models on TPUs, without a TPU.
 
-    .venv/bin/python experiments/plan_table.py [--plans=runs/plan]
+    .venv-tpu/bin/python experiments/plan_table.py [--plans=runs/plan] [--only=base,inference]
 
-Runs `timesformer plan` for every row, which compiles the training step for the slice. After each
+Runs `timesformer plan` for every row, which compiles the program for the chip or slice. After each
 row it writes docs/plan.json and the tables of docs/plan.md with the rows so far. Rows in the folder
-of plans are not compiled again, so an interrupted run resumes. A compilation takes one to two
-minutes of one core, and 1 to 3 GB.
+of plans are not compiled again, so an interrupted run resumes. A row takes one to five minutes of
+one core, and 1 to 5 GB. --only compiles the rows with all of these words in their name, and writes
+every row that there is.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = DOCS / "plan.md"
 
 PLANS = flags.DEFINE_string("plans", "runs/plan", "folder for the plans")
+ONLY = flags.DEFINE_list("only", [], "words, such as base,training,v5e:1x1; by default all rows")
 
 
 class Recipe(NamedTuple):
-    """A model as it is planned: its config, what is changed in it, and clips a chip."""
+    """A model as it is planned: its config, clips a chip, and what is changed for training."""
 
     config: str
     clips: int
@@ -36,62 +38,81 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "base": Recipe("k400_base", 4),
+    "base": Recipe("k400_base", 16),
     "HR": Recipe("k400_hr", 1, ("model.remat=block",)),
     "L": Recipe("k400_l", 1, ("model.remat=block",)),
 }
-V5E = {"v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
-TOPOLOGIES = V5E | {"v5p:2x2x4": 16, "v6e:4x4": 16}
-SEARCHED = "v5e:2x2"  # for the largest batch, which a chip is that of the larger slices
+CHIPS = ("v5e:1x1", "v5p:1x1x1", "v6e:1x1")
+SLICES = {"v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
 
-# (model, topology, whether the largest batch is searched), in the order of compilation.
+
+class Row(NamedTuple):
+    """A plan: one chip is compiled as training would be, slices and searches with --quick."""
+
+    model: str
+    work: str
+    topology: str
+    search: bool = False
+
+    @property
+    def name(self) -> str:
+        place = self.topology.replace(":", "_")
+        return f"{self.model}_{self.work}_{place}" + "_searched" * self.search
+
+    @property
+    def words(self) -> set[str]:
+        return {self.model, self.work, self.topology} | ({"search"} if self.search else set())
+
+
+# In the order of compilation.
 ROWS = [
-    *((model, topology, False) for topology in TOPOLOGIES for model in RECIPES),
-    *((model, SEARCHED, True) for model in RECIPES),
+    *(Row(model, "training", chip) for chip in CHIPS for model in RECIPES),
+    *(Row(model, "inference", chip) for chip in CHIPS for model in RECIPES),
+    *(Row(model, "training", slice_) for slice_ in SLICES for model in RECIPES),
+    *(Row(model, "training", CHIPS[0], search=True) for model in RECIPES),
 ]
 
 
 def main(_) -> None:
-    plans = {key: plan for key in ROWS if (plan := kept(*key))}
-    for key in ROWS:
-        if key not in plans:
-            plans[key] = planned(*key)
+    plans = {row: plan for row in ROWS if (plan := kept(row))}
+    for row in ROWS:
+        if row not in plans and set(ONLY.value) <= row.words:
+            plans[row] = planned(row)
             tabulate(plans)
     tabulate(plans)
-    print(needs(plans), scaling(plans), sep="\n\n")
 
 
-def tabulate(plans: dict) -> None:
+def tabulate(plans: dict[Row, dict]) -> None:
     """Writes the rows that there are, in the order of the tables."""
-    rows = [plans[key] | {"model": key[0]} for key in sorted(plans, key=ROWS.index) if not key[2]]
+    rows = [plans[row] | {"model": row.model} for row in ROWS if row in plans and not row.search]
     (DOCS / "plan.json").write_text(json.dumps(rows, indent=1) + "\n")
-    write("needs", needs(plans))
-    write("scaling", scaling(plans))
+    for name, table in {"time": time, "parts": parts, "memory": memory, "scaling": scaling}.items():
+        page = PAGE.read_text()
+        PAGE.write_text(replace_table(page, "plan_table.py", name, table(plans)))
 
 
-def file_of(model: str, topology: str, search: bool) -> pathlib.Path:
-    name = f"{model}_{topology.replace(':', '_')}" + "_searched" * search
-    return pathlib.Path(PLANS.value) / f"{name}.json"
-
-
-def kept(model: str, topology: str, search: bool) -> dict | None:
+def kept(row: Row) -> dict | None:
     """The plan of a row that was compiled earlier."""
-    file = file_of(model, topology, search)
+    file = pathlib.Path(PLANS.value) / f"{row.name}.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def planned(model: str, topology: str, search: bool) -> dict:
+def planned(row: Row) -> dict:
     """The plan of a row, compiled in a process of its own."""
-    recipe, file = RECIPES[model], file_of(model, topology, search)
+    recipe, file = RECIPES[row.model], pathlib.Path(PLANS.value) / f"{row.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".new")
-    changes = (f"batch_size={recipe.clips * TOPOLOGIES[topology]}", *recipe.changes)
+    clips = recipe.clips * SLICES.get(row.topology, 1)
+    # One view a video: a batch of inference is then of as many clips as one of training.
+    changes = ("model.dtype=bfloat16", f"batch_size={clips}", "eval.crops=1")
+    changes += recipe.changes if row.work == "training" else ()
     subprocess.run(
         [
-            sys.executable, "-m", "timesformer_jax.cli", "plan", "--quick",
-            f"--config={ROOT}/configs/{recipe.config}.py", f"--topology={topology}",
+            sys.executable, "-m", "timesformer_jax.cli", "plan", f"--work={row.work}",
+            f"--config={ROOT}/configs/{recipe.config}.py", f"--topology={row.topology}",
             f"--json={whole}", *(f"--config.{change}" for change in changes),
-            *(["--find_batch"] if search else []),
+            *(["--quick"] if row.search or row.topology in SLICES else []),
+            *(["--find_batch"] if row.search else []),
         ],
         check=True,
     )  # fmt: skip
@@ -99,70 +120,98 @@ def planned(model: str, topology: str, search: bool) -> dict:
     return json.loads(file.read_text())
 
 
-def needs(plans: dict) -> str:
-    """Memory, time and largest batch of every row."""
-    head = [
-        "model", "slice", "chips", "clips a step", "fits", "parameters", "optimizer", "inputs",
-        "activations, temporaries", "program, padding", "total, GiB", "ms a step", "clips/s", "MFU",
-        "largest batch",
-    ]  # fmt: skip
+def on_chips(plans: dict[Row, dict]) -> list[tuple[Row, dict]]:
+    """The rows of one chip, in the order of the tables."""
+    rows = [
+        Row(model, work, chip)
+        for work in ("training", "inference")
+        for model in RECIPES
+        for chip in CHIPS
+    ]
+    return [(row, plans[row]) for row in rows if row in plans]
+
+
+def label(row: Row, plan: dict) -> list:
+    return [row.model, row.work, row.topology.partition(":")[0], plan["clips"]]
+
+
+def time(plans: dict[Row, dict]) -> str:
+    """The bound, and the compiler's cycles."""
+    head = ["model", "work", "chip", "clips", "bound, ms", "by", "MFU at the bound", "M cycles",
+            "ms", "clips/s", "MFU"]  # fmt: skip
     lines = []
-    for model in RECIPES:
-        for topology in TOPOLOGIES:
-            if (plan := plans.get((model, topology, False))) is None:
-                continue
-            memory = plan["compiled"]["memory_bytes"]
-            kinds = [memory[k] for k in ("parameters", "optimizer", "inputs", "activations")]
-            kinds += [memory["program"] + memory["padding"], memory["total"]]
-            lines.append([
-                model, topology, plan["chips"], plan["batch_size"],
-                "yes" if plan["fits"] else "no", *(f"{kind / GIB:.2f}" for kind in kinds),
-                f"{plan['step_seconds'] * 1e3:.0f}", f"{plan['clips_per_second']:.0f}",
-                f"{plan['mfu']:.0%}", largest(plans, model, topology),
-            ])  # fmt: skip
-    return markdown_table(head, lines, words=2)
+    for row, plan in on_chips(plans):
+        roof, cycles = plan["compiled"]["roofline_seconds"], plan["cycles"]
+        by = max(("compute", "memory", "communication"), key=lambda part: roof[part] or 0)
+        lines.append([
+            *label(row, plan), f"{plan['step_seconds'] * 1e3:.1f}", by, f"{plan['mfu']:.0%}",
+            f"{cycles['total'] / 1e6:.0f}", f"{cycles['step_seconds'] * 1e3:.1f}",
+            f"{cycles['clips_per_second']:.0f}", f"{cycles['mfu']:.0%}",
+        ])  # fmt: skip
+    return markdown_table(head, lines, words=3)
 
 
-def largest(plans: dict, model: str, topology: str) -> str:
-    """The largest batch: of v5e slices as many clips a chip as on the searched one."""
-    searched = plans.get((model, SEARCHED, True))
-    if topology not in V5E or searched is None:
-        return ""
-    return str(searched["largest_batch"] // searched["chips"] * TOPOLOGIES[topology])
+def parts(plans: dict[Row, dict]) -> str:
+    """Where the cycles go."""
+    shown = ("linear layers, GELU", "norms, residuals", "embedding, preprocessing", "optimizer")
+    head = ["model", "work", "chip", "clips", "attention", *shown, "other", "of all: kernels",
+            "of all: copies"]  # fmt: skip
+    lines = []
+    for row, plan in on_chips(plans):
+        sums: dict[str, float] = {}
+        for share in plan["cycles"]["parts"]:
+            part = "attention" if share["part"].endswith(" attention") else share["part"]
+            part = part if part in ("attention", *shown) else "other"
+            for key in (part, share["kind"]):
+                sums[key] = sums.get(key, 0.0) + share["cycles"] / 1e6
+        columns = ["attention", *shown, "other", "kernel", "copy"]
+        lines.append([*label(row, plan), *(f"{sums.get(key, 0.0):.1f}" for key in columns)])
+    return markdown_table(head, lines, words=3)
 
 
-def scaling(plans: dict) -> str:
+def memory(plans: dict[Row, dict]) -> str:
+    """Memory by kind, and the largest batch."""
+    head = ["model", "work", "chip", "clips", "parameters", "optimizer", "inputs",
+            "activations, temporaries", "program, padding", "total, GiB",
+            "largest batch"]  # fmt: skip
+    lines = []
+    for row, plan in on_chips(plans):
+        found = plan["compiled"]["memory_bytes"]
+        kinds = [found[k] for k in ("parameters", "optimizer", "inputs", "activations")]
+        kinds += [found["program"] + found["padding"], found["total"]]
+        searched = plans.get(row._replace(search=True))
+        most = searched["largest_batch"] if searched else ""
+        lines.append([*label(row, plan), *(f"{kind / GIB:.2f}" for kind in kinds), most])
+    return markdown_table(head, lines, words=3)
+
+
+def scaling(plans: dict[Row, dict]) -> str:
     """What a chip sends as the v5e slice grows, its batch with it."""
     head = ["model", "slice", "collectives", "MB a chip sends", "communication, ms",
             "the rest, ms", "efficiency, overlapped", "efficiency, one after another"]  # fmt: skip
     lines = []
     for model in RECIPES:
-        for topology in V5E:
-            plan, first = (plans.get((model, t, False)) for t in (topology, next(iter(V5E))))
-            if plan is None or first is None:
+        for topology in SLICES:
+            chip, first, plan = (
+                plans.get(Row(model, "training", t)) for t in (CHIPS[0], "v5e:2x2", topology)
+            )
+            if plan is None or first is None or chip is None:
                 continue
+            rest = chip["cycles"]["step_seconds"]
+            sending, at_first = (
+                p["compiled"]["roofline_seconds"]["communication"] for p in (plan, first)
+            )
             sends: dict[str, float] = {}
             for c in plan["compiled"]["collectives"]:
                 name = f"{c['kind']} over {', '.join(c['axes'])}"
                 sends[name] = sends.get(name, 0) + c["sent_bytes"]
             lines.append([
                 model, topology, ", ".join(sends), f"{sum(sends.values()) / 1e6:.0f}",
-                f"{times(plan)[0] * 1e3:.1f}", f"{times(plan)[1] * 1e3:.1f}",
-                f"{max(times(first)) / max(times(plan)):.1%}",
-                f"{sum(times(first)) / sum(times(plan)):.1%}",
+                f"{sending * 1e3:.1f}", f"{rest * 1e3:.1f}",
+                f"{max(at_first, rest) / max(sending, rest):.1%}",
+                f"{(at_first + rest) / (sending + rest):.1%}",
             ])  # fmt: skip
     return markdown_table(head, lines, words=3)
-
-
-def times(plan: dict) -> tuple[float, float]:
-    """Seconds of communication, and of the rest."""
-    roof = plan["compiled"]["roofline_seconds"]
-    return roof["communication"], max(roof["compute"], roof["memory"])
-
-
-def write(name: str, table: str) -> None:
-    """Puts a table between its marks on the page."""
-    PAGE.write_text(replace_table(PAGE.read_text(), "plan_table.py", name, table))
 
 
 if __name__ == "__main__":

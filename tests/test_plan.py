@@ -469,36 +469,3 @@ def test_the_command_needs_no_tensorflow(timesformer, tmp_path):
     )  # fmt: skip
     assert "fits: " in done.stdout
     assert json.loads(pathlib.Path(out).read_text())["chips"] == 4
-
-
-libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU compiler: pip install '.[tpu]'",
-)
-
-
-@libtpu
-def test_a_tpu_program_sums_every_gradient_once():
-    found = make_plan(tiny(), "v5e:2x2", quick=True)
-    gradients = bytes_of(found.program.state.params)
-    assert sum(c.num_bytes * c.count for c in found.compiled.collectives) == pytest.approx(
-        gradients, rel=0.01
-    )
-    assert found.fits
-    assert 0 < found.mfu < 1
-
-
-@libtpu
-def test_base_on_four_tpus():
-    config = recipes.kinetics400()
-    config.batch_size = 16
-    found = make_plan(config, "v5e:2x2", quick=True)
-    assert found.fits
-    assert found.compiled.memory.parameters == 4 * 121_566_352
-    assert found.compiled.flops / found.counted.flops == pytest.approx(1, abs=0.1)
-
-
-@libtpu
-def test_a_slice_that_does_not_exist_is_one_line():
-    with pytest.raises(tsf.InputError, match="knows no --topology=v5e:3x4"):
-        open_topology("v5e:3x4")

@@ -1,8 +1,8 @@
 """The Pallas kernels of a program that was compiled for TPUs, and the cycles of each.
 
 The compiler gives no estimate for a kernel. But it can write a kernel's schedule, if it is told so
-before it is loaded, and for every operation that it compiles, in about 70 files each. So a process
-of its own compiles each distinct kernel alone, from its serialised code in the program's text.
+before it is loaded, and then does for every operation that it compiles. So a process of its own
+compiles each distinct kernel alone, from its serialised code in the program's text.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def compile_kernels(kernels: list[Kernel], chip: str) -> list[Schedule | None]:
     if not kernels:
         return []
     with tempfile.TemporaryDirectory(prefix="kernels") as folder:
-        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        dump = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+            "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"  # of 70 files an operation
+        )
         flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump}".strip()
         done = subprocess.run(
             [sys.executable, "-c", f"from {__name__} import main; main()", chip, folder],

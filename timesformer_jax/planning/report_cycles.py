@@ -7,14 +7,15 @@ from typing import Any
 from timesformer_jax.planning.cycles import PASSES, Cycles, KernelCall
 from timesformer_jax.planning.plan import Plan
 
-# What the figures leave out.
+# How the figures are made, and what they leave out; docs/plan.md says more.
 NOTES = (
-    "cycles: XLA's own estimates, one operation after another; a large product is estimated at 91% "
-    "of the peak, a small fusion at 2000 or more, a few operations at 0",
-    "cycles of a kernel: the bundles of its schedule times the iterations of its loops, or its "
-    "operands and results at the memory's rate; waits inside it are not counted, every branch is",
-    "cycles of a fusion count for the part that names it; a copy only moves or converts data",
-    "cycles leave out collectives, the host and the input",
+    "cycles: XLA's estimates, one operation after another; large products at 91% of the peak, a",
+    "  small fusion 2000 or more, a few operations 0; no collectives, host or input",
+    "cycles of a fusion are of the part that names it; a copy only moves or converts data",
+)
+KERNEL_NOTES = (
+    "cycles of a kernel: bundles of its schedule times iterations, or bytes at the memory's rate;",
+    "  every branch counts, no wait within it does",
 )
 
 
@@ -62,9 +63,9 @@ def cycles_json(plan: Plan, cycles: Cycles) -> dict[str, Any]:
 
 def cycles_notes(cycles: Cycles) -> list[str]:
     """What the figures assume and leave out, one a line."""
-    lines = [*NOTES]
+    lines = [*NOTES, *(KERNEL_NOTES if cycles.kernels else ())]
     if not cycles.known:
-        lines.append("cycles: a loop whose number of iterations is unknown counts as one iteration")
+        lines.append("cycles: a loop of unknown length counts as one iteration")
     for kernel in cycles.kernels:
         if kernel.schedule is None:
             lines.append(f"kernel {kernel.name} cannot be compiled alone: only its bytes count")
