@@ -81,3 +81,11 @@ def test_values_and_gradients(shape, cls, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_sequences_with_products_of_their_own(dtype):
     check((1, 33, 3, 2, 64), dtype, True)
+
+
+@pytest.mark.parametrize(
+    ("frames", "cls"), [(130, False), (128, True), (128, False)], ids=["blocks", "cls", "whole"]
+)
+def test_a_running_softmax_over_blocks_of_keys(frames, cls, monkeypatch):
+    monkeypatch.setattr(tpu_temporal, "LARGEST", 0)
+    check((1, frames, 3, 2, 64), "bfloat16", cls)

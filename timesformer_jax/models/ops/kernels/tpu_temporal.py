@@ -12,59 +12,29 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-VMEM = 60 * 2**20  # a v5p has 64 MiB, a v5e and a v6e 128
+from timesformer_jax.models.ops.kernels import tpu_temporal_running
+from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
+    LANES,
+    VMEM,
+    WORDS,
+    Buffers,
+    Plan,
+    dot,
+    head_only,
+    in_turn,
+    keep,
+    pack,
+    rows_of,
+    transposed_heads,
+    unpack,
+)
+
 # Bytes of a step of the backward kernel's grid, which are there twice: one step computes while
 # another one's are moved. Small steps start sooner, large ones are fewer.
 BLOCK = 10 * 2**20
 LARGEST = 23 * 2**20
 UNROLLED = 16  # tokens; the heads of longer sequences are a loop, for the compiler's time
 GROUPED = 32  # tokens; longer sequences have products of their own
-
-
-class Plan(NamedTuple):
-    """What the kernels are compiled for.
-
-    Attributes:
-      frames: T; positions: N; heads: h; channels: d of a head.
-      cls: whether every position has a class token, one more token of its sequence.
-      group: positions whose sequences share a product.
-      block: positions of a step of the grid, a multiple of the rows of a tile.
-      interpret: as `pallas_call` takes it.
-    """
-
-    frames: int
-    positions: int
-    heads: int
-    channels: int
-    cls: bool
-    group: int
-    block: int
-    interpret: Any
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.channels
-
-    @property
-    def tokens(self) -> int:
-        return self.frames + self.cls
-
-    @property
-    def length(self) -> int:
-        """Rows of a sequence that has products of its own: whole tiles in every dtype."""
-        return pl.cdiv(self.tokens, 16) * 16
-
-    @property
-    def slab(self) -> int:
-        """Channels whose heads are loaded and stored together: whole heads and whole lane rows."""
-        slab = math.lcm(self.channels, LANES)
-        return slab if self.width % slab == 0 else self.width
-
-
-def rows_of(dtype: Any) -> int:
-    """The rows of a tile in memory: values of 16 bits lie in pairs."""
-    return 32 // jnp.dtype(dtype).itemsize
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, cls: bool = False) -> str | None:
@@ -74,8 +44,9 @@ def unsupported(shape: tuple[int, ...], dtype: Any, cls: bool = False) -> str | 
         return f"no product of {jnp.dtype(dtype).name}"
     if d % 8 or d > LANES:
         return f"heads have {d} channels; the kernel takes multiples of 8 up to {LANES}"
-    if _bytes(t + cls, h * d, dtype) > LARGEST:
-        return f"{t + cls} tokens of {h * d} channels do not fit the memory of a kernel"
+    slab = math.lcm(d, LANES)
+    if h * d % slab and _bytes(t + cls, h * d, dtype) > LARGEST:
+        return f"{t + cls} tokens are too many for {h * d} channels, no multiple of {slab}"
     return None
 
 
@@ -95,6 +66,8 @@ def plan(shape: tuple[int, ...], dtype: Any, cls: bool, heads: int, interpret: A
         while 2 * group * tokens <= LANES and group < n:
             group *= 2
     rows = max(group, rows_of(dtype))
+    if _bytes(tokens, width, dtype, rows) > LARGEST:
+        return Plan(t, n, heads, width // heads, cls, 0, rows, interpret)
     tiles = pl.cdiv(n, rows)
     steps = pl.cdiv(tiles, max(1, BLOCK // _bytes(tokens, width, dtype, rows)))
     return Plan(t, n, heads, width // heads, cls, group, pl.cdiv(tiles, steps) * rows, interpret)
@@ -119,15 +92,20 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(how: Plan, qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return _call(how, _forward, (qkv,), how.width)
+    return _vjp_forward(how, qkv)[0]
 
 
 def _vjp_forward(how: Plan, qkv: tuple) -> tuple:
-    return _attention(how, qkv), qkv
+    if how.group:
+        return _call(how, _forward, (qkv,), how.width), (qkv,)
+    out, logs = tpu_temporal_running.forward(how, qkv)
+    return out, (qkv, out, logs)
 
 
-def _vjp_backward(how: Plan, qkv: tuple, g: tuple) -> tuple:
-    return (_call(how, _backward, (qkv, g), 3 * how.width),)
+def _vjp_backward(how: Plan, saved: tuple, g: tuple) -> tuple:
+    if how.group:
+        return (_call(how, _backward, (*saved, g), 3 * how.width),)
+    return (tpu_temporal_running.backward(how, *saved, g),)
 
 
 _attention.defvjp(_vjp_forward, _vjp_backward)
@@ -183,7 +161,7 @@ def _kernel(how: Plan, body: Any, inputs: int, *refs: Any) -> None:
         tile = Tile(how, at, rows, how.positions - start - at)
         if how.tokens <= UNROLLED:
             lanes = range(0, how.width, how.slab)
-            _in_turn([_grouped(tile, body, parts, lane) for lane in lanes])
+            in_turn([_grouped(tile, body, parts, lane) for lane in lanes])
         else:
             jax.lax.fori_loop(0, how.width // how.slab, functools.partial(slab, tile), None)
 
@@ -192,7 +170,7 @@ def _kernel(how: Plan, body: Any, inputs: int, *refs: Any) -> None:
         one = how.width == how.slab
         lane = 0 if one else pl.multiple_of(number * how.slab, how.slab)
         if how.group > 1:
-            _in_turn([_grouped(tile, body, parts, lane)])
+            in_turn([_grouped(tile, body, parts, lane)])
         else:
             _single(tile, body, parts, refs[-1], lane)
 
@@ -233,7 +211,7 @@ def _grouped(tile: Tile, body: Any, parts: list, lane: Any) -> Iterator[None]:
         x = tile.load(refs, offset + lane)
         # What lies behind the last position is not defined.
         if how.positions % tile.rows and clean:
-            x = _keep(x, lambda row, _: row < tile.valid)
+            x = keep(x, lambda row, _: row < tile.valid)
         if tile.rows > how.group:  # tiles of 32 bits have fewer rows
             wide = x.astype(jnp.float32)
             split = [wide[:, i : i + how.group] for i in range(0, tile.rows, how.group)]
@@ -248,78 +226,26 @@ def _grouped(tile: Tile, body: Any, parts: list, lane: Any) -> Iterator[None]:
 
 
 def _single(tile: Tile, body: Any, parts: list, scratch: Any, lane: Any) -> None:
+    """Every position has products of its own; a buffer of words brings its rows together."""
     how, count = tile.how, len(body.inputs)
-    columns = [(i, min(LANES, how.slab - i)) for i in range(0, how.slab, LANES)]
-    words = tile.rows * parts[0][0][0].dtype.itemsize // 4
     dtype = parts[0][0][0].dtype
+    buffers = Buffers(scratch, how.slab)
     for j, (refs, offset) in enumerate(parts[:count]):
         x = pltpu.bitcast(tile.load(refs, offset + lane), jnp.uint32)
-        for c, (i, size) in enumerate(columns):
-            rows = x[..., i : i + size].reshape(-1, size)
-            buffer = scratch.at[j * len(columns) + c]
-            buffer[: len(rows), :size] = rows
-            if how.length > how.tokens:
-                padding = (words * how.length - len(rows), size)
-                buffer[len(rows) : words * how.length, :size] = jnp.zeros(padding, rows.dtype)
+        buffers.fill(j, 0, x)
+        if how.length > how.tokens:
+            buffers.fill(j, how.tokens, jnp.zeros((how.length - how.tokens, *x.shape[1:]), x.dtype))
 
-    def unit(w: int) -> Iterator[None]:
-        at = pl.ds(w, how.length, stride=words)
-        operands = []
-        for j in range(count):
-            x = [scratch.at[j * len(columns) + c][at, :] for c in range(len(columns))]
-            x = jnp.concatenate(x, axis=1)[:, : how.slab]
-            operands.append(_unpack(x, dtype))
+    def unit(word: int) -> Iterator[None]:
+        operands = [unpack(buffers.take(j, word, how.length), dtype) for j in range(count)]
         results = yield from body(how, list(zip(*operands)))
         for j, groups in enumerate(zip(*results)):
-            x = _pack(groups, dtype)
-            for c, (i, size) in enumerate(columns):
-                scratch.at[(count + j) * len(columns) + c][at, :size] = x[:, i : i + size]
+            buffers.put(count + j, word, pack(groups, dtype))
 
-    _in_turn([unit(w) for w in range(words)])
+    in_turn([unit(word) for word in range(WORDS)])
     for j, (refs, offset) in enumerate(parts[count:]):
-        x = [
-            scratch[(count + j) * len(columns) + c, : how.tokens * words, :size]
-            for c, (i, size) in enumerate(columns)
-        ]
-        x = jnp.concatenate(x, axis=1).reshape(how.tokens, words, how.slab)
+        x = buffers.whole(count + j, 0, how.tokens)
         tile.store(refs, offset + lane, pltpu.bitcast(x, dtype))
-
-
-def _unpack(x: jax.Array, dtype: Any) -> list[jax.Array]:
-    """Rows of words to those of each value in them."""
-    if dtype.itemsize == 4:
-        return [pltpu.bitcast(x, dtype)]
-    halves = (x << 16, x & jnp.uint32(0xFFFF0000))
-    return [pltpu.bitcast(half, jnp.float32).astype(dtype) for half in halves]
-
-
-def _pack(parts: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
-    if dtype.itemsize == 4:
-        return pltpu.bitcast(parts[0], jnp.uint32)
-    low, high = (pltpu.bitcast(part.astype(jnp.float32), jnp.uint32) for part in parts)
-    return (low >> 16) | high
-
-
-def _keep(x: jax.Array, keep: Any) -> jax.Array:
-    """x where keep(row, lane), zero elsewhere, also where x is NaN."""
-    bits = pltpu.bitcast(x, jnp.int32)
-    row, lane = (
-        jax.lax.broadcasted_iota(jnp.int32, bits.shape, i) for i in (x.ndim - 2, x.ndim - 1)
-    )
-    if x.dtype.itemsize == 4:
-        mask = jnp.where(keep(row, lane), -1, 0)
-    else:  # two rows in a word, the first in its low half
-        low, high = keep(2 * row, lane), keep(2 * row + 1, lane)
-        mask = jnp.where(low, 0xFFFF, 0) | jnp.where(high, -0x10000, 0)
-    return pltpu.bitcast(bits & mask, x.dtype)
-
-
-def _head(how: Plan, x: jax.Array, head: int) -> jax.Array:
-    """(rows, slab) with zeros in the channels of the other heads."""
-    if how.channels == how.slab:
-        return x
-    first = head * how.channels
-    return _keep(x, lambda _, lane: (lane >= first) & (lane < first + how.channels))
 
 
 def _weights(how: Plan, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -338,36 +264,17 @@ def _weights(how: Plan, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights, weights.sum(axis=0, keepdims=True)
 
 
-def _in_turn(stages: list[Iterator[None]]) -> None:
-    """Runs generators one step apart: the scheduler overlaps what lies close in the program."""
-    live: list[Iterator[None]] = []
-    while stages or live:
-        live += stages[:1]
-        stages = stages[1:]
-        live = [stage for stage in live if next(stage, StopIteration) is not StopIteration]
-
-
-def _dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
-    return jax.lax.dot_general(a, b, (([i], [j]), ([], [])), preferred_element_type=jnp.float32)
-
-
-def _transposed_heads(how: Plan, x: jax.Array) -> list[jax.Array]:
-    """(rows, slab) to an array (d, rows) for each head."""
-    x = x.T
-    return [x[i : i + how.channels] for i in range(0, how.slab, how.channels)]
-
-
 def _forward(how: Plan, groups: list) -> Any:
     """From [(q, k, v)] of groups, (tokens * group, slab) each, to [(result,)]."""
     dtype = groups[0][0].dtype
     count = range(how.slab // how.channels)
-    logits = [[_dot(k, _head(how, q, head), 1, 1) for head in count] for q, k, _ in groups]
-    values = [_transposed_heads(how, v) for _, _, v in groups]
+    logits = [[dot(k, head_only(how, q, head), 1, 1) for head in count] for q, k, _ in groups]
+    values = [transposed_heads(how, v) for _, _, v in groups]
     yield
     weights = [[_weights(how, s) for s in heads] for heads in logits]
     yield
     results = [
-        [_dot(v, w.astype(dtype), 1, 0) * (1 / total) for (w, total), v in zip(heads, v_t)]
+        [dot(v, w.astype(dtype), 1, 0) * (1 / total) for (w, total), v in zip(heads, v_t)]
         for heads, v_t in zip(weights, values)
     ]
     yield
@@ -383,10 +290,10 @@ def _backward(how: Plan, groups: list) -> Any:
     """From [(q, k, v, gradient of the result)] of groups to [(gradients of q, k, v)]."""
     dtype = groups[0][0].dtype
     count = range(how.slab // how.channels)
-    logits = [[_dot(k, _head(how, q, head), 1, 1) for head in count] for q, k, _, _ in groups]
-    bars = [[_dot(v, _head(how, do, head), 1, 1) for head in count] for _, _, v, do in groups]
+    logits = [[dot(k, head_only(how, q, head), 1, 1) for head in count] for q, k, _, _ in groups]
+    bars = [[dot(v, head_only(how, do, head), 1, 1) for head in count] for _, _, v, do in groups]
     yield
-    t = [[_transposed_heads(how, x) for x in (q, k, do)] for q, k, _, do in groups]
+    t = [[transposed_heads(how, x) for x in (q, k, do)] for q, k, _, do in groups]
     saved = []
     for heads, heads_bar in zip(logits, bars):
         saved.append([])
@@ -402,9 +309,9 @@ def _backward(how: Plan, groups: list) -> Any:
     results = [
         [
             (
-                _dot(k, logits_bar, 1, 0) * scale,
-                _dot(q, logits_bar, 1, 1) * scale,
-                _dot(do, weights, 1, 1),
+                dot(k, logits_bar, 1, 0) * scale,
+                dot(q, logits_bar, 1, 1) * scale,
+                dot(do, weights, 1, 1),
             )
             for (weights, logits_bar), q, k, do in zip(heads, *ts)
         ]

@@ -1,0 +1,163 @@
+"""What the kernels of temporal attention on a TPU have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+VMEM = 60 * 2**20  # a v5p has 64 MiB, a v5e and a v6e 128
+WORDS = 8  # rows of 32 bits in a tile
+
+
+class Plan(NamedTuple):
+    """What the kernels are compiled for.
+
+    Attributes:
+      frames: T; positions: N; heads: h; channels: d of a head.
+      cls: whether every position has a class token, one more token of its sequence.
+      group: positions whose sequences share a product; 0 for a running softmax.
+      block: positions of a step of the grid, a multiple of the rows of a tile.
+      interpret: as `pallas_call` takes it.
+    """
+
+    frames: int
+    positions: int
+    heads: int
+    channels: int
+    cls: bool
+    group: int
+    block: int
+    interpret: Any
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.channels
+
+    @property
+    def tokens(self) -> int:
+        return self.frames + self.cls
+
+    @property
+    def length(self) -> int:
+        """Rows of a sequence that has products of its own: whole tiles in every dtype."""
+        return pl.cdiv(self.tokens, 16) * 16
+
+    @property
+    def slab(self) -> int:
+        """Channels whose heads are loaded and stored together: whole heads and whole lane rows."""
+        slab = math.lcm(self.channels, LANES)
+        return slab if self.width % slab == 0 else self.width
+
+
+def rows_of(dtype: Any) -> int:
+    """The rows of a tile in memory: values of 16 bits lie in pairs."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+class Buffers(NamedTuple):
+    """Arrays of words in VMEM that are written tile by tile and read position by position.
+
+    The rows of a position lie a tile apart in a block (T, rows, C). Only arrays of one lane row and
+    of 32 bits can be read with a stride, hence the copy.
+
+    Attributes:
+      ref: (arrays * lane rows of a slab, rows * WORDS, LANES) uint32.
+      slab: channels of an array.
+    """
+
+    ref: Any
+    slab: int
+
+    def _columns(self, j: int) -> list[tuple[Any, slice, int]]:
+        count = pl.cdiv(self.slab, LANES)
+        sizes = [min(LANES, self.slab - i * LANES) for i in range(count)]
+        return [
+            (self.ref.at[j * count + i], slice(i * LANES, i * LANES + size), size)
+            for i, size in enumerate(sizes)
+        ]
+
+    def fill(self, j: int, row: int, x: jax.Array) -> None:
+        """Writes x (rows, WORDS, slab) from row `row` on."""
+        for ref, lanes, size in self._columns(j):
+            ref[row * WORDS : (row + len(x)) * WORDS, :size] = x[..., lanes].reshape(-1, size)
+
+    def whole(self, j: int, row: int, rows: int) -> jax.Array:
+        """(rows, WORDS, slab), from row `row` on."""
+        columns = self._columns(j)
+        x = [ref[row * WORDS : (row + rows) * WORDS, :size] for ref, _, size in columns]
+        return jnp.concatenate(x, axis=1).reshape(rows, WORDS, self.slab)
+
+    def take(self, j: int, word: Any, rows: int) -> jax.Array:
+        """(rows, slab), the rows of the positions in word `word`."""
+        at = pl.ds(word, rows, stride=WORDS)
+        x = [ref[at, :] for ref, _, _ in self._columns(j)]
+        return jnp.concatenate(x, axis=1)[:, : self.slab]
+
+    def put(self, j: int, word: Any, x: jax.Array) -> None:
+        """Undoes `take`."""
+        at = pl.ds(word, len(x), stride=WORDS)
+        for ref, lanes, size in self._columns(j):
+            ref[at, :size] = x[:, lanes]
+
+
+def unpack(x: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Rows of words to those of each value in them."""
+    if dtype.itemsize == 4:
+        return [pltpu.bitcast(x, dtype)]
+    halves = (x << 16, x & jnp.uint32(0xFFFF0000))
+    return [pltpu.bitcast(half, jnp.float32).astype(dtype) for half in halves]
+
+
+def pack(parts: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
+    if dtype.itemsize == 4:
+        return pltpu.bitcast(parts[0], jnp.uint32)
+    low, high = (pltpu.bitcast(part.astype(jnp.float32), jnp.uint32) for part in parts)
+    return (low >> 16) | high
+
+
+def keep(x: jax.Array, where: Any) -> jax.Array:
+    """x where `where(row, lane)`, zero elsewhere, also where x is NaN."""
+    bits = pltpu.bitcast(x, jnp.int32)
+    row, lane = (
+        jax.lax.broadcasted_iota(jnp.int32, bits.shape, i) for i in (x.ndim - 2, x.ndim - 1)
+    )
+    if x.dtype.itemsize == 4:
+        mask = jnp.where(where(row, lane), -1, 0)
+    else:  # two rows in a word, the first in its low half
+        low, high = where(2 * row, lane), where(2 * row + 1, lane)
+        mask = jnp.where(low, 0xFFFF, 0) | jnp.where(high, -0x10000, 0)
+    return pltpu.bitcast(bits & mask, x.dtype)
+
+
+def head_only(how: Plan, x: jax.Array, head: int) -> jax.Array:
+    """(rows, slab) with zeros in the channels of the other heads."""
+    if how.channels == how.slab:
+        return x
+    first = head * how.channels
+    return keep(x, lambda _, lane: (lane >= first) & (lane < first + how.channels))
+
+
+def in_turn(stages: list[Iterator[None]]) -> None:
+    """Runs generators one step apart: the scheduler overlaps what lies close in the program."""
+    live: list[Iterator[None]] = []
+    while stages or live:
+        live += stages[:1]
+        stages = stages[1:]
+        live = [stage for stage in live if next(stage, StopIteration) is not StopIteration]
+
+
+def dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+    return jax.lax.dot_general(a, b, (([i], [j]), ([], [])), preferred_element_type=jnp.float32)
+
+
+def transposed_heads(how: Plan, x: jax.Array) -> list[jax.Array]:
+    """(rows, slab) to an array (d, rows) for each head."""
+    x = x.T
+    return [x[i : i + how.channels] for i in range(0, how.slab, how.channels)]
