@@ -34,8 +34,7 @@ SMALL = {
 }
 # M cycles of a step: all of them, and the copies. A tenth more than measured when they were set, by
 # libtpu 0.0.42.1. What takes more brings back an array that is laid anew, or a pass over it.
-CEILINGS: dict[tuple[str, str], tuple[float, float]] = {
-}
+CEILINGS: dict[tuple[str, str], tuple[float, float]] = {}
 
 
 @pytest.fixture

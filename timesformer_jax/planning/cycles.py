@@ -52,15 +52,16 @@ class Share(NamedTuple):
     part: str
     direction: str
     kind: str
-    cycles: float
+    cycles: int
 
 
 class KernelCall(NamedTuple):
-    """A Pallas kernel in a program.
+    """A Pallas kernel in a part of a program.
 
     Attributes:
       name: the name that it was given.
-      calls: how often a step runs it.
+      part, direction: where it is called, as in `Share`.
+      calls: how often a step runs it there.
       schedule: None if it could not be compiled alone.
       cycles: of one call: those of the schedule, or the bytes of operands and results over the
         memory's rate, whichever is more.
@@ -68,9 +69,11 @@ class KernelCall(NamedTuple):
     """
 
     name: str
+    part: str
+    direction: str
     calls: int
     schedule: Schedule | None
-    cycles: float
+    cycles: int
     bound_by: str
 
 
@@ -80,7 +83,7 @@ class Cycles(NamedTuple):
     Attributes:
       parts: the parts of the model, in the order of a report.
       shares: the cycles, by part, pass and kind.
-      kernels: the Pallas kernels.
+      kernels: the Pallas kernels, those that take most first.
       clock: cycles a second.
       known: False if the program does not say how often some loop runs; it counts as one.
     """
@@ -92,7 +95,7 @@ class Cycles(NamedTuple):
     known: bool
 
     @property
-    def total(self) -> float:
+    def total(self) -> int:
         return self.of()
 
     @property
@@ -100,7 +103,7 @@ class Cycles(NamedTuple):
         """Of a step, if operations run one after another."""
         return self.total / self.clock
 
-    def of(self, **fields: str) -> float:
+    def of(self, **fields: str) -> int:
         """The sum of the shares whose fields have these values."""
         wanted = fields.items()
         return sum(s.cycles for s in self.shares if wanted <= s._asdict().items())
@@ -117,29 +120,28 @@ def count_cycles(text: str, chip: Chip, chip_name: str, layers: Sequence[str]) -
     assert chip.clock is not None  # all TPUs have one
     module = parse(text)
     shares: Counter[tuple[str, str, str]] = Counter()
-    calls: Counter[tuple[Kernel, str, str, str]] = Counter()
+    calls: Counter[tuple[Kernel, tuple[str, str, str]]] = Counter()
     everything_known = True
     for instruction, times, known in executed(module):
         part, direction = place(instruction, layers)
         if kernel := kernel_of(instruction):
-            calls[kernel, kernel_name(instruction), part, direction] += times
+            calls[kernel, (kernel_name(instruction), part, direction)] += times
         elif cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
             kind = "copy" if _moves(instruction, module) else "operation"
             shares[part, direction, kind] += times * int(cycles[1])
             everything_known &= known
-    distinct = list(dict.fromkeys(kernel for kernel, *_ in calls))
+    distinct = list(dict.fromkeys(kernel for kernel, _ in calls))
     schedules = dict(zip(distinct, compile_kernels(distinct, chip_name)))
-    listed: dict[Kernel, KernelCall] = {}
-    for (kernel, name, part, direction), times in calls.items():
-        one = _kernel_call(kernel, name, times, schedules[kernel], chip)
-        shares[part, direction, "kernel"] += times * one.cycles  # type: ignore[assignment]
-        before = listed.get(kernel)
-        listed[kernel] = one._replace(calls=times + (before.calls if before else 0))
+    kernels = []
+    for (kernel, where), times in calls.items():
+        cycles, bound_by = _cycles_of(kernel, schedules[kernel], chip)
+        kernels.append(KernelCall(*where, times, schedules[kernel], cycles, bound_by))
+        shares[(*where[1:], "kernel")] += times * cycles
     found = [Share(*key, cycles) for key, cycles in shares.items()]
     parts = [f"{layer} attention" for layer in layers]
     parts += [*dict.fromkeys(PARTS.values()), COLLECTIVES, OTHER]
-    by_cost = sorted(listed.values(), key=lambda k: -k.calls * k.cycles)
-    return Cycles(parts, found, by_cost, chip.clock, everything_known)
+    kernels.sort(key=lambda k: -k.calls * k.cycles)
+    return Cycles(parts, found, kernels, chip.clock, everything_known)
 
 
 def place(instruction: Instruction, layers: Sequence[str]) -> tuple[str, str]:
@@ -177,14 +179,12 @@ def kernel_name(instruction: Instruction) -> str:
     return scopes[-1] if scopes else instruction.name
 
 
-def _kernel_call(
-    kernel: Kernel, name: str, calls: int, schedule: Schedule | None, chip: Chip
-) -> KernelCall:
+def _cycles_of(kernel: Kernel, schedule: Schedule | None, chip: Chip) -> tuple[int, str]:
+    """The cycles of a call, and what bounds it."""
     assert chip.clock is not None
-    moving = kernel.num_bytes / chip.memory_rate * chip.clock
+    moving = round(kernel.num_bytes / chip.memory_rate * chip.clock)
     running = schedule.cycles if schedule else 0
-    bound_by = "schedule" if running >= moving else "memory"
-    return KernelCall(name, calls, schedule, max(running, moving), bound_by)
+    return max(running, moving), "schedule" if running >= moving else "memory"
 
 
 def _moves(instruction: Instruction, module: Module) -> bool:

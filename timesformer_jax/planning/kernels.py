@@ -25,6 +25,8 @@ from timesformer_jax.planning.hlo import Instruction, arrays, num_bytes
 from timesformer_jax.planning.schedule import Schedule, read_schedule
 from timesformer_jax.planning.topology import open_topology
 
+_GIVEN = ("custom_call_config", "scoped_memory_configs")  # what Pallas writes, of a call's config
+
 
 class Kernel(NamedTuple):
     """A Pallas kernel as a compiled program calls it; equal ones have the same cycles.
@@ -52,7 +54,7 @@ def kernel_of(instruction: Instruction) -> Kernel | None:
         return None
     _, _, config = instruction.rest.partition("backend_config=")
     written = json.JSONDecoder().raw_decode(config)[0]
-    given = {key: written[key] for key in ("custom_call_config", "scoped_memory_configs")}
+    given = {k: v for k, v in written.items() if k in _GIVEN}
     operands = re.search(r"operand_layout_constraints=\{(.*?)\}(?:, \w+=|$)", instruction.rest)
     aliasing = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.rest)
     pairs = re.findall(r"\{(\d*)\}: \((\d+), ", aliasing[1] if aliasing else "")

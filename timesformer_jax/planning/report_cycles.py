@@ -75,23 +75,26 @@ def cycles_notes(cycles: Cycles) -> list[str]:
 
 
 def _kernels(cycles: Cycles) -> list[str]:
-    """The kernels; those of one name and equal cycles in one line."""
+    """The kernels; those of one name, pass and equal cycles in one line."""
     if not cycles.kernels:
         return []
-    merged: dict[tuple[str, float], KernelCall] = {}
+    merged: dict[tuple, KernelCall] = {}
     for kernel in cycles.kernels:
-        same = merged.get((kernel.name, kernel.cycles))
-        calls = kernel.calls + (same.calls if same else 0)
-        merged[kernel.name, kernel.cycles] = kernel._replace(calls=calls)
+        key = kernel.name, kernel.direction, kernel.cycles
+        before = merged[key].calls if key in merged else 0
+        merged[key] = kernel._replace(calls=before + kernel.calls)
     lines = ["", _row("kernels, in the total", ["calls", "M each", "M", "bound by"])]
     for kernel in merged.values():
         each, total = kernel.cycles / 1e6, kernel.calls * kernel.cycles / 1e6
         values = [str(kernel.calls), f"{each:.3f}", f"{total:.2f}", kernel.bound_by]
-        lines.append(_row(f"  {kernel.name}", values))
+        name = kernel.name
+        if kernel.direction not in name:
+            name += f", {kernel.direction}"
+        lines.append(_row(f"  {name}", values))
     return [*lines, ""]
 
 
-def _numbers(name: str, cycles: list[float], total: float) -> str:
+def _numbers(name: str, cycles: list[int], total: int) -> str:
     """A row; the last two of `cycles` are the row's total and its copies."""
     *others, copies = (f"{value / 1e6:.2f}" for value in cycles)
     return _row(name, [*others, f"{cycles[-2] / total:.1%}", copies])
