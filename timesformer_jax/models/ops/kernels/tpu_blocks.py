@@ -1,4 +1,4 @@
-"""Blocks of long sequences for the attention kernels for TPUs: their choice, reading, packing.
+"""What one step of the attention kernels for TPUs has: a whole frame, or blocks of a sequence.
 
 Sequences of F frames with N patches each, h heads of d channels.
 """
@@ -11,12 +11,122 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from timesformer_jax.models.ops.kernels import tpu_heads
 from timesformer_jax.models.ops.kernels.tpu_heads import LANES, MASKED, Head
+
+
+class Frame(NamedTuple):
+    """The tokens of a frame: n patches, then c classification tokens.
+
+    They fill `keys` rows where they are keys, whole tiles of the dtype, and `queries` lanes.
+    """
+
+    n: int
+    c: int
+    heads: int
+    d: int
+    dtype: Any
+
+    @classmethod
+    def of(cls, patches: jax.Array, tokens: jax.Array | None, heads: int) -> Frame:
+        c = 0 if tokens is None else tokens.shape[2]
+        return cls(patches.shape[2], c, heads, patches.shape[3] // 3 // heads, patches.dtype)
+
+    @property
+    def tokens(self) -> int:
+        return self.n + self.c
+
+    @property
+    def keys(self) -> int:
+        return tpu_heads.round_up(self.tokens, self.tile)
+
+    @property
+    def queries(self) -> int:
+        return tpu_heads.round_up(self.tokens, LANES)
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return tpu_heads.tile_rows(self.dtype)
+
+    @property
+    def whole(self) -> int:
+        """Rows of the tiles that have patches only."""
+        return self.n - self.n % self.tile
+
+    @property
+    def tail(self) -> int:
+        """Rows after the whole tiles of patches: the last patches, the tokens, empty rows."""
+        return self.keys - self.whole
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.d
+
+    @property
+    def slab(self) -> int:
+        """Lanes of a slab."""
+        return tpu_heads.slab_lanes(self.d)
+
+    @property
+    def slabs(self) -> int:
+        return self.width // self.slab
+
+    @property
+    def slab_logits(self) -> int:
+        return self.keys * self.queries * len(tpu_heads.slab_heads(self.d))
+
+    @property
+    def slabs_per_step(self) -> int:
+        few = max(1, tpu_heads.STEP_LOGITS // self.slab_logits)
+        return max(s for s in range(1, self.slabs + 1) if self.slabs % s == 0 and s <= few)
+
+    @property
+    def steps(self) -> int:
+        return self.slabs // self.slabs_per_step
+
+    @property
+    def vmem(self) -> int:
+        """Bytes of the backward kernel, about: two of each block, and 6 arrays of logits."""
+        rows = self.keys * 7 * self.width * self.dtype.itemsize
+        return 2 * rows + 6 * 4 * self.keys * min(tpu_heads.QUERIES, self.queries)
+
+
+def sequence_numbers(frame: Frame, sequences: tuple[int, ...] | None) -> list[Any]:
+    """The number of each key's sequence (keys, 1) and of each query's (1, queries), int32.
+
+    Rows beyond the tokens belong to no query's sequence. Lanes beyond them follow sequence 0, and
+    are dropped. None and None if all tokens attend to each other.
+    """
+    if sequences is None:
+        return [None, None]
+    tokens = [*sequences, *range(frame.c)]
+    keys, queries = np.full(frame.keys, -1, np.int32), np.zeros(frame.queries, np.int32)
+    keys[: len(tokens)] = queries[: len(tokens)] = tokens
+    return [jnp.asarray(keys[:, None]), jnp.asarray(queries[None])]
+
+
+class FrameMask(NamedTuple):
+    """Gives logits (keys, queries) of keys that a query does not attend to the value MASKED."""
+
+    frame: Frame
+    key_number: Any
+    query_number: Any
+
+    def __call__(self, s: jax.Array, queries: slice) -> jax.Array:
+        if self.key_number is not None:
+            return jnp.where(self.key_number[...] == self.query_number[:, queries], s, MASKED)
+        # Only the last tile has rows of no token: the others are left as they are.
+        whole, tokens = self.frame.whole, self.frame.tokens
+        if tokens == self.frame.keys:
+            return s
+        row = whole + lax.broadcasted_iota(jnp.int32, (self.frame.tail, s.shape[1]), 0)
+        return tpu_heads.stack([s[:whole], jnp.where(row < tokens, s[whole:], MASKED)])
 
 
 class Block(NamedTuple):
@@ -129,8 +239,12 @@ def _choose_blocks(sequence: Sequence, step_logits: int) -> tuple[Block, Block]:
         return sequence.query_lanes(q) * sequence.key_rows(k) * heads
 
     def cost(blocks: tuple[Block, Block]) -> int:
-        """A step of the grid costs as much time as about 60,000 logits."""
-        return blocks[0].count * blocks[1].count * (logits(blocks) + 60_000)
+        """Rows that the matrix unit streams, forward and backward, and 8,000 for each step."""
+        q, k = blocks
+        rows = sequence.key_rows(k)
+        of_head = 3 * rows + 4 * sequence.d * pl.cdiv(rows, LANES)
+        step = heads * of_head * sequence.query_lanes(q) // LANES + 8_000
+        return q.count * k.count * step
 
     pairs = [(q, k) for q in options for k in options if logits((q, k)) <= step_logits]
     return min(pairs, key=cost, default=(smallest, smallest))

@@ -30,22 +30,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from timesformer_jax.models.ops.kernels import tpu_heads
-from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, MASKED, NN, NT, Head, dot
+from timesformer_jax.models.ops.kernels import tpu_blocks, tpu_heads
+from timesformer_jax.models.ops.kernels.tpu_blocks import Frame
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, NN, NT, Head, dot
 
 
-def supports(n: int, c: int, heads: int, d: int, dtype: Any) -> bool:
-    """Whether frames of n patches and c tokens are small enough for a step, a slab at a time.
+def fits(n: int, c: int, heads: int, d: int, dtype: Any) -> bool:
+    """Whether the memory of a core has room for frames of n patches and c tokens."""
+    return Frame(n, c, heads, d, jnp.dtype(dtype)).vmem <= tpu_heads.VMEM
 
-    The logits of a slab are all there at once, so that the program grows with their number.
+
+def is_small(n: int, c: int, heads: int, d: int, dtype: Any) -> bool:
+    """Whether the logits of a slab are few enough for a step, which has them all at once.
+
+    With more the program grows, and the time to compile it.
     """
-    frame = _Frame(n, c, heads, d, jnp.dtype(dtype))
-    return frame.slab_logits <= tpu_heads.STEP_LOGITS and frame.vmem <= tpu_heads.VMEM
+    return Frame(n, c, heads, d, jnp.dtype(dtype)).slab_logits <= tpu_heads.STEP_LOGITS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -78,8 +81,8 @@ def _forward(patches, cls, heads, sequences, interpret) -> tuple:
 
 def _backward(heads, sequences, interpret, saved: tuple, gradients: tuple) -> tuple:
     patches, cls, log_sums = saved
-    frame = _Frame.of(patches, cls, heads)
-    inputs = [patches, cls, *gradients, log_sums, *_numbers(frame, sequences)]
+    frame = Frame.of(patches, cls, heads)
+    inputs = [patches, cls, *gradients, log_sums, *tpu_blocks.sequence_numbers(frame, sequences)]
     outputs = [_like(patches), cls if cls is None else _like(cls)]
     return _call(_backward_kernel, frame, inputs, outputs, products=5, interpret=interpret)
 
@@ -89,13 +92,13 @@ attention.defvjp(_forward, _backward)
 
 def _run_forward(patches, cls, heads, sequences, interpret, saves: bool) -> tuple:
     b, t, n, _ = patches.shape
-    frame = _Frame.of(patches, cls, heads)
+    frame = Frame.of(patches, cls, heads)
     outputs = [
         _like(patches, (b, t, n, frame.width)),
         None if cls is None else _like(cls, (b, t, frame.c, frame.width)),
         jax.ShapeDtypeStruct((b, t, 1, heads * frame.queries), jnp.float32) if saves else None,
     ]
-    inputs = [patches, cls, *_numbers(frame, sequences)]
+    inputs = [patches, cls, *tpu_blocks.sequence_numbers(frame, sequences)]
     return _call(_forward_kernel, frame, inputs, outputs, products=2, interpret=interpret)
 
 
@@ -103,99 +106,8 @@ def _like(x: jax.Array, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(shape or x.shape, x.dtype)
 
 
-class _Frame(NamedTuple):
-    """The tokens of a frame: n patches, then c classification tokens.
-
-    They fill `keys` rows where they are keys, whole tiles of the dtype, and `queries` lanes.
-    """
-
-    n: int
-    c: int
-    heads: int
-    d: int
-    dtype: Any
-
-    @classmethod
-    def of(cls, patches: jax.Array, tokens: jax.Array | None, heads: int) -> _Frame:
-        c = 0 if tokens is None else tokens.shape[2]
-        return cls(patches.shape[2], c, heads, patches.shape[3] // 3 // heads, patches.dtype)
-
-    @property
-    def tokens(self) -> int:
-        return self.n + self.c
-
-    @property
-    def keys(self) -> int:
-        return tpu_heads.round_up(self.tokens, self.tile)
-
-    @property
-    def queries(self) -> int:
-        return tpu_heads.round_up(self.tokens, LANES)
-
-    @property
-    def tile(self) -> int:
-        """Rows of a tile."""
-        return tpu_heads.tile_rows(self.dtype)
-
-    @property
-    def whole(self) -> int:
-        """Rows of the tiles that have patches only."""
-        return self.n - self.n % self.tile
-
-    @property
-    def tail(self) -> int:
-        """Rows after the whole tiles of patches: the last patches, the tokens, empty rows."""
-        return self.keys - self.whole
-
-    @property
-    def width(self) -> int:
-        return self.heads * self.d
-
-    @property
-    def slab(self) -> int:
-        """Lanes of a slab."""
-        return tpu_heads.slab_lanes(self.d)
-
-    @property
-    def slabs(self) -> int:
-        return self.width // self.slab
-
-    @property
-    def slab_logits(self) -> int:
-        return self.keys * self.queries * len(tpu_heads.slab_heads(self.d))
-
-    @property
-    def slabs_per_step(self) -> int:
-        few = max(1, tpu_heads.STEP_LOGITS // self.slab_logits)
-        return max(s for s in range(1, self.slabs + 1) if self.slabs % s == 0 and s <= few)
-
-    @property
-    def steps(self) -> int:
-        return self.slabs // self.slabs_per_step
-
-    @property
-    def vmem(self) -> int:
-        """Bytes of the backward kernel, about: two of each block, and 6 arrays of logits."""
-        rows = self.keys * 7 * self.width * self.dtype.itemsize
-        return 2 * rows + 6 * 4 * self.keys * min(tpu_heads.QUERIES, self.queries)
-
-
-def _numbers(frame: _Frame, sequences: tuple[int, ...] | None) -> list[Any]:
-    """The number of each key's sequence (keys, 1) and of each query's (1, queries), int32.
-
-    Rows beyond the tokens belong to no query's sequence. Lanes beyond them follow sequence 0, and
-    are dropped. None and None if all tokens attend to each other.
-    """
-    if sequences is None:
-        return [None, None]
-    tokens = [*sequences, *range(frame.c)]
-    keys, queries = np.full(frame.keys, -1, np.int32), np.zeros(frame.queries, np.int32)
-    keys[: len(tokens)] = queries[: len(tokens)] = tokens
-    return [jnp.asarray(keys[:, None]), jnp.asarray(queries[None])]
-
-
 def _call(
-    kernel: Callable, frame: _Frame, inputs: list, outputs: list, products: int, interpret: Any
+    kernel: Callable, frame: Frame, inputs: list, outputs: list, products: int, interpret: Any
 ) -> tuple:
     """Runs a kernel on every frame. Inputs and outputs that are None stay so.
 
@@ -245,7 +157,7 @@ def _call(
 def _forward_kernel(
     frame, patches, cls, key_number, query_number, out, cls_out, log_sums, tails
 ) -> None:
-    mask = _Mask(frame, key_number, query_number)
+    mask = tpu_blocks.FrameMask(frame, key_number, query_number)
     scale = frame.d**-0.5 * LOG2_E
     for part in range(3):
         _fill_tail(frame, patches, cls, part, tails.at[part])
@@ -275,13 +187,13 @@ def _forward_kernel(
             result = _by_tokens(frame, item.slab, results)
             _write(frame, out, cls_out, item.slab.lanes(frame, 0), result)
 
-    tpu_heads.pipeline(_items(frame), logits, weights, values)
+    tpu_heads.pipeline(_items(frame), logits, weights, values, lead=2)
 
 
 def _backward_kernel(
     frame, patches, cls, g, cls_g, log_sums, key_number, query_number, d_patches, d_cls, tails
 ) -> None:
-    mask = _Mask(frame, key_number, query_number)
+    mask = tpu_blocks.FrameMask(frame, key_number, query_number)
     scale = frame.d**-0.5
     for part in range(3):
         _fill_tail(frame, patches, cls, part, tails.at[part])
@@ -323,12 +235,12 @@ class _Slab:
     def __init__(self, number: int):
         self.number = number
 
-    def lanes(self, frame: _Frame, part: int) -> Any:
+    def lanes(self, frame: Frame, part: int) -> Any:
         """Where it lies among the parts q, k, v of the projection, or in the result as part 0."""
         start = (part * frame.slabs + self.among_all(frame)) * frame.slab
         return pl.ds(tpu_heads.multiple(start, frame.slab), frame.slab)
 
-    def among_all(self, frame: _Frame) -> Any:
+    def among_all(self, frame: Frame) -> Any:
         """Its number among the slabs of the frame."""
         if frame.steps == 1:
             return self.number
@@ -338,7 +250,7 @@ class _Slab:
 class _Item(NamedTuple):
     """The work on one head of a slab and one chunk of queries, for all keys."""
 
-    frame: _Frame
+    frame: Frame
     slab: _Slab
     head: Head
     queries: slice
@@ -366,7 +278,7 @@ class _Item(NamedTuple):
         return end == (self.frame.slab, self.frame.queries)
 
 
-def _items(frame: _Frame) -> list[_Item]:
+def _items(frame: Frame) -> list[_Item]:
     return [
         _Item(frame, slab, head, queries)
         for slab in map(_Slab, range(frame.slabs_per_step))
@@ -375,32 +287,14 @@ def _items(frame: _Frame) -> list[_Item]:
     ]
 
 
-class _Mask(NamedTuple):
-    """Gives logits (keys, queries) of keys that a query does not attend to the value MASKED."""
-
-    frame: _Frame
-    key_number: Any
-    query_number: Any
-
-    def __call__(self, s: jax.Array, queries: slice) -> jax.Array:
-        if self.key_number is not None:
-            return jnp.where(self.key_number[...] == self.query_number[:, queries], s, MASKED)
-        # Only the last tile has rows of no token: the others are left as they are.
-        whole, tokens = self.frame.whole, self.frame.tokens
-        if tokens == self.frame.keys:
-            return s
-        row = whole + lax.broadcasted_iota(jnp.int32, (self.frame.tail, s.shape[1]), 0)
-        return tpu_heads.stack([s[:whole], jnp.where(row < tokens, s[whole:], MASKED)])
-
-
-def _read(frame: _Frame, patches: Any, tails: Any, slab: _Slab) -> list[jax.Array]:
+def _read(frame: Frame, patches: Any, tails: Any, slab: _Slab) -> list[jax.Array]:
     """Queries (queries, slab), keys and values (keys, slab)."""
     rows = (frame.queries, 0, 0)
     return [_tokens(frame, patches, tails.at[i], slab, i, rows[i]) for i in range(3)]
 
 
 def _tokens(
-    frame: _Frame, patches: Any, tail: Any, slab: _Slab, part: int, rows: int = 0
+    frame: Frame, patches: Any, tail: Any, slab: _Slab, part: int, rows: int = 0
 ) -> jax.Array:
     """The lanes of a slab for all tokens, (keys or `rows`, slab), with zeros in rows of no token.
 
@@ -418,7 +312,7 @@ def _tokens(
     return tpu_heads.stack(pieces)
 
 
-def _fill_tail(frame: _Frame, patches: Any, cls: Any, part: int, tail: Any) -> None:
+def _fill_tail(frame: Frame, patches: Any, cls: Any, part: int, tail: Any) -> None:
     """Writes the last patches and the tokens of this step's slabs, and zeros after them."""
     if not frame.tail:
         return
@@ -433,7 +327,7 @@ def _fill_tail(frame: _Frame, patches: Any, cls: Any, part: int, tail: Any) -> N
         tail[rest : rest + frame.c, :] = cls[:, lanes]
 
 
-def _by_tokens(frame: _Frame, slab: _Slab, results: dict, sums: bool = False) -> jax.Array:
+def _by_tokens(frame: Frame, slab: _Slab, results: dict, sums: bool = False) -> jax.Array:
     """The results of a slab's items, (d, tokens), as (tokens, slab), with sums over chunks or not.
 
     Args:
@@ -451,7 +345,7 @@ def _by_tokens(frame: _Frame, slab: _Slab, results: dict, sums: bool = False) ->
     return tpu_heads.stack(tpu_heads.stack(of_heads).T for of_heads in parts)
 
 
-def _write(frame: _Frame, patches: Any, cls: Any, lanes: Any, x: jax.Array) -> None:
+def _write(frame: Frame, patches: Any, cls: Any, lanes: Any, x: jax.Array) -> None:
     """Writes rows of tokens where they belong."""
     patches[:, lanes] = x[: frame.n].astype(frame.dtype)
     if frame.c:

@@ -82,20 +82,25 @@ def stack(parts: Iterable[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0)
 
 
-def pipeline(items: list[Any], first: Callable, second: Callable, third: Callable) -> None:
+def pipeline(
+    items: list[Any], first: Callable, second: Callable, third: Callable, lead: int = 1
+) -> None:
     """Runs three stages on each item, the later ones beside the earlier ones of the next items.
 
     The compiler keeps to the order of the program, mostly: with the stages of one item after
     another the matrix unit waits for the vector unit.
+
+    Args:
+      lead: by how many items the first stage is ahead of the second.
     """
     products, weights = {}, {}
-    for i in range(len(items) + 2):
+    for i in range(len(items) + lead + 1):
         if i < len(items):
             products[i] = first(items[i])
-        if 0 <= i - 1 < len(items):
-            weights[i - 1] = second(items[i - 1], products.pop(i - 1))
-        if i >= 2:
-            third(items[i - 2], weights.pop(i - 2))
+        if 0 <= i - lead < len(items):
+            weights[i - lead] = second(items[i - lead], products.pop(i - lead))
+        if i > lead:
+            third(items[i - lead - 1], weights.pop(i - lead - 1))
 
 
 def round_up(x: int, to: int) -> int:

@@ -150,7 +150,7 @@ def _forward_kernel(
         at = head.channels, queries
         result[at] = result[at] * shrink + dot(v_t[head.channels], p, NN)
 
-    tpu_heads.pipeline(sequence.items(), logits, weights, values)
+    tpu_heads.pipeline(sequence.items(), logits, weights, values, lead=2)
 
     @pl.when(ik == k_block.count - 1)
     def _() -> None:

@@ -14,9 +14,16 @@ from timesformer_jax.models.ops.kernels import tpu_frame, tpu_joint
 from timesformer_jax.models.ops.kernels.tpu_heads import LANES
 
 
-def unsupported(shape: tuple[int, ...], dtype: Any, frames: int = 1) -> str | None:
-    """Why these kernels do not support qkv (B, T, N, 3, h, d) of a dtype; None if they do."""
-    _, t, _, _, h, d = shape
+def unsupported(
+    shape: tuple[int, ...], dtype: Any, frames: int = 1, sequences: int = 1
+) -> str | None:
+    """Why these kernels do not support qkv (B, T, N, 3, h, d) of a dtype; None if they do.
+
+    Args:
+      frames: consecutive frames whose patches share a sequence.
+      sequences: sequences that each frame has, if several.
+    """
+    _, t, n, _, h, d = shape
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"it takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
     if d % 8 or d > LANES:
@@ -25,6 +32,8 @@ def unsupported(shape: tuple[int, ...], dtype: Any, frames: int = 1) -> str | No
         return f"{h} heads of {d} channels are not a multiple of {LANES} lanes"
     if t % frames:
         return f"{t} frames are not a multiple of {frames}"
+    if sequences > 1 and not tpu_frame.fits(n, sequences, h, d, dtype):
+        return f"{sequences} sequences of {n} patches exceed the memory of a core"
     return None
 
 
@@ -63,8 +72,9 @@ def attention(
     if cls is not None and cls.shape[1] != t // frames * count:
         raise ValueError(f"{cls.shape[1]} tokens for {t // frames} x {count} sequences")
     tokens = 0 if cls is None else count
-    small = frames == 1 and tpu_frame.supports(n, tokens, heads, width // 3 // heads, patches.dtype)
-    if small or sequences is not None:
+    sizes = n, tokens, heads, width // 3 // heads, patches.dtype
+    one_step = frames == 1 and tpu_frame.fits(*sizes) and tpu_frame.is_small(*sizes)
+    if one_step or sequences is not None:
         cls = None if cls is None else cls.reshape(b, t, count, width)
         out, cls_out = tpu_frame.attention(patches, cls, heads, sequences, interpret)
     else:
