@@ -142,7 +142,11 @@ def _tpu_spatial(kind: str) -> Kernel:
     def unsupported(case: Case) -> str | None:
         from timesformer_jax.models.ops.kernels import tpu_spatial
 
-        return tpu_spatial.unsupported(case.shape, case.dtype, frames=frames(case.shape[1]))
+        _, t, n, *_ = case.shape
+        numbers = sequences(n, case.grid[1])
+        return tpu_spatial.unsupported(
+            case.shape, case.dtype, frames(t), 1 if numbers is None else max(numbers) + 1
+        )
 
     def attention(qkv: Tokens, grid: Grid) -> Tokens:
         from timesformer_jax.models.ops.kernels import tpu_spatial
