@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from timesformer_jax.benchmark.timing import time_runs
+from timesformer_jax.timing import time_runs
 
 SETS = 2  # sets of clips; steps alternate between them
 CHECKED_STEPS = 3

@@ -35,9 +35,9 @@ from cpu_load import Others, busy_cores, spare_cores
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.model import best_row, search_batch_sizes
-from timesformer_jax.benchmark.timing import spread
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs
+from timesformer_jax.timing import spread
 
 BASE = {
     "num_classes": 400, "image_size": 224, "num_frames": 8, "patch_size": 16, "hidden_size": 768,

@@ -25,7 +25,7 @@ import jax
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.model import WORKLOADS
-from timesformer_jax.benchmark.timing import spread
+from timesformer_jax.timing import spread
 
 GRACE = 60.0  # seconds that a process may run past the deadline
 

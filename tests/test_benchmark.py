@@ -16,7 +16,8 @@ from conftest import REPOSITORY, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timesformer_jax.benchmark import attention, model, programs, report, timing
+from timesformer_jax import timing
+from timesformer_jax.benchmark import attention, model, programs, report
 from timesformer_jax.benchmark.machine import DevicePeak
 from timesformer_jax.cli.main import load_command
 from timesformer_jax.clip_spec import ClipSpec

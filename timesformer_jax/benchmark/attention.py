@@ -13,6 +13,7 @@ patches, which no output needs: 4% of 12 blocks, most of the model if --depth=1.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +34,10 @@ from timesformer_jax.benchmark.programs import (
     random_parameters,
 )
 from timesformer_jax.distributed.hardware import GIB
+from timesformer_jax.models import tuning
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import comparisons, macs, parameter_count
+from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.presets import preset as preset_of
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
@@ -52,6 +55,7 @@ def benchmark_attention(
     dtype: str | None = None,
     batch_size: int = 1,
     quick: bool = False,
+    attention_kernels: str = "auto",
     seconds: float = 60.0,
     minutes: float = 5.0,
     memory: float | None = None,
@@ -67,6 +71,7 @@ def benchmark_attention(
       dtype: by default bfloat16, on a CPU float32.
       batch_size: clips per run.
       quick: whether to default to one block, three lengths and one side.
+      attention_kernels: "auto", "xla" or the name of a kernel.
       seconds: the most that the runs of one pass may take, as predicted.
       minutes: no row is begun after this time.
       memory: GiB that a program may use; by default the device's memory.
@@ -77,6 +82,7 @@ def benchmark_attention(
     """
     deadline = time.monotonic() + 60 * minutes
     report.check_folder(json)
+    select.check_name(attention_kernels)
     fields: dict[str, Any] = {"dtype": dtype or default_dtype()}
     if depth is not None or quick:
         fields["depth"] = depth or 1
@@ -87,13 +93,15 @@ def benchmark_attention(
     model = f"{preset}, {configs[0].depth} blocks, {configs[0].dtype}, batch {batch_size}"
     print(f"{model}; {report.headline(peak)}\n")
     settings = {"preset": preset, "depth": configs[0].depth, "batch_size": batch_size,
-                "seconds": seconds, "minutes": minutes}  # fmt: skip
+                "attention_kernels": attention_kernels, "seconds": seconds,
+                "minutes": minutes}  # fmt: skip
     figures = describe(peak) | {"settings": settings, "rows": []}
     print(header())
-    for row in rows(configs, batch_size, peak, seconds, deadline):
-        print(as_line(row), flush=True)
-        figures["rows"].append(row)
-        report.write(json, figures)  # after each row: the next may crash the process
+    with tuning.using(attention_kernels):
+        for row in rows(configs, batch_size, peak, seconds, deadline):
+            print(as_line(row), flush=True)
+            figures["rows"].append(row)
+            report.write(json, figures)  # after each row: the next may crash the process
 
 
 def configs_to_measure(
@@ -165,7 +173,8 @@ def program(config: TimeSformerConfig, name: str, batch_size: int) -> Program:
         return lambda i: compiled(params, clips[i % INPUT_SETS])
 
     flops = (2 if name == "forward" else 6) * macs(config) * batch_size
-    return Program(flops, batch_size, lower, start)
+    choose = functools.partial(tuning.choose_kernels, config, *clip, gradients=name == "training")
+    return Program(flops, batch_size, choose, lower, start)
 
 
 # ---- printing ---------------------------------------------------------------------------------

@@ -21,13 +21,13 @@ from ml_collections import ConfigDict
 
 from timesformer_jax.benchmark import input_videos, report
 from timesformer_jax.benchmark.machine import machine
-from timesformer_jax.benchmark.timing import spread
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import pipeline, reading, sampling
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
 from timesformer_jax.errors import InputError
+from timesformer_jax.timing import spread
 
 ROUNDS = 10
 STAGE_BATCHES = 20  # per round, at most

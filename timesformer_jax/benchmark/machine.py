@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import jaxlib
 from jax.typing import DTypeLike
 
-from timesformer_jax.benchmark.timing import Timing, time_runs
 from timesformer_jax.distributed.hardware import chip_of
+from timesformer_jax.timing import Timing, time_runs
 from timesformer_jax.workers import available_cores
 
 

@@ -40,8 +40,10 @@ from timesformer_jax.data.input.sampling import decoded_side
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
+from timesformer_jax.models import tuning
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs, parameter_count
+from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.presets import preset
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 from timesformer_jax.training.optimizer import make_optimizer
@@ -63,6 +65,7 @@ def benchmark_model(
     batch_sizes: Sequence[str] | None = None,
     dtype: str | None = None,
     remat: str = "none",
+    attention_kernels: str = "auto",
     seconds: float = 60.0,
     minutes: float = 5.0,
     memory: float | None = None,
@@ -76,6 +79,7 @@ def benchmark_model(
       batch_sizes: clips; by default 1, 2, 4, ... until the rate no longer grows or it does not fit.
       dtype: by default bfloat16, on a CPU float32.
       remat: of the training step.
+      attention_kernels: "auto", "xla" or the name of a kernel.
       seconds: the most that a row's runs may take, as predicted.
       minutes: no row is begun after this time.
       memory: GiB that a program may use; by default the device's memory.
@@ -89,6 +93,7 @@ def benchmark_model(
     for workload in workloads or WORKLOADS:
         if workload not in WORKLOADS:
             raise InputError(f"--workloads has no {workload!r}; there are {', '.join(WORKLOADS)}")
+    select.check_name(attention_kernels)
     dtype = dtype or default_dtype()
     configs = {
         name: preset(name, dtype=dtype, remat=remat) for name in presets or ["timesformer_base"]
@@ -96,18 +101,20 @@ def benchmark_model(
     sizes = report.numbers("batch_sizes", batch_sizes) if batch_sizes else None
     peak = measure_peak(dtype, memory and memory * GIB)
     print(f"{dtype}, remat {remat}; {report.headline(peak)}\n\n{header()}")
-    figures = describe(peak) | {"settings": {"dtype": dtype, "remat": remat}, "rows": []}
+    settings = {"dtype": dtype, "remat": remat, "attention_kernels": attention_kernels}
+    figures = describe(peak) | {"settings": settings, "rows": []}
     for name, workload in itertools.product(configs, workloads or WORKLOADS):
         measure = functools.partial(
             measure_row, name, configs[name], workload, peak=peak, seconds=seconds,
             deadline=deadline,
         )  # fmt: skip
         rows = []
-        for row in search_batch_sizes(measure, sizes):
-            print(as_line(row), flush=True)
-            rows.append(row)
-            figures["rows"].append(row)
-            report.write(json, figures)  # after each row: the next may crash the process
+        with tuning.using(attention_kernels):
+            for row in search_batch_sizes(measure, sizes):
+                print(as_line(row), flush=True)
+                rows.append(row)
+                figures["rows"].append(row)
+                report.write(json, figures)  # after each row: the next may crash the process
         if best := best_row(rows):
             rate = best["clips_per_second"]["wall"]
             print(f"best: {name} {workload} {rate:.3g} clips/s at {best['batch_size']} a batch")
@@ -196,7 +203,8 @@ def inference(
         with jax.set_mesh(mesh):
             return jax.jit(logits).lower(abstract, batch_shapes(config, batch_size))
 
-    return Program(2 * macs(config) * batch_size, batch_size, lower, start)
+    choose = functools.partial(choose_kernels, config, batch_size, mesh, gradients=False)
+    return Program(2 * macs(config) * batch_size, batch_size, choose, lower, start)
 
 
 def training(
@@ -225,7 +233,18 @@ def training(
         with jax.set_mesh(mesh):
             return step.lower(target, batch_shapes(config, batch_size))
 
-    return Program(6 * macs(config) * batch_size, batch_size, lower, start)
+    choose = functools.partial(choose_kernels, config, batch_size, mesh, gradients=True)
+    return Program(6 * macs(config) * batch_size, batch_size, choose, lower, start)
+
+
+def choose_kernels(
+    config: TimeSformerConfig, batch_size: int, mesh: jax.sharding.Mesh, *, gradients: bool
+) -> list[dict[str, Any]]:
+    """`tuning.choose_kernels` for a program on this mesh."""
+    with jax.set_mesh(mesh):
+        return tuning.choose_kernels(
+            config, batch_size, config.num_frames, config.image_size, gradients=gradients
+        )
 
 
 PROGRAMS = {"inference": inference, "training": training}

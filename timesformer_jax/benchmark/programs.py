@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from timesformer_jax.benchmark.machine import DevicePeak, rates
-from timesformer_jax.benchmark.timing import time_runs
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import abstract
 from timesformer_jax.models.timesformer import parameters as parameters_of
 from timesformer_jax.planning.memory import required_bytes
+from timesformer_jax.timing import time_runs
 
 MIN_RUNS = 4  # a warm-up and three samples
 SECONDS = 1.0  # how long to measure, if the runs are shorter
@@ -30,12 +30,14 @@ class Program(NamedTuple):
     Attributes:
       flops: the model's FLOPs in one run, two for each multiply-accumulate.
       clips: clips in one run.
+      choose: chooses the attention kernels, see `tuning.choose_kernels`.
       lower: returns the lowered program.
       start: makes the inputs of the compiled program, and returns `run` for `timing.time_runs`.
     """
 
     flops: float
     clips: int
+    choose: Callable[[], list[dict[str, Any]]]
     lower: Callable[[], jax.stages.Lowered]
     start: Callable[[jax.stages.Compiled], Callable[[int], Any]]
 
@@ -51,6 +53,7 @@ def measure_program(program: Program, peak: DevicePeak, seconds: float) -> dict[
 
     Returns:
       A dictionary of JSON values:
+        kernels: what the attention kernels were chosen from, if there is a choice.
         status: "measured", "does not fit", "not run" or "failed" (an error of the compiler or the
           device); the last three with a "reason".
         compile_seconds, bytes (arguments, results and temporaries), executed_flops (counted by the
@@ -67,6 +70,8 @@ def measure_program(program: Program, peak: DevicePeak, seconds: float) -> dict[
         return {"status": "not run", "reason": f"predicted {predicted:.0f} s"}
     found: dict[str, Any] = {}
     try:
+        if kernels := program.choose():
+            found["kernels"] = kernels
         begin = time.perf_counter()
         compiled = program.lower().compile()
         found["compile_seconds"] = time.perf_counter() - begin

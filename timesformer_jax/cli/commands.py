@@ -25,7 +25,11 @@ VIEWS = (
     integer("views", 1, "clips per video, whose probabilities are averaged", minimum=1),
     integer("crops", 3, "square crops per clip: 3 (left, centre, right) or 1", minimum=1),
 )
+ATTENTION_KERNELS = string(
+    "attention_kernels", "auto", "auto for the fastest on the device, xla, or the name of a kernel"
+)
 MEASURING = (
+    ATTENTION_KERNELS,
     string("dtype", None, "float32 or bfloat16; by default float32 on a CPU, else bfloat16"),
     number("seconds", 60.0, "skip a measurement that is predicted to take longer"),
     number("minutes", 5.0, "start no measurement after this time"),
@@ -126,6 +130,7 @@ COMMANDS = {
             *VIEWS,
             integer("batch_size", None, "videos per batch; by default the config's", minimum=1),
             string("output", None, "JSON file to write the results to"),
+            ATTENTION_KERNELS,
             *PROCESSES,
         ),
         required=("checkpoint",),
@@ -139,6 +144,7 @@ COMMANDS = {
             number("start", None, "start of the part of each video to classify, in seconds"),
             number("end", None, "end of this part, in seconds"),
             integer("top", 5, "number of classes to print", minimum=1),
+            ATTENTION_KERNELS,
         ),
         required=("checkpoint",),
         positional=("videos...",),

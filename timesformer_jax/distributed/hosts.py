@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -77,6 +78,13 @@ def once(name: str, work: Callable[[], None]) -> None:
     if jax.process_index() == 0:
         work()
     multihost_utils.sync_global_devices(name)
+
+
+def of_first(numbers: np.ndarray) -> np.ndarray:
+    """The numbers of process 0, in all processes; each calls it with an array of one shape."""
+    if jax.process_count() == 1:
+        return numbers
+    return np.asarray(multihost_utils.broadcast_one_to_all(numbers))
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh,
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results, average_pieces
 from timesformer_jax.evaluation.step import make_step
+from timesformer_jax.models import tuning
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
 
@@ -57,6 +58,9 @@ def evaluate(
       crops: 3 for left, centre and right; 1 for the centre only.
       after_batch: called after each batch; an exception ends the evaluation.
     """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        clips = batch_size * views * crops
+        tuning.choose_kernels(model, clips, clip.frames, clip.crop, gradients=False)
     step = make_step(model, clip, mesh)
     rows = batch_rows(mesh, batch_size)
     batches = eval_batches(split, clip, batch_size=batch_size, views=views, crops=crops, rows=rows)
@@ -95,6 +99,7 @@ def evaluate_checkpoint(
     crops: int = 3,
     batch_size: int | None = None,
     output: str | None = None,
+    attention_kernels: str = "auto",
     **processes: Any,
 ) -> None:
     """Evaluates a checkpoint and prints a table of its accuracy by class.
@@ -108,6 +113,7 @@ def evaluate_checkpoint(
       views, crops: as for `evaluate`.
       batch_size: videos at a time; by default that of its config.
       output: a JSON file for the results.
+      attention_kernels: "auto", "xla" or the name of a kernel, see docs/kernels.md.
       processes: the arguments of `hosts.processes`.
 
     Raises:
@@ -117,7 +123,7 @@ def evaluate_checkpoint(
         raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
     if output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise InputError(f"the folder of --output={output} does not exist")
-    with hosts.processes(**processes):
+    with tuning.using(attention_kernels), hosts.processes(**processes):
         mesh = make_mesh()
         metadata, params = checkpoints.load_parameters(checkpoint, NamedSharding(mesh, P()))
         # Converted weights have no config.

@@ -34,6 +34,7 @@ def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> Config
     config.log_every_steps = 50
     config.accumulate_steps = 1  # microbatches per step
     config.ema_decay = 0.0  # of the moving average of the parameters; 0 for none
+    config.attention_kernels = "auto"  # the fastest on the device; "xla", or the name of one
     _set_clip_and_model(config, model, frame_stride)
     config.data = _data()
     config.augment = ConfigDict(dataclasses.asdict(OFF))  # the paper uses none

@@ -12,6 +12,7 @@ from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.ops.kernels.select import check_name
 
 if TYPE_CHECKING:  # planning runs where ml_collections is not installed
     from ml_collections import ConfigDict
@@ -39,6 +40,7 @@ def check_config(config: ConfigDict) -> None:
         raise InputError(f"--config.optimizer.learning_rate must be above 0, not {rate}")
     if values["eval.crops"] not in (1, 3):
         raise InputError(f"--config.eval.crops must be 1 or 3, not {values['eval.crops']}")
+    check_name(values["attention_kernels"])
     sampling.check_short_side_range(tuple(values["data.short_side_range"]), values["clip.crop"])
     if not values["data.directory"]:
         raise InputError("say with --config.data.directory where the prepared data is")

@@ -33,6 +33,7 @@ from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh,
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import Results
 from timesformer_jax.evaluation.multi_view import evaluate
+from timesformer_jax.models import tuning
 from timesformer_jax.training import reporting, resume
 from timesformer_jax.training.checks import check_config, check_model, model_config
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
@@ -117,11 +118,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     run = _make_run(config)
     with (
         jax.set_mesh(run.mesh),
+        tuning.using(config.attention_kernels),
         contextlib.closing(_open_checkpoints(config, workdir)) as checkpoints,
         contextlib.closing(reporting.make_writer(workdir)) as writer,
         contextlib.closing(Profile(workdir / reporting.PROFILE, **config.profile)) as profile,
         hosts.termination() as stop_signal,
     ):
+        _choose_kernels(run)  # while the devices' memory is empty
         outputs = Outputs(checkpoints, writer, profile, stop_signal)
         run, state, position = _start(run, checkpoints)
         reporting.write_recipe(workdir, run.metadata)
@@ -187,6 +190,14 @@ def _make_run(config: ConfigDict) -> Run:
     return Run(
         config, train_split, eval_split, metadata, mesh, optimizer, target, train_step,
         steps_per_epoch, config.epochs * steps_per_epoch,
+    )  # fmt: skip
+
+
+def _choose_kernels(run: Run) -> None:
+    config, clip = run.config, run.metadata.clip
+    tuning.choose_kernels(
+        run.metadata.model, config.batch_size // config.accumulate_steps, clip.frames, clip.crop,
+        gradients=config.optimizer.trainable == "all",  # the head's need no attention's
     )  # fmt: skip
 
 

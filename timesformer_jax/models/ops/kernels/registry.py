@@ -17,7 +17,9 @@ import jax
 
 from timesformer_jax.models.tokens import Grid, Tokens, joined
 
-HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")  # in `jax.Device.device_kind`
+# In `jax.Device.device_kind`.
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+AMPERE_OR_NEWER = re.compile(r"\b(A|L|G?H|G?B)\d+\w*\b|\bRTX ([3-5]0\d\d|A\d+|PRO)\b|\bAda\b")
 
 
 class Case(NamedTuple):
@@ -60,6 +62,21 @@ def _is_hopper(device: Any) -> bool:
     return HOPPER.search(device.device_kind) is not None
 
 
+def _has_fused_cudnn(device: Any) -> bool:
+    """Whether the compute capability is 8.0 or newer: A100, L4, RTX 30 to 50, H100, B200, ...
+
+    A device that is not there, or the abstract device of a mesh, does not tell its capability.
+    """
+    if device.platform != "gpu":
+        return False
+    alike = [d for d in jax.local_devices() if d.device_kind == device.device_kind]
+    capability = getattr(next(iter(alike), device), "compute_capability", None)
+    if capability is None:
+        return AMPERE_OR_NEWER.search(device.device_kind) is not None
+    major = str(capability).split(".")[0]
+    return major.isdigit() and int(major) >= 8  # other makers' have other names
+
+
 def _joined_shape(case: Case, axis: int) -> tuple[int, ...]:
     """The shape of [cls; patches], see `joined`."""
     return tuple(size + (case.cls and i == axis) for i, size in enumerate(case.shape))
@@ -97,7 +114,7 @@ def _cudnn_kernel(axis: int) -> Kernel:
 
         return joined(qkv, run, axis)
 
-    return Kernel(_is_hopper, unsupported, attention)
+    return Kernel(_has_fused_cudnn, unsupported, attention)
 
 
 # ---- TPU ---------------------------------------------------------------------------------------
@@ -175,3 +192,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "rows": {"pallas": _tpu_spatial("rows")},
     "columns": {"pallas": _tpu_spatial("columns")},
 }
+
+
+def names() -> list[str]:
+    """Of all kernels, each once."""
+    return sorted({name for kernels in KERNELS.values() for name in kernels})
