@@ -127,7 +127,8 @@ def doubling(start=None):
     def lower():
         return jax.jit(lambda x: x + x).lower(jax.ShapeDtypeStruct((256,), jnp.float32))
 
-    return programs.Program(1e9, 2, lower, start or (lambda c: lambda i: c(jnp.ones(256))))
+    start = start or (lambda c: lambda i: c(jnp.ones(256)))
+    return programs.Program(1e9, 2, list, lower, start)
 
 
 def test_figures_follow_from_the_seconds_and_the_yardstick():

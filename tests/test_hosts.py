@@ -228,6 +228,22 @@ print("process", jax.process_index(), "of", jax.process_count(), "reads", path.r
     ]
 
 
+def test_all_processes_get_the_numbers_of_the_first(peers):
+    """In the context of a mesh too, in which training asks for them."""
+    work = """
+import jax, numpy as np
+from timesformer_jax.distributed.mesh import make_mesh
+mesh, own = make_mesh(), np.array([jax.process_index() + 7, 3], np.int32)
+with jax.set_mesh(mesh):
+    of_first = hosts.of_first(own)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    print(of_first, hosts.of_first(own), hosts.of_first(np.array([], np.int32)))
+"""
+    statuses, output, errors = ends(peers.scripts(2, 2, work))
+    assert statuses == [0, 0], errors
+    assert [out.splitlines()[-1] for out in output] == ["[7 3] [7 3] []"] * 2
+
+
 def slurm(tasks, task):
     return {
         "SLURM_JOB_ID": "7",

@@ -11,18 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import environment
+from conftest import environment, tiny_run
 from flax import nnx
 from meshes import mesh_of
 
+from timesformer_jax.benchmark import model, programs
+from timesformer_jax.benchmark.machine import DevicePeak
+from timesformer_jax.cli.main import load_command
 from timesformer_jax.distributed import hosts
 from timesformer_jax.errors import InputError
+from timesformer_jax.inference.predict import Predictor
 from timesformer_jax.models import attention, tuning
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops.kernels import cache, measure, registry, select
 from timesformer_jax.models.ops.kernels.registry import Case, Kernel
 from timesformer_jax.models.schemes import SCHEMES, AttentionLayer, Scheme, by_row
 from timesformer_jax.models.timesformer import TimeSformer, abstract
+from timesformer_jax.training import loop
 
 pytestmark = pytest.mark.compiles
 
@@ -342,19 +347,19 @@ def test_the_choice_is_used_and_said_once(monkeypatch, caplog):
 
     kernels(monkeypatch, counted=counted, broken=broken)
     monkeypatch.setitem(registry.KERNELS["temporal"], "absent", kernel(broken, why="not here"))
-    model = TimeSformer(SMALL, rngs=nnx.Rngs(0))
+    classifier = TimeSformer(SMALL, rngs=nnx.Rngs(0))
     video = jnp.ones((2, 3, 56, 56, 3))
     monkeypatch.setattr(attention, "_temporal", slow(attention._temporal, 0.03))
-    expected = model(video)
+    expected = classifier(video)
     assert not used
     for _ in range(2):
         tuning.choose_kernels(SMALL, 2, 3, 56, gradients=False)
     used.clear()
-    np.testing.assert_allclose(model(video), expected, atol=1e-5)
+    np.testing.assert_allclose(classifier(video), expected, atol=1e-5)
     assert used == [(2, 3, 49, 3, 2, 8)] * SMALL.depth
     with tuning.using("xla"):
         used.clear()
-        model(video)
+        classifier(video)
         assert not used
     [record] = caplog.records
     assert record.getMessage().startswith(
@@ -426,3 +431,57 @@ def test_a_kernel_may_be_named(monkeypatch):
         InputError, match=r"one of auto, xla, absent, good, .*; did you mean 'good'?"
     ):
         tuning.using("goods")
+
+
+# ---- of the commands ----------------------------------------------------------------------------
+
+
+@pytest.mark.training
+def test_every_command_chooses_before_it_traces(demo_data, tmp_path, monkeypatch, refusal):
+    for_every_kind(monkeypatch)
+    asked = pretended(monkeypatch, "other")
+    traced = []
+    run_kernel = select.run_kernel
+    monkeypatch.setattr(select, "run_kernel", lambda *a: traced.append(a[3]) or run_kernel(*a))
+
+    def asks(kind, clips, gradients):
+        devices = jax.device_count()
+        case = next(case for case, _ in asked if case.kind == kind)
+        assert case.shape[0] == clips // devices
+        assert {each for _, each in asked} == {gradients}
+        assert set(traced) == {"other"}
+        asked.clear()
+        traced.clear()
+
+    def evaluated(*args, **options):
+        asks("temporal", 8, gradients=True)
+        return evaluate(*args, **options)
+
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    workdir = tmp_path / "run"
+    once = {"epochs": 1, "model.depth": 1, "eval.every_epochs": 0}
+    load_command(tiny_run(demo_data, workdir, **once))()
+    asks("temporal", 8 * 3, gradients=False)
+    load_command(["evaluate", f"--checkpoint={workdir}", "--crops=1"])()
+    asks("spatial", 8, gradients=False)
+    Predictor(workdir, views=2)
+    assert {case.shape[0] for case, _ in asked} == {6}
+    program = model.training(dataclasses.replace(SMALL, depth=1), 2)
+    asked.clear()
+    measured = programs.measure_program(
+        program, DevicePeak("float32", {"wall": 1e12, "cpu": 1e12}, None, 1e12), 60
+    )
+    assert [entry["chosen"] for entry in measured["kernels"]] == ["other", "other"]
+    for arguments in (
+        ["predict", "x.mp4", f"--checkpoint={workdir}"],
+        ["evaluate", f"--checkpoint={workdir}"],
+        ["benchmark", "model"],
+        ["benchmark", "attention"],
+    ):
+        assert "did you mean 'cudnn'" in refusal(*arguments, "--attention_kernels=cudn")
+    assert "cannot compute the" in refusal(
+        "evaluate", f"--checkpoint={workdir}", "--attention_kernels=cudnn"
+    )
+    changed = tiny_run(demo_data, tmp_path / "other", **once, attention_kernels="cudn")
+    assert "did you mean 'cudnn'" in refusal(*changed)

@@ -15,6 +15,7 @@ from timesformer_jax.distributed.mesh import BATCH_SPEC, check_batch, make_mesh
 from timesformer_jax.distributed.sharding import batch_sharding, shardings
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.step import make_step
+from timesformer_jax.models import tuning
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 from timesformer_jax.training.checks import check_model
 from timesformer_jax.training.optimizer import learning_rate, make_optimizer
@@ -40,6 +41,7 @@ class Program(NamedTuple):
       step: the jitted step.
       train: which parameters are trained, "all" or "head"; "none" for inference.
       parts: how many parts of a batch go through the model one after another.
+      kernels: the config's attention_kernels. "auto" takes what `select.unmeasured_choice` says.
     """
 
     model: TimeSformerConfig
@@ -50,6 +52,7 @@ class Program(NamedTuple):
     step: jax.stages.Wrapped
     train: str
     parts: int
+    kernels: str
 
     @property
     def work(self) -> str:
@@ -82,7 +85,7 @@ class Program(NamedTuple):
         return self.model.scan_layers or self.parts > 1
 
     def lower(self) -> jax.stages.Lowered:
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), tuning.using(self.kernels):
             held = self.state if self.work == "training" else self.state.params
             return self.step.lower(held, self.batch)
 
@@ -141,7 +144,7 @@ def build(
         "label": ((), jnp.int32),
     }
     batch = _batch(mesh, batch_size, fields)
-    return Program(model, clip, mesh, state, batch, step, train, parts)
+    return Program(model, clip, mesh, state, batch, step, train, parts, config.attention_kernels)
 
 
 def _inference(
@@ -164,7 +167,8 @@ def _inference(
     )
     batch = _batch(mesh, batch_size, fields)
     held = TrainState(None, params, None)  # type: ignore[arg-type]
-    return Program(model, clip, mesh, held, batch, make_step(model, clip, mesh), "none", 1)
+    step = make_step(model, clip, mesh)
+    return Program(model, clip, mesh, held, batch, step, "none", 1, config.attention_kernels)
 
 
 def _batch(
