@@ -50,7 +50,7 @@ tpu-test: .venv-tpu/installed
 	.venv-tpu/bin/python -m pytest -q -c /dev/null --rootdir=. --noconftest tests/test_tpu.py
 
 # What a GPU does, into benchmarks/results/$(DEVICE); an hour, or some of
-# PARTS="kernels attention schemes model inference training flags", each of 9 minutes at most.
+# PARTS="attention schemes model inference training flags", each of 9 minutes at most.
 benchmarks: device .venv/test .venv/cuda13
 	PYTHON=$(BIN)/python experiments/benchmarks.sh $(DEVICE) $(PARTS)
 

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:?"usage: experiments/benchmarks.sh NAME [PART ...]"}
 shift
-all=(kernels attention schemes model inference training flags)
+all=(attention schemes model inference training flags)
 parts=("${@:-${all[@]}}")
 for part in "${parts[@]}"; do
     if [[ " ${all[*]} " != *" $part "* ]]; then
@@ -33,9 +33,6 @@ failed=()
 run() { timeout --foreground --kill-after=10 9m "$python" "$@" || failed+=("$part"); }
 for part in "${parts[@]}"; do
     case $part in
-        kernels)  # all other parts then use the fastest
-            run $benchmark attention --minutes=7 --schemes=divided,joint \
-                --json="$out/kernels.json" ;;
         attention)  # the paper's figure 3
             run $benchmark attention --minutes=7 --schemes=divided,joint \
                 --json="$out/attention.json"

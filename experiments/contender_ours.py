@@ -16,6 +16,7 @@ from timesformer_jax import host_memory
 from timesformer_jax.benchmark.model import RECIPE
 from timesformer_jax.checkpoints.convert import from_pretrained
 from timesformer_jax.models.timesformer import parameters, with_parameters
+from timesformer_jax.models.tuning import choose_kernels
 from timesformer_jax.training.optimizer import make_optimizer
 
 
@@ -73,6 +74,8 @@ class Ours(Contender):
     def _compile(self, function: Callable, state: Any, video: jax.Array, *labels: jax.Array) -> Any:
         batch = len(video)
         if batch not in self._compiled:
+            _, frames, side, *_ = video.shape
+            choose_kernels(self._model.config, batch, frames, side, gradients=bool(labels))
             self._compiled[batch] = function.lower(state, video, *labels).compile()
         return self._compiled[batch]
 
