@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -103,12 +105,11 @@ def fused(first: Linear, second: Linear) -> tuple[Float[Array, "i o"], Float[Arr
 def _linear(rule: str, x: Any, kernel: ArrayLike, bias: ArrayLike) -> Any:
     matrix = _gathered_matrix(rule, x, kernel)
     outputs = jnp.shape(bias)
-    bias = _merge_features(jnp.asarray(bias, matrix.dtype), len(outputs))
+    row = _merge_features(jnp.asarray(bias, matrix.dtype), len(outputs))
 
     def apply(x):
-        y = jnp.tensordot(_merge_tokens(x), matrix, 1)
-        y = y.reshape(*x.shape[:-1], *bias.shape) + bias
-        return y.reshape(*x.shape[:-1], *outputs)
+        y = jnp.tensordot(_merge_tokens(x), matrix, 1).reshape(*x.shape[:-1], -1)
+        return _split_features(y + row, outputs)
 
     return jax.tree.map(apply, x)
 
@@ -124,35 +125,34 @@ def _backward(rule: str, saved: tuple, g: Any) -> tuple:
         return None, None, None
     x, kernel = saved
     matrix = _gathered_matrix(rule, x, kernel)
-    outputs = kernel.ndim - 1
+    outputs, dtype = kernel.shape[1:], kernel.dtype
 
     def unless_zero(gradient):
-        return lambda g, *x: None if isinstance(g, SymbolicZero) else gradient(g, *x)
+        def run(g, x):
+            if isinstance(g, SymbolicZero):
+                return None
+            return gradient(_merge_features(g, len(outputs)), x)
+
+        return run
 
     @unless_zero
     def x_bar(g, x):
-        g = _merge_tokens(_merge_features(g, outputs))
-        axes = tuple(range(1 - matrix.ndim, 0)), tuple(range(1, matrix.ndim))
-        return jnp.tensordot(g, matrix, axes).reshape(x.shape)
+        return jnp.tensordot(_merge_tokens(g), matrix, (-1, 1)).reshape(x.shape)
 
     @unless_zero
     def kernel_bar(g, x):
-        g, x = _merge_tokens(_merge_features(g, outputs)), _merge_tokens(x)
+        g, x = _merge_tokens(g), _merge_tokens(x)
         tokens = tuple(range(x.ndim - 1))
-        product = jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=kernel.dtype)
-        return product.reshape(kernel.shape)
+        return jnp.tensordot(x, g, (tokens, tokens), preferred_element_type=dtype)
 
     @unless_zero
-    def bias_bar(g):
-        shape = g.shape[g.ndim - outputs :]
-        g = _merge_features(g, outputs)
-        return token_sums(g, g.ndim - matrix.ndim + 1, kernel.dtype).reshape(shape)
+    def bias_bar(g, x):
+        return token_sums(g, dtype)
 
-    return (
-        jax.tree.map(x_bar, g, x),
-        gather_fsdp(jax.tree.reduce(jnp.add, jax.tree.map(kernel_bar, g, x)), rule),
-        jax.tree.reduce(jnp.add, jax.tree.map(bias_bar, g)),
-    )
+    def total(gradient):
+        return _split_features(jax.tree.reduce(jnp.add, jax.tree.map(gradient, g, x)), outputs)
+
+    return jax.tree.map(x_bar, g, x), gather_fsdp(total(kernel_bar), rule), total(bias_bar)
 
 
 _linear.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -164,31 +164,49 @@ def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> Any:
     return _merge_features(gather_fsdp(kernel, rule), kernel.ndim - 1)
 
 
-def _merge_features(x: Any, features: int) -> Any:
-    """(..., *features) to (..., product of features), where the mesh does not split them.
-
-    A TPU lays the last two axes out in tiles of 8 or 16 x 128: an axis of 3 (queries, keys, values)
-    among them costs a copy of the array before and after.
-    """
-    if features == 1 or mesh_size("tensor") > 1:
-        return x
-    return x.reshape(*x.shape[: x.ndim - features], -1)
-
-
-def token_sums(g: jax.Array, tokens: int, dtype: Any) -> jax.Array:
-    """The sum over the first `tokens` axes, in `dtype`."""
-    axes = tuple(range(tokens))
+def token_sums(g: Float[Array, "*t d"], dtype: Any) -> Float[Array, " d"]:
+    """The sum over all axes but the last, in `dtype`."""
+    axes = tuple(range(g.ndim - 1))
     if target_device().platform != "tpu":
         return g.sum(axes, dtype=dtype)
     # The matrix unit sums a bfloat16 array exactly, and in a fraction of the vector unit's time. Of
     # one row of ones, not eight, the compiler would make a reduction again.
-    ones = jnp.ones((8, *g.shape[:tokens]), g.dtype)
+    ones = jnp.ones((8, *g.shape[:-1]), g.dtype)
     precision = "highest" if g.dtype == dtype else None
-    contracted = tuple(range(1, tokens + 1)), axes
+    contracted = tuple(range(1, g.ndim)), axes
     return jnp.tensordot(ones, g, contracted, precision=precision, preferred_element_type=dtype)[0]
 
 
-def _merge_tokens(x: Any) -> Any:
+# Several output axes (queries, keys and values; channels) are one while the layer computes. A TPU
+# lays the last two axes out in tiles of 8 or 16 x 128: an axis of 3 among them would cost a copy of
+# the array before and after. Where "tensor" splits the last axis, each device merges its own part.
+
+
+def _merge_features(x: jax.Array, features: int) -> jax.Array:
+    """(..., *features) to (..., product of the features)."""
+    ndim = x.ndim - features + 1
+    return _by_shard(lambda x: x.reshape(*x.shape[: ndim - 1], -1), x, ndim) if features > 1 else x
+
+
+def _split_features(x: jax.Array, features: tuple[int, ...]) -> jax.Array:
+    """Undoes `_merge_features`."""
+    if len(features) == 1:
+        return x
+    ndim = x.ndim - 1 + len(features)
+    return _by_shard(lambda x: x.reshape(*x.shape[:-1], *features[:-1], -1), x, ndim)
+
+
+def _by_shard(reshape: Callable, x: jax.Array, ndim: int) -> jax.Array:
+    """`reshape`, which gives `ndim` axes, on the parts into which "tensor" splits the last axis."""
+    if mesh_size("tensor") == 1:
+        return reshape(x)
+    inputs, outputs = (P(*[None] * (n - 1), "tensor") for n in (x.ndim, ndim))
+    return jax.shard_map(
+        reshape, in_specs=inputs, out_specs=outputs, axis_names={"tensor"}, check_vma=False
+    )(x)
+
+
+def _merge_tokens(x: jax.Array) -> jax.Array:
     """(*tokens, features) to (product of tokens, features) on a single CPU or GPU.
 
     XLA makes a matrix of an operand with more axes itself, on a CPU by a transposed copy, into
@@ -198,4 +216,4 @@ def _merge_tokens(x: Any) -> Any:
     """
     if jax.sharding.get_abstract_mesh().size > 1 or target_device().platform == "tpu":
         return x
-    return x.reshape(-1, *x.shape[x.ndim - 1 :])
+    return x.reshape(-1, x.shape[-1])

@@ -92,7 +92,7 @@ def _backward(patch_size: int, rule: str, saved: tuple, g: jax.Array) -> tuple:
         dimension_numbers=("CHWN", "IHWO", "HWNC"), preferred_element_type=kernel.dtype,
     )  # fmt: skip
     kernel_bar = gather_fsdp(window_bar.reshape(kernel.shape), rule)
-    return frames_bar, kernel_bar, token_sums(g, g.ndim - 1, kernel.dtype)
+    return frames_bar, kernel_bar, token_sums(g, kernel.dtype)
 
 
 _convolution.defvjp(_forward, _backward)
