@@ -1,13 +1,25 @@
 """The TPU compiler's cycles, from texts as it writes them, shortened."""
 
+import dataclasses
+import json
 import math
 
 import pytest
 
+from timesformer_jax import recipes
 from timesformer_jax.distributed.hardware import CHIPS
-from timesformer_jax.planning import cycles, hlo
-from timesformer_jax.planning.cycles import BACKWARD, FORWARD, RECOMPUTED, count_cycles, place
+from timesformer_jax.planning import cycles, hlo, make_plan
+from timesformer_jax.planning.cycles import (
+    BACKWARD,
+    FORWARD,
+    RECOMPUTED,
+    KernelCall,
+    Share,
+    count_cycles,
+    place,
+)
 from timesformer_jax.planning.kernels import kernel_of
+from timesformer_jax.planning.report import as_json, as_text
 from timesformer_jax.planning.schedule import Schedule, read_schedule
 
 LAYERS = ("temporal", "spatial")
@@ -210,6 +222,48 @@ def test_a_loop_whose_end_is_computed_is_unknown():
 def test_what_is_no_schedule_is_refused():
     with pytest.raises(ValueError, match="no bundles"):
         read_schedule("LB: loop body\n")
+
+
+@pytest.fixture(scope="module")
+def reported():
+    """A plan with the cycles of `STEP` and a kernel, whichever its own program is."""
+    found = make_plan(recipes.demo(), "h100:8")
+    step = count_cycles(STEP, CHIPS["v5e"], "v5e", LAYERS)
+    call = KernelCall(
+        "my_kernel", "spatial attention", BACKWARD, 2, Schedule(9, 3000, False), 3000, "schedule"
+    )
+    share = Share("spatial attention", BACKWARD, "kernel", 6000)
+    step = step._replace(shares=[*step.shares, share], kernels=[call], known=False)
+    return dataclasses.replace(found, cycles=step)
+
+
+def test_the_report_has_a_row_for_each_part_and_what_follows(reported):
+    text, total = as_text(reported), 5000 + 24000 + 1855 + 6000
+    rows = {line[:30].strip(): line[30:].split() for line in text.splitlines()}
+    assert rows["the TPU compiler's cycles, M"] == [
+        "forward",
+        "backward",
+        "total",
+        "share",
+        "copies",
+    ]
+    assert rows["temporal attention"] == ["0.01", "0.00", "0.01", f"{5000 / total:.1%}", "0.01"]
+    assert rows["my_kernel, backward"] == ["2", "0.003", "0.01", "schedule"]
+    assert "norms, residuals" not in rows  # it has no cycles
+    seconds = total / CHIPS["v5e"].clock
+    assert f"at 1.50 GHz {seconds * 1e3:.1f} ms a step" in text
+    assert f"{32 / seconds:.1f} clips/s, MFU {reported.cycles_mfu:.1%}" in text
+    assert reported.cycles_mfu == reported.counted.roofline.compute / seconds
+    assert "cycles: a loop of unknown length counts as one iteration" in text
+    assert "kernel my_kernel: a loop of unknown length counts as one iteration" in text
+
+
+def test_the_report_as_json_has_every_share(reported):
+    written = json.loads(json.dumps(as_json(reported)))["cycles"]
+    assert written["total"] == sum(share["cycles"] for share in written["parts"])
+    assert written["clips_per_second"] == pytest.approx(32 / written["step_seconds"])
+    (kernel,) = written["kernels"]
+    assert kernel["schedule"] == {"bundles": 9, "cycles": 3000, "known": False}
 
 
 def test_the_clock_is_that_of_the_matrix_units():

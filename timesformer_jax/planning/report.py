@@ -101,7 +101,7 @@ def assumptions(plan: Plan) -> list[str]:
     chip, program = plan.topology.chip, plan.program
     kept = "every residual of the forward pass is" if program.train == "all" else "one block's is"
     lines = [
-        "counted TFLOPs: 2 a multiply-accumulate of the model; recomputation by remat not included",
+        "counted TFLOPs: 2 a multiply-accumulate of the model, without what remat computes again",
         f"counted memory: {kept} kept, without padding",
         "sent: as in a ring of n chips, (n - 1) / n of the bytes, an all-reduce twice that",
         f"frames are {program.frame_side} x {program.frame_side} uint8; reading and decoding them "
@@ -113,7 +113,9 @@ def assumptions(plan: Plan) -> list[str]:
     if program.has_loops and plan.compiled:
         lines.append("a compiled program with loops: its FLOPs and traffic are not counted")
     if plan.quick:
-        lines.append("compiled with --quick: less optimised than training would")
+        lines.append(
+            "compiled with --quick: less optimised than a run, so that it takes more cycles"
+        )
     if plan.cycles:
         lines += cycles_notes(plan.cycles)
     if chip is None:
@@ -192,20 +194,24 @@ def _sent(name: str, estimate: Estimate, plan: Plan) -> list[str]:
 
 def _times(plan: Plan, bound: Roofline) -> list[str]:
     parts = {"compute": bound.compute, "memory": bound.memory, "communication": bound.communication}
+    waits = bound.communication > 0
     lines = ["roofline of a step, ms"]
     for name, seconds in parts.items():
         lines.append(_row(f"  {name}", ["-" if seconds is None else f"{seconds * 1e3:.2f}"]))
-    late, rate = bound.one_by_one, plan.program.clips / bound.overlapped
+    rate = plan.program.clips / bound.overlapped
     mfu = "traffic to memory not counted" if plan.mfu is None else f"MFU {plan.mfu:.1%}"
     return [
         *lines,
-        f"at best {bound.overlapped * 1e3:.1f} ms a step, bound by {bound.bound_by} "
-        f"({late * 1e3:.1f} if communication waits for the rest): {rate:.1f} clips/s, {mfu}",
+        f"at best {bound.overlapped * 1e3:.1f} ms a step, bound by {bound.bound_by}: "
+        f"{rate:.1f} clips/s, {mfu}",
+        *([f"{bound.one_by_one * 1e3:.1f} ms if communication waits for the rest"] * waits),
     ]
 
 
 def _largest(plan: Plan) -> str:
+    inference = plan.program.work == "inference"
     if plan.largest_batch == 0:
-        return "no batch fits: try --config.model.remat=block, bfloat16 or more chips"
-    of = " videos" if plan.program.work == "inference" else ""
+        less = "fewer views" if inference else "--config.model.remat=block"
+        return f"no batch fits: try {less}, bfloat16 or more chips"
+    of = " videos" if inference else ""
     return f"largest batch that fits: {plan.largest_batch}{of}"
