@@ -32,9 +32,17 @@ SMALL = {
     "batch_size": 16,
     "eval.crops": 1,
 }
-# M cycles of a step: all of them, and the copies. A tenth more than measured when they were set, by
-# libtpu 0.0.42.1. What takes more brings back an array that is laid anew, or a pass over it.
-CEILINGS: dict[tuple[str, str], tuple[float, float]] = {}
+# M cycles of a step: of the blocks, optimizer and head; of preprocessing and embedding; of all copies.
+# 5% more than libtpu 0.0.42.1 said when they were set. What takes more brings back an array that is
+# laid anew, or a pass over it; a change that takes less lowers its ceiling.
+CEILINGS = {
+    ("v5e", "training"): (4.31, 2.57, 0.95),
+    ("v5e", "inference"): (1.51, 6.34, 0.76),
+    ("v5p", "training"): (2.70, 1.51, 0.69),
+    ("v5p", "inference"): (0.98, 1.19, 0.60),
+    ("v6e", "training"): (3.48, 1.10, 0.33),
+    ("v6e", "inference"): (1.12, 0.90, 0.47),
+}
 
 
 @pytest.fixture
@@ -66,13 +74,17 @@ def plan(tmp_path):
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
 def test_a_step_takes_no_more_cycles_than_it_did(plan, topology, work):
     found = plan(topology, f"--work={work}", **SMALL)["cycles"]
-    of = {kind: 0.0 for kind in ("kernel", "copy", "operation")}
-    for share in found["parts"]:
-        of[share["kind"]] += share["cycles"] / 1e6
-    most, most_copies = CEILINGS[topology.partition(":")[0], work]
-    assert found["total"] / 1e6 <= most, of
-    assert of["copy"] <= most_copies, of
+    embedding = millions(found, part="embedding, preprocessing")
+    took = found["total"] / 1e6 - embedding, embedding, millions(found, kind="copy")
+    allowed = CEILINGS[topology.partition(":")[0], work]
+    assert all(a <= b for a, b in zip(took, allowed)), (took, allowed)
+    assert {k["part"] for k in found["kernels"]} == {"temporal attention", "spatial attention"}
     assert all(k["schedule"] and k["schedule"]["known"] for k in found["kernels"])
+
+
+def millions(cycles, **fields):
+    """The sum of the shares whose fields have these values."""
+    return sum(s["cycles"] for s in cycles["parts"] if fields.items() <= s.items()) / 1e6
 
 
 def test_loops_count_as_often_as_they_run(plan):
