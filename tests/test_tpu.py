@@ -32,7 +32,7 @@ SMALL = {
     "batch_size": 16,
     "eval.crops": 1,
 }
-# M cycles of a step: of the blocks, optimizer and head; of preprocessing and embedding; of all copies.
+# M cycles of a step: of blocks, optimizer and head; of preprocessing and embedding; of all copies.
 # 5% more than libtpu 0.0.42.1 said when they were set. What takes more brings back an array that is
 # laid anew, or a pass over it; a change that takes less lowers its ceiling.
 CEILINGS = {

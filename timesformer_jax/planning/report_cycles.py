@@ -71,6 +71,8 @@ def cycles_notes(cycles: Cycles) -> list[str]:
             lines.append(f"kernel {kernel.name} cannot be compiled alone: only its bytes count")
         elif not kernel.schedule.known:
             lines.append(f"kernel {kernel.name}: a loop of unknown length counts as one iteration")
+        elif kernel.schedule.varies:
+            lines.append(f"kernel {kernel.name}: a loop whose length varies counts as in step 1")
     return list(dict.fromkeys(lines))
 
 
