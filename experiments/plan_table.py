@@ -5,8 +5,8 @@
 Runs `timesformer plan` for every row, which compiles the program for the chip or slice. After each
 row it writes docs/plan.json and the tables of docs/plan.md with the rows so far. Rows in the folder
 of plans are not compiled again, so an interrupted run resumes. A row takes one to five minutes of
-one core, and 1 to 5 GB. --only compiles the rows with all of these words in their name, and writes
-every row that there is.
+one core, and 1 to 5 GB. --only compiles the rows that have all of these words, searches if "search"
+is among them, and the tables get every row that there is.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Row(NamedTuple):
         place = self.topology.replace(":", "_")
         return f"{self.model}_{self.work}_{place}" + "_searched" * self.search
 
-    @property
-    def words(self) -> set[str]:
-        return {self.model, self.work, self.topology} | ({"search"} if self.search else set())
+    def wanted(self, words: set[str]) -> bool:
+        mine = {self.model, self.work, self.topology} | ({"search"} if self.search else set())
+        return not words or (words <= mine and self.search == ("search" in words))
 
 
 # In the order of compilation.
@@ -76,7 +76,7 @@ ROWS = [
 def main(_) -> None:
     plans = {row: plan for row in ROWS if (plan := kept(row))}
     for row in ROWS:
-        if row not in plans and set(ONLY.value) <= row.words:
+        if row not in plans and row.wanted(set(ONLY.value)):
             plans[row] = planned(row)
             tabulate(plans)
     tabulate(plans)
