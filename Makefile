@@ -47,7 +47,8 @@ plan-table: .venv-tpu/installed
 
 # What programs for TPUs cost, by the TPU compiler; 10 minutes of two cores, and no TPU.
 tpu-test: .venv-tpu/installed
-	.venv-tpu/bin/python -m pytest -q -c /dev/null --rootdir=. --noconftest tests/test_tpu.py
+	.venv-tpu/bin/python -m pytest -q -c /dev/null -o markers=compiles --rootdir=. --noconftest \
+		tests/test_tpu.py
 
 # What a GPU does, into benchmarks/results/$(DEVICE); an hour, or some of
 # PARTS="attention schemes model inference training flags", each of 9 minutes at most.
