@@ -17,7 +17,13 @@ from meshes import mesh_of
 from timesformer_jax.models import attention
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops import kernels
-from timesformer_jax.models.ops.kernels import cudnn, registry, select
+from timesformer_jax.models.ops.kernels import (
+    cudnn,
+    registry,
+    select,
+    tpu_spatial,
+    tpu_temporal,
+)
 from timesformer_jax.models.ops.kernels.registry import Case, Kernel
 from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.schemes import SCHEMES, by_column, by_row
@@ -181,6 +187,70 @@ def test_every_scheme_is_the_same_by_the_kernels_of_a_tpu(scheme, monkeypatch, t
     assert not tpu_kernels
     np.testing.assert_allclose(model(video), expected, atol=2e-5)
     assert tpu_kernels
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_traced_with_the_kernels_of_a_tpu(scheme):
+    config = dataclasses.replace(SMALL, attention=scheme, dtype="bfloat16", hidden_size=256)
+    graph, state = nnx.split(abstract(config))
+    video = jax.ShapeDtypeStruct((2, 8, 32, 32, 3), "float32")
+
+    def loss(state, video):
+        return nnx.merge(graph, state)(video).sum()
+
+    with program_for(V5E):
+        kernels = str(jax.jit(jax.grad(loss)).trace(state, video).jaxpr).count("pallas_call")
+    # Forward and backward, more of the parts of local_global; nothing reads the patches after the
+    # last attention, so that one may need no gradient.
+    assert kernels >= config.depth * 2 * len(config.scheme.layers) - 1
+
+
+def test_the_model_is_the_same_by_the_interpreted_kernels_of_a_tpu(monkeypatch):
+    model = TimeSformer(dataclasses.replace(SMALL, hidden_size=128), rngs=nnx.Rngs(0))
+    video = random((2, 4, 32, 48, 3), "float32")
+    expected = model(video)
+    for module in (tpu_spatial, tpu_temporal):
+        interpreted = functools.partial(module.attention, interpret=True)
+        monkeypatch.setattr(module, "attention", interpreted)
+    device = types.SimpleNamespace(platform="tpu", device_kind=V5E)
+    monkeypatch.setattr(select, "target_device", lambda: device)
+    np.testing.assert_allclose(model(video), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "fused"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "8.0", True),
+        ("NVIDIA A10G", "8.6", True),
+        ("NVIDIA L4", "8.9", True),
+        ("NVIDIA L40S", "8.9", True),
+        ("NVIDIA GeForce RTX 3090 Ti", "8.6", True),
+        ("NVIDIA GeForce RTX 4080 SUPER", "8.9", True),
+        ("NVIDIA GeForce RTX 5090", "12.0", True),
+        ("NVIDIA RTX A6000", "8.6", True),
+        ("NVIDIA RTX 6000 Ada Generation", "8.9", True),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "12.0", True),
+        (H100, "9.0", True),
+        ("NVIDIA GH200 480GB", "9.0", True),
+        ("NVIDIA B200", "10.0", True),
+        ("NVIDIA GB200", "10.0", True),
+        ("Tesla V100-SXM2-16GB", "7.0", False),
+        ("Tesla T4", "7.5", False),
+        ("NVIDIA GeForce RTX 2080 Ti", "7.5", False),
+        ("Quadro RTX 8000", "7.5", False),
+        ("AMD Instinct MI300X", "gfx942", False),
+    ],
+)
+def test_cudnn_is_for_gpus_from_ampere_on(name, capability, fused, monkeypatch):
+    runs_on = registry.KERNELS["spatial"]["cudnn"].runs_on
+    assert runs_on(AbstractDevice(device_kind=name, num_cores=None, platform="gpu")) == fused
+    device = types.SimpleNamespace(
+        device_kind="NVIDIA X", platform="gpu", compute_capability=capability
+    )
+    assert runs_on(device) == fused
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])  # of which a mesh is made
+    assert runs_on(AbstractDevice(device_kind="NVIDIA X", num_cores=None, platform="gpu")) == fused
+    assert not runs_on(AbstractDevice(device_kind=V5E, num_cores=None, platform="tpu"))
 
 
 def use(monkeypatch, name):

@@ -202,8 +202,12 @@ def _choose_kernels(run: Run) -> None:
 
 
 def _to_json(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON values, with the absolute path of its data."""
+    """The config as JSON values, with the absolute path of its data.
+
+    The kernels are no part of it: they are chosen for the device that a program runs on.
+    """
     fields = json.loads(config.to_json())
+    del fields["attention_kernels"]
     fields["data"]["directory"] = absolute_source(config.data.directory)
     return fields
 

@@ -139,7 +139,8 @@ def _try(
         expected = {}
     elif isinstance(expected, str):
         return expected
-    program = jax.jit(_program(attention, trial.case.grid, trial.gradients))
+    heads = trial.case.shape[-2]
+    program = jax.jit(_program(attention, heads, trial.case.grid, trial.gradients))
     try:
         compiled = _within(COMPILE_SECONDS, lambda: program.lower(*trial.inputs).compile())
     except Exception as e:  # any of the compiler; the others are still tried
@@ -195,28 +196,34 @@ def _answers(device: jax.Device) -> bool:
 
 
 def _inputs(case: Case, device: jax.Device) -> Arrays:
-    """Random projections of the case's size, and a random gradient of its attended values."""
+    """Random projections of the case's size, and a random gradient of its attended values.
+
+    The projections lie as the linear layer writes them, (..., 3 * h * d).
+    """
     b, t, n, _, h, d = case.shape
     sequences = {"temporal": n, "spatial": t, "joint": 1, "rows": t * case.grid[0]}
     count = sequences.get(case.kind, t * case.grid[1])
 
-    def draw(features: tuple[int, ...], seed: int) -> Tokens:
+    def draw(width: int, seed: int) -> Tokens:
         keys = jax.random.split(jax.random.key(seed))
-        cls = jax.random.normal(keys[0], (b, count, *features), case.dtype) if case.cls else None
-        return Tokens(cls, jax.random.normal(keys[1], (b, t, n, *features), case.dtype))
+        cls = jax.random.normal(keys[0], (b, count, width), case.dtype) if case.cls else None
+        return Tokens(cls, jax.random.normal(keys[1], (b, t, n, width), case.dtype))
 
     place = jax.sharding.SingleDeviceSharding(device)
-    draw_both = jax.jit(lambda: (draw((3, h, d), 0), draw((h * d,), 1)), out_shardings=place)
+    draw_both = jax.jit(lambda: (draw(3 * h * d, 0), draw(h * d, 1)), out_shardings=place)
     return jax.block_until_ready(draw_both())
 
 
-def _program(attention: Implementation, grid: Grid, gradients: bool) -> Callable:
+def _program(attention: Implementation, heads: int, grid: Grid, gradients: bool) -> Callable:
     """A function of `Arrays` to values and gradients (None if there are none)."""
+
+    def forward(qkv: Tokens) -> Tokens:
+        return attention(jax.tree.map(lambda x: _by_head(x, 3, heads), qkv), grid)
 
     def run(qkv: Tokens, g: Tokens) -> tuple[Tokens, Tokens | None]:
         if not gradients:
-            return attention(qkv, grid), None
-        values, backward = jax.vjp(lambda qkv: attention(qkv, grid), qkv)
+            return forward(qkv), None
+        values, backward = jax.vjp(forward, qkv)
         return values, backward(g)[0]
 
     return run
@@ -247,7 +254,7 @@ def _by_name(values: Tokens, gradients: Tokens | None) -> dict[str, list[np.ndar
     for i, part in enumerate(("queries", "keys", "values")):
         if gradients is not None:
             leaves = jax.tree.leaves(gradients)
-            named[f"gradients of the {part}"] = [x[..., i, :, :] for x in leaves]
+            named[f"gradients of the {part}"] = [np.split(x, 3, axis=-1)[i] for x in leaves]
     return named
 
 
@@ -256,21 +263,32 @@ def _reference(
 ) -> dict[str, list[np.ndarray]]:
     """The numbers of the first and the last clip by the plain reference, in float32."""
     h, d = case.shape[-2:]
-    program = _program(xla, case.grid, gradients)
+    program = _program(xla, 1, case.grid, gradients)
+
+    def heads_first(x: jax.Array, parts: int = 1) -> jax.Array:  # ... p h d -> h ... p d
+        x = jnp.moveaxis(_by_head(x, parts, h), -2, 0)
+        return x.reshape(*x.shape[:-2], -1)
+
+    def heads_last(x: jax.Array, parts: int = 1) -> jax.Array:  # and back
+        x = jnp.moveaxis(x.reshape(*x.shape[:-1], parts, d), 0, -2)
+        return x.reshape(*x.shape[:-3], -1)
 
     @jax.jit
     def one_clip(qkv: Tokens, g: Tokens, clip: int | jax.Array) -> tuple[Tokens, Tokens | None]:
         qkv, g = jax.tree.map(lambda x: x[clip][None].astype(jnp.float32), (qkv, g))
-        # (..., h, d) to (h, ..., 1, d), of the values' gradient to (h, ..., d); and back.
-        qkv = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0)[..., None, :], qkv)
-        g = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(*x.shape[:-1], h, d), -2, 0), g)
+        qkv, g = (jax.tree.map(lambda x: heads_first(x, 3), qkv), jax.tree.map(heads_first, g))
         values, gradient = jax.lax.map(lambda head: program(*head), (qkv, g))
-        values = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1), values)
-        return values, jax.tree.map(lambda x: jnp.moveaxis(x[..., 0, :], 0, -2), gradient)
+        values = jax.tree.map(heads_last, values)
+        return values, jax.tree.map(lambda x: heads_last(x, 3), gradient)
 
     with use_references(True), jax.default_matmul_precision("highest"):
         clips = [jax.device_get(one_clip(*inputs, i)) for i in (0, case.shape[0] - 1)]
     return _by_name(*jax.tree.map(lambda *x: np.concatenate(x), *clips))
+
+
+def _by_head(x: jax.Array, parts: int, heads: int) -> jax.Array:
+    """(..., parts * h * d) to (..., parts, h, d)."""
+    return x.reshape(*x.shape[:-1], parts, heads, -1)
 
 
 def _one_line(error: BaseException) -> str:
