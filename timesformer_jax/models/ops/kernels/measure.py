@@ -1,8 +1,8 @@
 """Finds the fastest implementation of an attention on the device at hand.
 
-Every implementation runs at the size that the program will have. It is compared with the plain
-reference in float32, computed head by head for the first and the last clip since its logits of all
-may not fit; then it is timed.
+Every implementation runs at the size that the program will have. All are compiled at once. Each is
+compared with the plain reference in float32, computed head by head for the first and the last clip
+since its logits of all may not fit; then it is timed.
 
 A kernel may also hang, or take the device or the process down with it. Compilation happens on the
 host, in a thread that is left behind if it takes too long. A run cannot be left behind so: what
@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -82,22 +83,6 @@ def _finished(about: dict[str, Any], names: list[str]) -> cache.Entry | None:
     return entry if entry and entry.get("chosen") in ("xla", *names) else None
 
 
-class _Trial(NamedTuple):
-    """What every implementation is tried with.
-
-    Attributes:
-      case, gradients, device: as for `fastest`.
-      inputs: projections, and a gradient of the attended values.
-      expected: the reference's numbers by name; a reason if there are none.
-    """
-
-    case: Case
-    gradients: bool
-    device: jax.Device
-    inputs: Arrays
-    expected: dict[str, list[np.ndarray]] | str
-
-
 def _measure(
     entry: cache.Entry,
     case: Case,
@@ -111,78 +96,100 @@ def _measure(
     Args:
       entry: of a process that ended while it measured, or one in which nothing was tried.
     """
-    inputs = _within(COMPILE_SECONDS, lambda: _inputs(case, device))
+    tried = {name: why for name, why in entry["tried"].items() if why == UNFINISHED}
+    inputs = _Work(lambda: _inputs(case, device)).result(COMPILE_SECONDS)
+    attentions = {"xla": xla} | {name: KERNELS[case.kind][name].attention for name in names}
+    compiling = {
+        name: _Work(functools.partial(_compile, attention, case, gradients, inputs))
+        for name, attention in attentions.items()
+        if name not in tried
+    }
     expected: dict[str, list[np.ndarray]] | str
     try:
-        expected = _within(COMPILE_SECONDS, lambda: _reference(xla, case, gradients, inputs))
+        reference = _Work(lambda: _reference(xla, case, gradients, inputs))
+        expected = reference.result(COMPILE_SECONDS)
     except Exception as e:  # such as too little memory
         expected = f"there are no numbers to compare it with ({_one_line(e)})"
-    trial = _Trial(case, gradients, device, inputs, expected)
-    tried = {name: why for name, why in entry["tried"].items() if why == UNFINISHED}
-    attentions = {"xla": xla} | {name: KERNELS[case.kind][name].attention for name in names}
-    for name in (name for name in attentions if name not in tried):
-        before = entry | {"tried": tried | {name: UNFINISHED}}
-        tried[name] = _try(trial, name, attentions[name], functools.partial(cache.keep, before))
+    compiled = {}
+    for name, work in compiling.items():
+        try:
+            compiled[name] = work.result(COMPILE_SECONDS)
+        except Exception as e:  # any of the compiler; the others are still tried
+            tried[name] = f"it does not compile ({_one_line(e)})"
+    for name, program in compiled.items():  # nothing else runs now
+        if name == "xla":
+            tried[name] = _run(program, inputs, {}, device, f"{case.kind} attention")
+        elif isinstance(expected, str):
+            tried[name] = expected
+        else:
+            cache.keep(entry | {"tried": tried | {name: UNFINISHED}})
+            what = f"{case.kind} attention {name!r}"
+            tried[name] = _run(program, inputs, expected, device, what)
     return tried
 
 
-def _try(
-    trial: _Trial, name: str, attention: Implementation, announce: Callable[[], None]
+class _Work(Generic[T]):
+    """Work in a thread, which is left behind if it takes too long.
+
+    A new thread has no mesh and no other context of JAX: the work is that of one device.
+    """
+
+    def __init__(self, work: Callable[[], T]):
+        self._done: list[T] = []
+        self._failed: list[BaseException] = []
+        self._begin = time.monotonic()
+        self._thread = threading.Thread(target=self._run, args=[work], daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], T]) -> None:
+        try:
+            self._done.append(work())
+        except BaseException as e:
+            self._failed.append(e)
+
+    def result(self, seconds: float) -> T:
+        """What the work returned.
+
+        Raises:
+          TimeoutError: if it takes longer, counted from its begin.
+          Exception: that of the work.
+        """
+        self._thread.join(max(0.0, self._begin + seconds - time.monotonic()))
+        if self._failed:
+            raise self._failed[0]
+        if not self._done:
+            raise TimeoutError(f"not over after {seconds:g} s")
+        return self._done[0]
+
+
+def _compile(
+    attention: Implementation, case: Case, gradients: bool, inputs: Arrays
+) -> jax.stages.Compiled:
+    program = _program(attention, case.shape[-2], case.grid, gradients)
+    return jax.jit(program).lower(*inputs).compile()
+
+
+def _run(
+    program: jax.stages.Compiled,
+    inputs: Arrays,
+    expected: dict[str, list[np.ndarray]],
+    device: jax.Device,
+    what: str,
 ) -> float | str:
     """Seconds of a run, or why the implementation is passed over.
 
-    Args:
-      announce: called before the device runs a kernel for the first time.
+    Raises:
+      DeviceLost: if the device does not answer afterwards.
     """
-    expected = trial.expected
-    if name == "xla":
-        expected = {}
-    elif isinstance(expected, str):
-        return expected
-    heads = trial.case.shape[-2]
-    program = jax.jit(_program(attention, heads, trial.case.grid, trial.gradients))
     try:
-        compiled = _within(COMPILE_SECONDS, lambda: program.lower(*trial.inputs).compile())
-    except Exception as e:  # any of the compiler; the others are still tried
-        return f"it does not compile ({_one_line(e)})"
-    if name != "xla":
-        announce()
-    try:
-        return _within(RUN_SECONDS, lambda: _compare_and_time(compiled, trial.inputs, expected))
+        return _Work(lambda: _compare_and_time(program, inputs, expected)).result(RUN_SECONDS)
     except Exception as e:
-        if not _answers(trial.device):
+        if not _answers(device):
             raise DeviceLost(
-                f"{trial.device.device_kind} does not answer after the {trial.case.kind} attention "
-                f"{name!r} ({_one_line(e)}); start again: it will be passed over"
+                f"{device.device_kind} does not answer after the {what} ({_one_line(e)}); start "
+                "again: it will be passed over"
             ) from e
         return f"it does not run ({_one_line(e)})"
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """The result of the work, in a thread, which is left behind if it takes longer.
-
-    A new thread has no mesh and no other context of JAX: the work is that of one device.
-
-    Raises:
-      TimeoutError: if it takes longer.
-    """
-    done: list[T] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            done.append(work())
-        except BaseException as e:
-            failed.append(e)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not done:
-        raise TimeoutError(f"not over after {seconds:g} s")
-    return done[0]
 
 
 def _answers(device: jax.Device) -> bool:
@@ -190,7 +197,7 @@ def _answers(device: jax.Device) -> bool:
         return float(jnp.sum(jax.device_put(np.ones(8, np.float32), device)))
 
     try:
-        return _within(RUN_SECONDS, compute) == 8
+        return _Work(compute).result(RUN_SECONDS) == 8
     except Exception:
         return False
 
