@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     Buffers,
     Plan,
     dot,
+    each_position,
     head_only,
     in_turn,
     keep,
@@ -34,6 +35,9 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
 BLOCK = 10 * 2**20
 LARGEST = 23 * 2**20
 UNROLLED = 16  # tokens; the heads of longer sequences are a loop, for the compiler's time
+# Words of a tile whose positions overlap, where sequences have products of their own and with a
+# running softmax.
+SINGLE, RUNNING = 8, 2
 GROUPED = 32  # tokens; longer sequences have products of their own
 
 
@@ -67,10 +71,11 @@ def plan(shape: tuple[int, ...], dtype: Any, cls: bool, heads: int, interpret: A
             group *= 2
     rows = max(group, rows_of(dtype))
     if _bytes(tokens, width, dtype, rows) > LARGEST:
-        return Plan(t, n, heads, width // heads, cls, 0, rows, interpret)
+        return Plan(t, n, heads, width // heads, cls, 0, rows, RUNNING, interpret)
     tiles = pl.cdiv(n, rows)
     steps = pl.cdiv(tiles, max(1, BLOCK // _bytes(tokens, width, dtype, rows)))
-    return Plan(t, n, heads, width // heads, cls, group, pl.cdiv(tiles, steps) * rows, interpret)
+    block = pl.cdiv(tiles, steps) * rows
+    return Plan(t, n, heads, width // heads, cls, group, block, SINGLE, interpret)
 
 
 def attention(
@@ -97,22 +102,22 @@ def _attention(how: Plan, qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
 def _vjp_forward(how: Plan, qkv: tuple) -> tuple:
     if how.group:
-        return _call(how, _forward, (qkv,), how.width), (qkv,)
+        return _call(how, FORWARD, (qkv,), how.width), (qkv,)
     out, logs = tpu_temporal_running.forward(how, qkv)
     return out, (qkv, out, logs)
 
 
 def _vjp_backward(how: Plan, saved: tuple, g: tuple) -> tuple:
     if how.group:
-        return (_call(how, _backward, (*saved, g), 3 * how.width),)
+        return (_call(how, BACKWARD, (*saved, g), 3 * how.width),)
     return (tpu_temporal_running.backward(how, *saved, g),)
 
 
 _attention.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _call(how: Plan, body: Any, inputs: tuple, width: int) -> tuple[jax.Array, ...]:
-    """Runs `body` on blocks of positions of each clip.
+def _call(how: Plan, way: Pass, inputs: tuple, width: int) -> tuple[jax.Array, ...]:
+    """Runs `way` on blocks of positions of each clip.
 
     Args:
       inputs: tuples of an array (B, T, N, C) and, where there is a class token, one of (B, N, C).
@@ -130,10 +135,10 @@ def _call(how: Plan, body: Any, inputs: tuple, width: int) -> tuple[jax.Array, .
     scratch = []
     if how.group == 1:
         parts = (sum(pair[0].shape[-1] for pair in inputs) + width) // how.width
-        rows = how.length * 8
+        rows = how.length * WORDS
         scratch = [pltpu.VMEM((parts * pl.cdiv(how.slab, LANES), rows, LANES), jnp.uint32)]
     return pl.pallas_call(
-        functools.partial(_kernel, how, body, len(inputs)),
+        functools.partial(_kernel, how, way, len(inputs)),
         grid=(b, pl.cdiv(how.positions, how.block)),
         in_specs=[spec(a.shape[-1], i == 0) for pair in inputs for i, a in enumerate(pair)],
         out_specs=tuple(spec(width, i == 0) for i in range(1 + how.cls)),
@@ -146,8 +151,8 @@ def _call(how: Plan, body: Any, inputs: tuple, width: int) -> tuple[jax.Array, .
     )(*(a for pair in inputs for a in pair))
 
 
-def _kernel(how: Plan, body: Any, inputs: int, *refs: Any) -> None:
-    """Runs `body` on every tile of positions and slab of heads of a block."""
+def _kernel(how: Plan, way: Pass, inputs: int, *refs: Any) -> None:
+    """Runs `way` on every tile of positions and slab of heads of a block."""
     count = (inputs + 1) * (1 + how.cls)
     arrays = [refs[i : i + 1 + how.cls] for i in range(0, count, 1 + how.cls)]
     rows = max(how.group, rows_of(refs[0].dtype))
@@ -161,7 +166,8 @@ def _kernel(how: Plan, body: Any, inputs: int, *refs: Any) -> None:
         tile = Tile(how, at, rows, how.positions - start - at)
         if how.tokens <= UNROLLED:
             lanes = range(0, how.width, how.slab)
-            in_turn([_grouped(tile, body, parts, lane) for lane in lanes])
+            units = rows // how.group * (how.slab // how.channels)
+            in_turn([_grouped(tile, way, parts, lane) for lane in lanes], max(1, units - 1))
         else:
             jax.lax.fori_loop(0, how.width // how.slab, functools.partial(slab, tile), None)
 
@@ -170,9 +176,9 @@ def _kernel(how: Plan, body: Any, inputs: int, *refs: Any) -> None:
         one = how.width == how.slab
         lane = 0 if one else pl.multiple_of(number * how.slab, how.slab)
         if how.group > 1:
-            in_turn([_grouped(tile, body, parts, lane)])
+            in_turn([_grouped(tile, way, parts, lane)])
         else:
-            _single(tile, body, parts, refs[-1], lane)
+            _single(tile, way, parts, refs[-1], lane)
 
     steps = jnp.minimum(how.block, how.positions - start + rows - 1) // rows
     jax.lax.fori_loop(0, steps, step, None)
@@ -203,11 +209,11 @@ class Tile(NamedTuple):
             refs[1][:, *at] = x[self.how.frames :]
 
 
-def _grouped(tile: Tile, body: Any, parts: list, lane: Any) -> Iterator[None]:
+def _grouped(tile: Tile, way: Pass, parts: list, lane: Any) -> Iterator[None]:
     """Sequences of `group` positions as one of tokens * group rows, the others' weights zero."""
-    how, count = tile.how, len(body.inputs)
+    how, count = tile.how, len(way.clean)
     operands = []
-    for (refs, offset), clean in zip(parts, body.inputs):
+    for (refs, offset), clean in zip(parts, way.clean):
         x = tile.load(refs, offset + lane)
         # What lies behind the last position is not defined.
         if how.positions % tile.rows and clean:
@@ -218,16 +224,16 @@ def _grouped(tile: Tile, body: Any, parts: list, lane: Any) -> Iterator[None]:
             operands.append([y.reshape(-1, how.slab).astype(x.dtype) for y in split])
         else:
             operands.append([x.reshape(-1, how.slab)])
-    results = yield from body(how, list(zip(*operands)))
+    results = yield from way.run(how, list(zip(*operands)))
     dtype = parts[0][0][0].dtype
     for (refs, offset), groups in zip(parts[count:], zip(*results)):
         wide = [x.reshape(how.tokens, how.group, how.slab) for x in groups]
         tile.store(refs, offset + lane, jnp.concatenate(wide, axis=1).astype(dtype))
 
 
-def _single(tile: Tile, body: Any, parts: list, scratch: Any, lane: Any) -> None:
+def _single(tile: Tile, way: Pass, parts: list, scratch: Any, lane: Any) -> None:
     """Every position has products of its own; a buffer of words brings its rows together."""
-    how, count = tile.how, len(body.inputs)
+    how, count = tile.how, len(way.clean)
     dtype = parts[0][0][0].dtype
     buffers = Buffers(scratch, how.slab)
     for j, (refs, offset) in enumerate(parts[:count]):
@@ -236,13 +242,14 @@ def _single(tile: Tile, body: Any, parts: list, scratch: Any, lane: Any) -> None
         if how.length > how.tokens:
             buffers.fill(j, how.tokens, jnp.zeros((how.length - how.tokens, *x.shape[1:]), x.dtype))
 
-    def unit(word: int) -> Iterator[None]:
+    def unit(word: Any) -> Iterator[None]:
         operands = [unpack(buffers.take(j, word, how.length), dtype) for j in range(count)]
-        results = yield from body(how, list(zip(*operands)))
+        results = yield from way.run(how, list(zip(*operands)))
         for j, groups in enumerate(zip(*results)):
             buffers.put(count + j, word, pack(groups, dtype))
 
-    in_turn([unit(word) for word in range(WORDS)])
+    heads = how.slab // how.channels * tile.rows // WORDS
+    each_position(how, unit, max(1, heads - 1))
     for j, (refs, offset) in enumerate(parts[count:]):
         x = buffers.whole(count + j, 0, how.tokens)
         tile.store(refs, offset + lane, pltpu.bitcast(x, dtype))
@@ -264,63 +271,100 @@ def _weights(how: Plan, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights, weights.sum(axis=0, keepdims=True)
 
 
-def _forward(how: Plan, groups: list) -> Any:
+def _stage(run: Callable, *lists: list) -> Generator[None, None, list]:
+    """run(*items) of each of the lists' items, one a step."""
+    results = []
+    for items in zip(*lists):
+        results.append(run(*items))
+        yield
+    return results
+
+
+def _forward(how: Plan, groups: list) -> Generator[None, None, list]:
     """From [(q, k, v)] of groups, (tokens * group, slab) each, to [(result,)]."""
     dtype = groups[0][0].dtype
-    count = range(how.slab // how.channels)
-    logits = [[dot(k, head_only(how, q, head), 1, 1) for head in count] for q, k, _ in groups]
-    values = [transposed_heads(how, v) for _, _, v in groups]
-    yield
-    weights = [[_weights(how, s) for s in heads] for heads in logits]
-    yield
-    results = [
-        [dot(v, w.astype(dtype), 1, 0) * (1 / total) for (w, total), v in zip(heads, v_t)]
-        for heads, v_t in zip(weights, values)
-    ]
-    yield
-    return [(jnp.concatenate(heads).astype(dtype).T,) for heads in results]
+    heads, (q, k, _) = _heads(how, groups)
+
+    def logits(head: int, q: jax.Array, k: jax.Array) -> jax.Array:
+        return dot(k, head_only(how, q, head), 1, 1)
+
+    def result(weights: tuple[jax.Array, jax.Array], v_t: jax.Array) -> jax.Array:
+        return dot(v_t, weights[0].astype(dtype), 1, 0) * (1 / weights[1])
+
+    found = yield from _stage(logits, heads, q, k)
+    v_t = [x for group in groups for x in transposed_heads(how, group[2])]
+    weights = yield from _stage(functools.partial(_weights, how), found)
+    results = yield from _stage(result, weights, v_t)
+    return _joined(how, [(x,) for x in results], dtype)
 
 
-# Whether what lies behind the last position is kept out, by operand. Queries and keys there only
-# reach logits that are dropped, but zero times NaN is no zero.
-_forward.inputs = (False, False, True)  # type: ignore[attr-defined]
+def _backward(how: Plan, groups: list) -> Generator[None, None, list]:
+    """From [(q, k, v, gradient of the result)] of groups to [(gradients of q, k, v)].
 
-
-def _backward(how: Plan, groups: list) -> Any:
-    """From [(q, k, v, gradient of the result)] of groups to [(gradients of q, k, v)]."""
+    With P the weights and g the gradient of the result: that of the weights is g v^T, that of the
+    logits S = P * (g v^T - the sum of P * g v^T over the keys); those of q, k and v are S k, S^T q
+    and P^T g, all of them transposed here.
+    """
     dtype = groups[0][0].dtype
-    count = range(how.slab // how.channels)
-    logits = [[dot(k, head_only(how, q, head), 1, 1) for head in count] for q, k, _, _ in groups]
-    bars = [[dot(v, head_only(how, do, head), 1, 1) for head in count] for _, _, v, do in groups]
-    yield
-    t = [[transposed_heads(how, x) for x in (q, k, do)] for q, k, _, do in groups]
-    saved = []
-    for heads, heads_bar in zip(logits, bars):
-        saved.append([])
-        for s, weights_bar in zip(heads, heads_bar):
-            weights, total = _weights(how, s)
-            weights = weights * (1 / total)
-            product = weights * weights_bar
-            along = product.sum(axis=0, keepdims=True)
-            logits_bar = (product - weights * along).astype(dtype)
-            saved[-1].append((weights.astype(dtype), logits_bar))
-    yield
+    heads, (q, k, v, g) = _heads(how, groups)
     scale = 1 / math.sqrt(how.channels)
-    results = [
-        [
-            (
-                dot(k, logits_bar, 1, 0) * scale,
-                dot(q, logits_bar, 1, 1) * scale,
-                dot(do, weights, 1, 1),
-            )
-            for (weights, logits_bar), q, k, do in zip(heads, *ts)
-        ]
-        for heads, ts in zip(saved, t)
+
+    def products(head: int, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple:
+        return dot(k, head_only(how, q, head), 1, 1), dot(v, head_only(how, g, head), 1, 1)
+
+    def bars(found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        weights, total = _weights(how, found[0])
+        weights = weights * (1 / total)
+        product = weights * found[1]
+        along = product.sum(axis=0, keepdims=True)
+        return weights.astype(dtype), (product - weights * along).astype(dtype)
+
+    def sums(saved: tuple, q_t: jax.Array, k_t: jax.Array, g_t: jax.Array) -> tuple:
+        weights, logits_bar = saved
+        return (
+            dot(k_t, logits_bar, 1, 0) * scale,
+            dot(q_t, logits_bar, 1, 1) * scale,
+            dot(g_t, weights, 1, 1),
+        )
+
+    found = yield from _stage(products, heads, q, k, v, g)
+    q_t, k_t, g_t = (
+        [x for group in groups for x in transposed_heads(how, group[i])] for i in (0, 1, 3)
+    )
+    saved = yield from _stage(bars, found)
+    return _joined(how, (yield from _stage(sums, saved, q_t, k_t, g_t)), dtype)
+
+
+def _heads(how: Plan, groups: list) -> tuple[list[int], list[list[jax.Array]]]:
+    """The number of each head of each group, and its operands, slabs all of them."""
+    count = how.slab // how.channels
+    return list(range(count)) * len(groups), [
+        [x for x in part for _ in range(count)] for part in zip(*groups)
     ]
-    yield
+
+
+def _joined(how: Plan, results: list[tuple], dtype: Any) -> list[tuple[jax.Array, ...]]:
+    """Results (d, rows) of each head of each group to (rows, slab) of each group."""
+    count = how.slab // how.channels
+    groups = [results[i : i + count] for i in range(0, len(results), count)]
     return [
-        tuple(jnp.concatenate(part).astype(dtype).T for part in zip(*heads)) for heads in results
+        tuple(jnp.concatenate(heads).astype(dtype).T for heads in zip(*group)) for group in groups
     ]
 
 
-_backward.inputs = (True,) * 4  # type: ignore[attr-defined]
+class Pass(NamedTuple):
+    """A way through a slab.
+
+    Attributes:
+      run: takes operands of groups and gives their results, head by head, with a `yield` between.
+      clean: for each operand whether what lies behind the last position is set to zero. In the
+        forward pass queries and keys there only reach logits that are dropped. But a weight of
+        zero times NaN is no zero.
+    """
+
+    run: Callable[[Plan, list], Generator[None, None, list]]
+    clean: tuple[bool, ...]
+
+
+FORWARD = Pass(_forward, (False, False, True))
+BACKWARD = Pass(_backward, (True,) * 4)

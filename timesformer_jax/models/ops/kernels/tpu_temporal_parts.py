@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ class Plan(NamedTuple):
       cls: whether every position has a class token, one more token of its sequence.
       group: positions whose sequences share a product; 0 for a running softmax.
       block: positions of a step of the grid, a multiple of the rows of a tile.
+      at_once: words of a tile whose positions overlap; the others are a loop.
       interpret: as `pallas_call` takes it.
     """
 
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
     cls: bool
     group: int
     block: int
+    at_once: int
     interpret: Any
 
     @property
@@ -108,7 +110,7 @@ class Buffers(NamedTuple):
 
 
 def unpack(x: jax.Array, dtype: Any) -> list[jax.Array]:
-    """Rows of words to those of each value in them."""
+    """Words to an array of each value in them: two positions in bfloat16, one in float32."""
     if dtype.itemsize == 4:
         return [pltpu.bitcast(x, dtype)]
     halves = (x << 16, x & jnp.uint32(0xFFFF0000))
@@ -116,6 +118,7 @@ def unpack(x: jax.Array, dtype: Any) -> list[jax.Array]:
 
 
 def pack(parts: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
+    """Undoes `unpack`."""
     if dtype.itemsize == 4:
         return pltpu.bitcast(parts[0], jnp.uint32)
     low, high = (pltpu.bitcast(part.astype(jnp.float32), jnp.uint32) for part in parts)
@@ -137,24 +140,55 @@ def keep(x: jax.Array, where: Any) -> jax.Array:
 
 
 def head_only(how: Plan, x: jax.Array, head: int) -> jax.Array:
-    """(rows, slab) with zeros in the channels of the other heads."""
+    """(rows, slab) with zeros in the channels of the other heads.
+
+    A product over a whole slab then is one over the channels of the head. The unit of products is
+    128 wide: fewer channels would take no less time, and would have to be moved first.
+    """
     if how.channels == how.slab:
         return x
     first = head * how.channels
     return keep(x, lambda _, lane: (lane >= first) & (lane < first + how.channels))
 
 
-def in_turn(stages: list[Iterator[None]]) -> None:
-    """Runs generators one step apart: the scheduler overlaps what lies close in the program."""
+_END = object()
+
+
+def in_turn(generators: list[Iterator[None]], apart: int = 1) -> None:
+    """Runs generators to their ends, each `apart` steps behind the one before it.
+
+    The compiler schedules what lies close in the program together: while one head waits for its
+    products, the softmax of another is computed.
+    """
     live: list[Iterator[None]] = []
-    while stages or live:
-        live += stages[:1]
-        stages = stages[1:]
-        live = [stage for stage in live if next(stage, StopIteration) is not StopIteration]
+    step = 0
+    while generators or live:
+        if step % apart == 0:
+            live, generators = live + generators[:1], generators[1:]
+        live = [generator for generator in live if next(generator, _END) is not _END]
+        step += 1
+
+
+def each_position(how: Plan, run: Callable[[Any], Iterator[None]], apart: int = 1) -> None:
+    """Runs the generators `run(word)` of every word of a tile, `at_once` in turn."""
+
+    def some(step: jax.Array, _: None) -> None:
+        in_turn([run(step * how.at_once + i) for i in range(how.at_once)], apart)
+
+    jax.lax.fori_loop(0, WORDS // how.at_once, some, None)
 
 
 def dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
-    return jax.lax.dot_general(a, b, (([i], [j]), ([], [])), preferred_element_type=jnp.float32)
+    """The product over axis i of a and axis j of b, in float32.
+
+    Of float32 arrays it has the precision that `jax.default_matmul_precision` sets: by default one
+    pass of bfloat16, as in the rest of the model.
+    """
+    precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
+    dimensions = (([i], [j]), ([], []))
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def transposed_heads(how: Plan, x: jax.Array) -> list[jax.Array]:

@@ -26,15 +26,13 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     Buffers,
     Plan,
     dot,
+    each_position,
     head_only,
-    in_turn,
     pack,
     rows_of,
     transposed_heads,
     unpack,
 )
-
-AT_ONCE = 2  # words whose positions overlap; the others are a loop, for the compiler's time
 
 
 class Blocks(NamedTuple):
@@ -228,15 +226,6 @@ def _scale(cut: Blocks) -> float:
     return math.log2(math.e) / math.sqrt(cut.how.channels)
 
 
-def _each_position(run: Any) -> None:
-    """Calls `run(word)`, a generator of stages, for every word of a tile."""
-
-    def some(step: jax.Array, _: None) -> None:
-        in_turn([run(step * AT_ONCE + i) for i in range(AT_ONCE)])
-
-    jax.lax.fori_loop(0, WORDS // AT_ONCE, some, None)
-
-
 def _forward(cut: Blocks, *refs: Any) -> None:
     how, per = cut.how, 1 + cut.how.cls
     q, k, v, out = (refs[i * per : (i + 1) * per] for i in range(4))
@@ -283,7 +272,7 @@ def _forward(cut: Blocks, *refs: Any) -> None:
                 at = (position, slice(h * how.channels, (h + 1) * how.channels))
                 weighted[at] = weighted[at] * keep + dot(v_t, exponentials, 1, 0)
 
-    _each_position(run)
+    each_position(how, run)
 
     @pl.when(j == cut.count - 1)
     def _() -> None:
@@ -302,7 +291,7 @@ def _forward(cut: Blocks, *refs: Any) -> None:
             yield
             buffers.put(3, word, pack(tuple(results), dtype))
 
-        _each_position(finish)
+        each_position(how, finish)
         logs[0, 0, :, : cut.size] = largest[...] * _scale(cut) + jnp.log2(total[...])
         _write(cut, buffers, 3, out, i)
 
@@ -369,16 +358,16 @@ def _backward(cut: Blocks, *refs: Any) -> None:
         buffers.put(5, word, pack(tuple(results), dtype))
 
     def write(array: int, scale: float) -> None:
-        _each_position(functools.partial(finish, array, scale))
+        each_position(how, functools.partial(finish, array, scale))
         _write(cut, buffers, 5, out, i)
 
     @pl.when(u < cut.count)
     def _() -> None:
-        _each_position(functools.partial(run, True))
+        each_position(how, functools.partial(run, True))
 
     @pl.when((u >= cut.count) & (u < 2 * cut.count))
     def _() -> None:
-        _each_position(functools.partial(run, False))
+        each_position(how, functools.partial(run, False))
 
     @pl.when((u == cut.count - 1) | (u == 2 * cut.count - 1))
     def _() -> None:
