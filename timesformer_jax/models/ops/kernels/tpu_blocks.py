@@ -155,7 +155,7 @@ class Block(NamedTuple):
         return pl.cdiv(self.n, self.rows)
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return pl.cdiv(self.f, self.frames) * self.per_frame
 
     @property
@@ -169,7 +169,7 @@ class Block(NamedTuple):
             return jnp.minimum(self.frames, self.f - i * self.frames) * self.rows
         return jnp.minimum(self.rows, self.n - i % self.per_frame * self.rows)
 
-    def index(self, i: Any) -> tuple[Any, Any]:
+    def place(self, i: Any) -> tuple[Any, Any]:
         """Block i along F and N."""
         return i // self.per_frame, i % self.per_frame
 
@@ -210,7 +210,7 @@ class Sequence(NamedTuple):
     @property
     def resident_bytes(self) -> int:
         q, _ = self.blocks
-        return q.count * self.query_lanes(q) * self.slab * 4
+        return q.total * self.query_lanes(q) * self.slab * 4
 
     @property
     def blocks(self) -> tuple[Block, Block]:
@@ -244,7 +244,7 @@ def _choose_blocks(sequence: Sequence, step_logits: int) -> tuple[Block, Block]:
         rows = sequence.key_rows(k)
         of_head = 3 * rows + 4 * sequence.d * pl.cdiv(rows, LANES)
         step = heads * of_head * sequence.query_lanes(q) // LANES + 8_000
-        return q.count * k.count * step
+        return q.total * k.total * step
 
     pairs = [(q, k) for q in options for k in options if logits((q, k)) <= step_logits]
     return min(pairs, key=cost, default=(smallest, smallest))
@@ -285,7 +285,7 @@ class Specs(NamedTuple):
         lane = part * self.sequence.slabs
 
         def index(g: Any, s: Any, i: Any, j: Any) -> tuple:
-            return g, *block.index(number(i, j)), lane + s
+            return g, *block.place(number(i, j)), lane + s
 
         return pl.BlockSpec((None, block.frames, block.rows, self.sequence.slab), index)
 
@@ -307,7 +307,7 @@ def pack(block: Block, i: Any, patches: Any, cls: Any, packed: Any) -> None:
         packed[...] = jnp.where(row < block.valid(i), packed[...], jnp.zeros((), packed.dtype))
     if cls is not None:
 
-        @pl.when(i == block.count - 1)
+        @pl.when(i == block.total - 1)
         def _() -> None:
             packed[pl.ds(block.patches, 1), :] = cls[...]
 
@@ -321,7 +321,7 @@ def mask(block: Block, i: Any, s: jax.Array) -> jax.Array:
     row = start + lax.broadcasted_iota(jnp.int32, (s.shape[0] - start, s.shape[1]), 0)
     is_token = row < (block.valid(i) if block.is_ragged else block.patches)
     if block.has_cls:
-        token_row = jnp.where(i == block.count - 1, block.patches, -1)
+        token_row = jnp.where(i == block.total - 1, block.patches, -1)
         is_token |= row == token_row
     return tpu_heads.stack([s[:start], jnp.where(is_token, s[start:], MASKED)])
 

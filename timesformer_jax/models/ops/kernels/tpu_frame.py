@@ -230,7 +230,21 @@ def _backward_kernel(
 
 
 class _Slab:
-    """A slab of the step: its number among them, and what is read of it."""
+    """A slab of the step: its number among them, and what is read of it.
+
+    Attributes:
+      q, k, v, g: queries, keys, values and the result's gradient, (tokens, slab).
+      q_t, k_t, v_t, g_t: the same, (slab, tokens).
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    g: jax.Array
+    q_t: jax.Array
+    k_t: jax.Array
+    v_t: jax.Array
+    g_t: jax.Array
 
     def __init__(self, number: int):
         self.number = number

@@ -24,6 +24,7 @@ G sequences of F frames with N patches each, h heads of d channels.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -87,13 +88,13 @@ def _run_forward(patches, cls, heads: int, interpret: Any) -> tuple:
     out_shape = [
         jax.ShapeDtypeStruct((group, f, n, width // 3), patches.dtype),
         None if cls is None else jax.ShapeDtypeStruct((group, 1, width // 3), patches.dtype),
-        jax.ShapeDtypeStruct((group, sequence.slabs, q.count, count, lanes), jnp.float32),
+        jax.ShapeDtypeStruct((group, sequence.slabs, q.total, count, lanes), jnp.float32),
     ]
     return tpu_blocks.call(
         functools.partial(_forward_kernel, sequence),
         "joint_attention_forward",
         sequence,
-        grid=(group, sequence.slabs, q.count, k.count),
+        grid=(group, sequence.slabs, q.total, k.total),
         inputs=[*(patches,) * 3, *(cls,) * 3],
         in_specs=[*specs.patches(), *specs.tokens()],
         outputs=out_shape,
@@ -152,7 +153,7 @@ def _forward_kernel(
 
     tpu_heads.pipeline(sequence.items(), logits, weights, values, lead=2)
 
-    @pl.when(ik == k_block.count - 1)
+    @pl.when(ik == k_block.total - 1)
     def _() -> None:
         log_sums[...] = top[...] + jnp.log2(total[...])
         x = tpu_heads.stack(
@@ -181,9 +182,9 @@ def _run_backward(
     lanes, rows, slab = sequence.query_lanes(q), sequence.key_rows(k), sequence.slab
     # Whose gradient is complete after the inner loop stays in the outer one.
     if wants_k:
-        loops, specs = (k.count, q.count), Specs(sequence, lambda i, j: j, lambda i, j: i)
+        loops, specs = (k.total, q.total), Specs(sequence, lambda i, j: j, lambda i, j: i)
     else:
-        loops, specs = (q.count, k.count), Specs(sequence, lambda i, j: i, lambda i, j: j)
+        loops, specs = (q.total, k.total), Specs(sequence, lambda i, j: i, lambda i, j: j)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     token = None if cls is None else jax.ShapeDtypeStruct(cls_g.shape, cls_g.dtype)
     dtype = patches.dtype
@@ -202,7 +203,7 @@ def _run_backward(
         scratch=[
             *(pltpu.VMEM((lanes, slab), dtype) for _ in range(3)),
             *(pltpu.VMEM((rows, slab), dtype) for _ in range(2)),
-            pltpu.VMEM((q.count if wants_q and wants_k else 1, slab, lanes), jnp.float32),
+            pltpu.VMEM((q.total if wants_q and wants_k else 1, slab, lanes), jnp.float32),
             *(pltpu.VMEM((slab, rows), jnp.float32) for _ in range(2)),
             pltpu.VMEM((q.frames, q.rows, slab), dtype),
             pltpu.VMEM((k.frames, k.rows, slab), dtype),
@@ -240,9 +241,51 @@ def _backward_kernel(
     else:
         pl.when(ik == 0)(pack_queries)
         pack_keys()
-    keys, values = k[...], v[...]
+
+    def add_to_q(at: tuple[slice, slice], of_block: jax.Array) -> None:
+        d_q[slot, *at] = jnp.where(ik == 0, 0.0, d_q[slot, *at]) + of_block
+
+    of_keys = _multiply(
+        sequence, ik, (q, g, o), (k, v), log_sums, add_to_q if wants_q else None, wants_k
+    )
+    write = functools.partial(_write_gradient, sequence, d_patches.at[group], slab, semaphore)
+    if wants_q:
+
+        @pl.when(ik == k_block.total - 1)
+        def _() -> None:
+            write(q_block, iq, 0, (d_q[slot] * scale).T, written_q, d_cls_q)
+
+    if wants_k:
+        for total, x in zip((d_k, d_v), of_keys):
+            total[...] = jnp.where(iq == 0, 0.0, total[...]) + x
+
+        @pl.when(iq == q_block.total - 1)
+        def _() -> None:
+            write(k_block, ik, 1, (d_k[...] * scale).T, written_k, d_cls_k)
+            write(k_block, ik, 2, d_v[...].T, written_k, d_cls_v)
+
+
+def _multiply(
+    sequence: Sequence, ik: Any, of_queries: tuple, of_keys: tuple, log_sums: Any,
+    add_to_q: Callable | None, wants_k: bool,
+) -> Iterator[jax.Array]:  # fmt: skip
+    """The products of a block of queries and block `ik` of keys.
+
+    Args:
+      of_queries: queries, the result's gradient and the result, (tokens, slab) in VMEM.
+      of_keys: keys and values.
+      add_to_q: takes (channels, queries), and the gradient of these queries from these keys.
+
+    Returns:
+      The gradients of keys and of values from these queries, (slab, tokens); nothing to ask for if
+      they are not wanted.
+    """
+    q, g, o = of_queries
+    scale = sequence.d**-0.5 * LOG2_E
+    keys, values = (x[...] for x in of_keys)
     q_t, g_t, o_t, k_t = q[...].T, g[...].T, o[...].T, keys.T
-    sums_k, sums_v = {}, {}
+    sums_k: dict[Head, list] = {}
+    sums_v: dict[Head, list] = {}
 
     def logits(item: tuple[Head, slice]) -> tuple[jax.Array, jax.Array]:
         head, queries = item
@@ -255,44 +298,32 @@ def _backward_kernel(
         s, d_p = products
         along = g_t[head.channels, queries].astype(jnp.float32) * o_t[head.channels, queries]
         log_sum = log_sums[pl.ds(head.number, 1), queries]
-        p = jnp.exp2(tpu_blocks.mask(k_block, ik, s) * (scale * LOG2_E) - log_sum)
+        p = jnp.exp2(tpu_blocks.mask(sequence.blocks[1], ik, s) * scale - log_sum)
         d_s = p * (d_p - along.sum(0, keepdims=True))
         return p.astype(sequence.dtype), d_s.astype(sequence.dtype)
 
     def gradients(item: tuple[Head, slice], weights: tuple[jax.Array, jax.Array]) -> None:
         (head, queries), (p, d_s) = item, weights
         at = head.channels, queries
-        if wants_q:
-            of_block = dot(k_t[head.channels], d_s, NN)
-            d_q[slot, *at] = jnp.where(ik == 0, 0.0, d_q[slot, *at]) + of_block
+        if add_to_q is not None:
+            add_to_q(at, dot(k_t[head.channels], d_s, NN))
         if wants_k:
             sums_k.setdefault(head, []).append(dot(q_t[at], d_s, NT))
             sums_v.setdefault(head, []).append(dot(g_t[at], p, NT))
 
     tpu_heads.pipeline(sequence.items(), logits, weights, gradients)
-    write = functools.partial(_write_gradient, sequence, d_patches.at[group], slab, semaphore)
-    if wants_q:
-
-        @pl.when(ik == k_block.count - 1)
-        def _() -> None:
-            write(q_block, iq, 0, (d_q[slot] * scale).T, written_q, d_cls_q)
-
-    if wants_k:
-        for total, of_heads in ((d_k, sums_k), (d_v, sums_v)):
-            x = tpu_heads.stack(functools.reduce(jnp.add, parts) for parts in of_heads.values())
-            total[...] = jnp.where(iq == 0, 0.0, total[...]) + x
-
-        @pl.when(iq == q_block.count - 1)
-        def _() -> None:
-            write(k_block, ik, 1, (d_k[...] * scale).T, written_k, d_cls_k)
-            write(k_block, ik, 2, d_v[...].T, written_k, d_cls_v)
+    # One after the other, as they are asked for: both at once are more than the registers hold.
+    return (
+        tpu_heads.stack(functools.reduce(jnp.add, parts) for parts in of_heads.values())
+        for of_heads in (sums_k, sums_v)
+    )
 
 
 def _write_token(block: Block, i: Any, x: jax.Array, to: Any) -> None:
     """Writes the token's row of x, which the last block has."""
     if to is not None:
 
-        @pl.when(i == block.count - 1)
+        @pl.when(i == block.total - 1)
         def _() -> None:
             to[...] = x[block.patches : block.tokens].astype(to.dtype)
 
@@ -310,7 +341,7 @@ def _write_gradient(
     _write_token(block, i, x, d_cls)
     lane = pl.multiple_of((part * sequence.slabs + slab) * sequence.slab, sequence.slab)
     lanes = pl.ds(lane, sequence.slab)
-    frame, of_frame = block.index(i)
+    frame, of_frame = block.place(i)
     first_row = of_frame * block.rows
     if block.per_frame > 1:
         first_row = pl.multiple_of(first_row, 16)
