@@ -103,7 +103,7 @@ def test_sequences_with_products_of_their_own(shape, cls, dtype):
 
 
 def test_positions_overlap(monkeypatch):
-    monkeypatch.setattr(tpu_temporal, "SINGLE", 8)
+    monkeypatch.setattr(tpu_temporal, "SINGLE", 32)
     check((1, 32, 3, 1, 128), "float32", True)
 
 
@@ -173,5 +173,6 @@ def test_what_is_not_supported_has_a_reason():
     assert "float16" in tpu_temporal.unsupported((1, 8, 4, 3, 2, 64), "float16")
     assert "12 channels" in tpu_temporal.unsupported((1, 8, 4, 3, 2, 12), "bfloat16")
     assert "256 channels" in tpu_temporal.unsupported((1, 8, 4, 3, 2, 256), "bfloat16")
-    assert "no multiple of 128" in tpu_temporal.unsupported((1, 9000, 4, 3, 3, 32), "bfloat16")
+    assert "multiples of 128" in tpu_temporal.unsupported((1, 9000, 4, 3, 3, 32), "bfloat16")
+    assert "up to 384" in tpu_temporal.unsupported((1, 9000, 4, 3, 16, 72), "bfloat16")
     assert tpu_temporal.unsupported((1, 9000, 4, 3, 4, 32), "bfloat16", cls=True) is None

@@ -1,4 +1,17 @@
-"""Temporal attention (equation 8) on a TPU: every position attends to itself along the frames."""
+"""Temporal attention (equation 8) on a TPU: every position attends to itself along the frames.
+
+The arrays are read and written as the linear layers have them, (B, T, N, C): positions in rows,
+channels in lanes. Nothing is moved in memory before or after. By the length of the sequences:
+
+- Up to 32 tokens, as many positions as make up to 128 tokens share the products of a head, which
+  are 128 wide in any case; the weights between different positions are set to zero.
+- Longer ones have products of their own. Their rows lie a tile apart, and a buffer that is read
+  with a stride brings them together.
+- Where the sequences of one tile of positions do not fit, `tpu_temporal_running`.
+
+Logits are kept as keys x queries: the maximum and the sum over the keys then add registers, and
+do not go through the lanes of one. The backward kernel computes the weights again from q and k.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +34,7 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     Plan,
     dot,
     each_position,
-    head_only,
+    head_product,
     in_turn,
     keep,
     pack,
@@ -33,30 +46,41 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
 # Bytes of a step of the backward kernel's grid, which are there twice: one step computes while
 # another one's are moved. Small steps start sooner, large ones are fewer.
 BLOCK = 10 * 2**20
-LARGEST = 23 * 2**20
+# Bytes of twice a tile and of the buffers of its positions: with more the softmax is a running one.
+LARGEST = 50 * 2**20
+WIDEST = 384  # channels of a slab with a running softmax, which has more buffers
 UNROLLED = 16  # tokens; the heads of longer sequences are a loop, for the compiler's time
-# Words of a tile whose positions overlap, where sequences have products of their own and with a
-# running softmax.
-SINGLE, RUNNING = 8, 2
+# Heads of positions that overlap, where sequences have products of their own and with a running
+# softmax.
+SINGLE, RUNNING = 32, 8
 GROUPED = 32  # tokens; longer sequences have products of their own
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, cls: bool = False) -> str | None:
     """Why the kernels do not support qkv (B, T, N, 3, h, d) of a dtype; None if they do."""
-    _, t, _, _, h, d = shape
+    b, t, n, _, h, d = shape
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"no product of {jnp.dtype(dtype).name}"
     if d % 8 or d > LANES:
         return f"heads have {d} channels; the kernel takes multiples of 8 up to {LANES}"
-    slab = math.lcm(d, LANES)
-    if h * d % slab and _bytes(t + cls, h * d, dtype) > LARGEST:
-        return f"{t + cls} tokens are too many for {h * d} channels, no multiple of {slab}"
+    how = plan((b, t, n, 3 * h * d), dtype, cls, h, False)
+    if how.group == 0 and (how.slab % LANES or how.slab > WIDEST):
+        return (
+            f"{h} heads of {d} channels are moved {how.slab} channels at once; for {how.tokens} "
+            f"tokens the kernel takes multiples of {LANES} up to {WIDEST}"
+        )
     return None
 
 
-def _bytes(tokens: int, width: int, dtype: Any, rows: int = 0) -> int:
-    """Of qkv, the gradient of the result and the gradient of qkv, of the positions of one tile."""
-    return (rows or rows_of(dtype)) * tokens * 7 * width * jnp.dtype(dtype).itemsize
+def _bytes(how: Plan, dtype: Any, rows: int) -> int:
+    """Of qkv, the gradient of the result and the gradient of qkv, of some positions."""
+    return rows * how.tokens * 7 * how.width * jnp.dtype(dtype).itemsize
+
+
+def _fits(how: Plan, dtype: Any, rows: int) -> bool:
+    """Whether a tile of whole sequences and what is computed of it fit the memory of a kernel."""
+    buffers = 7 * pl.cdiv(how.slab, LANES) * how.length * WORDS * LANES * 4
+    return 2 * _bytes(how, dtype, rows) + buffers * (how.group == 1) < LARGEST
 
 
 def plan(shape: tuple[int, ...], dtype: Any, cls: bool, heads: int, interpret: Any) -> Plan:
@@ -70,12 +94,18 @@ def plan(shape: tuple[int, ...], dtype: Any, cls: bool, heads: int, interpret: A
         while 2 * group * tokens <= LANES and group < n:
             group *= 2
     rows = max(group, rows_of(dtype))
-    if _bytes(tokens, width, dtype, rows) > LARGEST:
-        return Plan(t, n, heads, width // heads, cls, 0, rows, RUNNING, interpret)
+    how = Plan(t, n, heads, width // heads, cls, group, rows, 1, interpret)
+    per_word = how.slab // how.channels * rows_of(dtype) // WORDS
+    if not _fits(how, dtype, rows):
+        return how._replace(group=0, at_once=_power_of_2(RUNNING // per_word))
     tiles = pl.cdiv(n, rows)
-    steps = pl.cdiv(tiles, max(1, BLOCK // _bytes(tokens, width, dtype, rows)))
-    block = pl.cdiv(tiles, steps) * rows
-    return Plan(t, n, heads, width // heads, cls, group, block, SINGLE, interpret)
+    steps = pl.cdiv(tiles, max(1, BLOCK // _bytes(how, dtype, rows)))
+    return how._replace(block=pl.cdiv(tiles, steps) * rows, at_once=_power_of_2(SINGLE // per_word))
+
+
+def _power_of_2(number: int) -> int:
+    """The largest one that is not larger than `number`, from 1 to the words of a tile."""
+    return min(WORDS, 1 << max(number, 1).bit_length() - 1)
 
 
 def attention(
@@ -85,10 +115,14 @@ def attention(
 
     Args:
       patches: (B, T, N, 3 * h * d), the projection of queries, keys and values, side by side.
-      cls: (B, N, 3 * h * d), the projection of each position's class token; None if there is none.
+      cls: (B, N, 3 * h * d), the projection of each position's class token, which is one more
+        token of its sequence; None if there is none.
+      heads: h.
+      interpret: as `pallas_call` takes it, to run without a TPU.
 
     Returns:
-      (B, T, N, h * d), and (B, N, h * d) or None.
+      (B, T, N, h * d) and (B, N, h * d) or None, of the dtype of `patches`, bfloat16 or float32.
+      Softmax and sums are float32.
     """
     how = plan(patches.shape, patches.dtype, cls is not None, heads, interpret)
     out = _attention(how, (patches,) if cls is None else (patches, cls))
@@ -286,7 +320,7 @@ def _forward(how: Plan, groups: list) -> Generator[None, None, list]:
     heads, (q, k, _) = _heads(how, groups)
 
     def logits(head: int, q: jax.Array, k: jax.Array) -> jax.Array:
-        return dot(k, head_only(how, q, head), 1, 1)
+        return head_product(how, k, q, head)
 
     def result(weights: tuple[jax.Array, jax.Array], v_t: jax.Array) -> jax.Array:
         return dot(v_t, weights[0].astype(dtype), 1, 0) * (1 / weights[1])
@@ -310,7 +344,7 @@ def _backward(how: Plan, groups: list) -> Generator[None, None, list]:
     scale = 1 / math.sqrt(how.channels)
 
     def products(head: int, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple:
-        return dot(k, head_only(how, q, head), 1, 1), dot(v, head_only(how, g, head), 1, 1)
+        return head_product(how, k, q, head), head_product(how, v, g, head)
 
     def bars(found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         weights, total = _weights(how, found[0])

@@ -139,16 +139,19 @@ def keep(x: jax.Array, where: Any) -> jax.Array:
     return pltpu.bitcast(bits & mask, x.dtype)
 
 
-def head_only(how: Plan, x: jax.Array, head: int) -> jax.Array:
-    """(rows, slab) with zeros in the channels of the other heads.
+def head_product(how: Plan, a: jax.Array, b: jax.Array, head: int) -> jax.Array:
+    """a b^T over the channels of a head: (rows, slab) each to (rows of a, rows of b) float32.
 
-    A product over a whole slab then is one over the channels of the head. The unit of products is
-    128 wide: fewer channels would take no less time, and would have to be moved first.
+    The other channels of b are set to zero in the lane rows that the head is in. The unit of
+    products is 128 wide: fewer channels would take no less time, and would have to be moved first.
     """
     if how.channels == how.slab:
-        return x
-    first = head * how.channels
-    return keep(x, lambda _, lane: (lane >= first) & (lane < first + how.channels))
+        return dot(a, b, 1, 1)
+    first, end = head * how.channels, (head + 1) * how.channels
+    lane_rows = slice(first // LANES * LANES, min(pl.cdiv(end, LANES) * LANES, how.slab))
+    first, end = first - lane_rows.start, end - lane_rows.start
+    only = keep(b[:, lane_rows], lambda _, lane: (lane >= first) & (lane < end))
+    return dot(a[:, lane_rows], only, 1, 1)
 
 
 _END = object()

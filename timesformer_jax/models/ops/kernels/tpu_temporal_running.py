@@ -27,7 +27,7 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     Plan,
     dot,
     each_position,
-    head_only,
+    head_product,
     pack,
     rows_of,
     transposed_heads,
@@ -247,7 +247,7 @@ def _forward(cut: Blocks, *refs: Any) -> None:
     def run(word: Any) -> Iterator[None]:
         queries, keys, v_ts = (unpack(buffers.take(a, word, cut.size), dtype) for a in range(3))
         logits = [
-            [dot(key, head_only(how, query, h), 1, 1) for h in range(cut.heads)]
+            [head_product(how, key, query, h) for h in range(cut.heads)]
             for query, key in zip(queries, keys)
         ]
         v_ts = [transposed_heads(how, v) for v in v_ts]
@@ -323,12 +323,11 @@ def _backward(cut: Blocks, *refs: Any) -> None:
         parts = [unpack(buffers.take(a, word, cut.size), dtype) for a in range(5)]
         heads = range(cut.heads)
         logits = [
-            [dot(key, head_only(how, query, h), 1, 1) for h in heads]
+            [head_product(how, key, query, h) for h in heads]
             for query, key in zip(parts[0], parts[1])
         ]
         bars = [
-            [dot(value, head_only(how, g, h), 1, 1) for h in heads]
-            for value, g in zip(parts[2], parts[3])
+            [head_product(how, value, g, h) for h in heads] for value, g in zip(parts[2], parts[3])
         ]
         o_ts, do_ts = ([transposed_heads(how, x) for x in parts[a]] for a in (4, 3))
         x_ts = [transposed_heads(how, x) for x in parts[1 if as_queries else 0]]
