@@ -6,8 +6,10 @@ Each plan is made in a process of its own, without the flags that the tests give
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -80,6 +82,22 @@ def test_a_step_takes_no_more_cycles_than_it_did(plan, topology, work):
     assert all(a <= b for a, b in zip(took, allowed)), (took, allowed)
     assert {k["part"] for k in found["kernels"]} == {"temporal attention", "spatial attention"}
     assert all(k["schedule"] and k["schedule"]["known"] for k in found["kernels"])
+
+
+def test_nothing_is_laid_anew_between_linear_layers_and_kernels(plan, tmp_path):
+    path = tmp_path / "step.hlo"
+    plan("v5e:1x1", "--quick", f"--hlo={path}", **SMALL)
+    entry = path.read_text().partition("\nENTRY")[2]
+    tokens, moved = 16 * 8 * 196, []
+    for line in entry.splitlines():
+        found = re.search(r" = \w+\[([\d,]+)\]\S* (copy|copy-start|reshape|transpose)\(", line)
+        if (
+            found
+            and math.prod(map(int, found[1].split(","))) >= tokens * SMALL["model.hidden_size"]
+        ):
+            moved.append(line)
+    assert entry.count("tpu_custom_call") == 8  # two attentions of two blocks, both ways
+    assert not [line for line in moved if re.search(r"(temporal|spatial)\)*/(?!norm)", line)]
 
 
 def millions(cycles, **fields):
