@@ -39,6 +39,7 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     keep,
     pack,
     rows_of,
+    stage,
     transposed_heads,
     unpack,
 )
@@ -125,8 +126,8 @@ def attention(
       Softmax and sums are float32.
     """
     how = plan(patches.shape, patches.dtype, cls is not None, heads, interpret)
-    out = _attention(how, (patches,) if cls is None else (patches, cls))
-    return out if cls is not None else (out[0], None)
+    out, *token = _attention(how, (patches,) if cls is None else (patches, cls))
+    return out, token[0] if token else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,7 +145,8 @@ def _vjp_forward(how: Plan, qkv: tuple) -> tuple:
 def _vjp_backward(how: Plan, saved: tuple, g: tuple) -> tuple:
     if how.group:
         return (_call(how, BACKWARD, (*saved, g), 3 * how.width),)
-    return (tpu_temporal_running.backward(how, *saved, g),)
+    qkv, out, logs = saved
+    return (tpu_temporal_running.backward(how, qkv, out, logs, g),)
 
 
 _attention.defvjp(_vjp_forward, _vjp_backward)
@@ -305,15 +307,6 @@ def _weights(how: Plan, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights, weights.sum(axis=0, keepdims=True)
 
 
-def _stage(run: Callable, *lists: list) -> Generator[None, None, list]:
-    """run(*items) of each of the lists' items, one a step."""
-    results = []
-    for items in zip(*lists):
-        results.append(run(*items))
-        yield
-    return results
-
-
 def _forward(how: Plan, groups: list) -> Generator[None, None, list]:
     """From [(q, k, v)] of groups, (tokens * group, slab) each, to [(result,)]."""
     dtype = groups[0][0].dtype
@@ -325,10 +318,10 @@ def _forward(how: Plan, groups: list) -> Generator[None, None, list]:
     def result(weights: tuple[jax.Array, jax.Array], v_t: jax.Array) -> jax.Array:
         return dot(v_t, weights[0].astype(dtype), 1, 0) * (1 / weights[1])
 
-    found = yield from _stage(logits, heads, q, k)
+    found = yield from stage(logits, heads, q, k)
     v_t = [x for group in groups for x in transposed_heads(how, group[2])]
-    weights = yield from _stage(functools.partial(_weights, how), found)
-    results = yield from _stage(result, weights, v_t)
+    weights = yield from stage(functools.partial(_weights, how), found)
+    results = yield from stage(result, weights, v_t)
     return _joined(how, [(x,) for x in results], dtype)
 
 
@@ -361,12 +354,12 @@ def _backward(how: Plan, groups: list) -> Generator[None, None, list]:
             dot(g_t, weights, 1, 1),
         )
 
-    found = yield from _stage(products, heads, q, k, v, g)
+    found = yield from stage(products, heads, q, k, v, g)
     q_t, k_t, g_t = (
         [x for group in groups for x in transposed_heads(how, group[i])] for i in (0, 1, 3)
     )
-    saved = yield from _stage(bars, found)
-    return _joined(how, (yield from _stage(sums, saved, q_t, k_t, g_t)), dtype)
+    saved = yield from stage(bars, found)
+    return _joined(how, (yield from stage(sums, saved, q_t, k_t, g_t)), dtype)
 
 
 def _heads(how: Plan, groups: list) -> tuple[list[int], list[list[jax.Array]]]:

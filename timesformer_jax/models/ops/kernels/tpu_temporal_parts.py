@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -154,6 +154,15 @@ def head_product(how: Plan, a: jax.Array, b: jax.Array, head: int) -> jax.Array:
     return dot(a[:, lane_rows], only, 1, 1)
 
 
+def stage(run: Callable, *lists: list) -> Generator[None, None, list]:
+    """run(*items) of each of the lists' items, one a step."""
+    results = []
+    for items in zip(*lists):
+        results.append(run(*items))
+        yield
+    return results
+
+
 _END = object()
 
 
@@ -188,9 +197,8 @@ def dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     pass of bfloat16, as in the rest of the model.
     """
     precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
-    dimensions = (([i], [j]), ([], []))
     return jax.lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+        a, b, (([i], [j]), ([], [])), precision=precision, preferred_element_type=jnp.float32
     )
 
 

@@ -47,13 +47,13 @@ class Blocks(NamedTuple):
     size: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return pl.cdiv(self.how.tokens, self.size)
 
     @property
     def last(self) -> int:
         """Tokens of the last block."""
-        return self.how.tokens - (self.count - 1) * self.size
+        return self.how.tokens - (self.number - 1) * self.size
 
     @property
     def heads(self) -> int:
@@ -84,10 +84,10 @@ def forward(how: Plan, qkv: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...
     specs = [_spec(cut, part, index) for part, index in ((0, "i"), (1, "j"), (2, "j"))]
     shapes = [(b, how.frames, how.positions, how.width), (b, how.positions, how.width)]
     out = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes[: 1 + how.cls]]
-    sums = (b, cut.slabs, tiles * group, cut.count * LANES)
+    sums = (b, cut.slabs, tiles * group, cut.number * LANES)
     *out, logs = pl.pallas_call(
         functools.partial(_forward, cut),
-        grid=(b, tiles, cut.slabs, cut.count, cut.count),
+        grid=(b, tiles, cut.slabs, cut.number, cut.number),
         in_specs=[spec for pair in specs for spec in pair],
         out_specs=[
             *_spec(cut, 0, "i"),
@@ -125,7 +125,7 @@ def backward(
     return tuple(
         pl.pallas_call(
             functools.partial(_backward, cut),
-            grid=(b, tiles, cut.slabs, cut.count, 2 * cut.count + 1),
+            grid=(b, tiles, cut.slabs, cut.number, 2 * cut.number + 1),
             in_specs=[*specs, logs_spec],
             out_specs=_spec(cut, None, "i"),
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv],
@@ -140,9 +140,8 @@ def backward(
 
 
 def _params(axes: int) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel",) * (axes - 2) + ("arbitrary",) * 2, vmem_limit_bytes=VMEM
-    )
+    semantics: Any = ("parallel",) * (axes - 2) + ("arbitrary",) * 2
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
 
 
 def _words(cut: Blocks, arrays: int) -> Any:
@@ -154,12 +153,12 @@ def _index(cut: Blocks, kind: str, i: Any, j: Any) -> Any:
     """The block that step (i, j) of the inner axes of the grid works on.
 
     "i" and "j" are the axes themselves. In the backward kernel block i has the role of the queries
-    ("q") in the first `count` steps and that of the keys ("k") in the next; one step more writes.
+    ("q") in the first `number` steps and that of the keys ("k") in the next; one step more writes.
     """
     if kind in "ij":
         return i if kind == "i" else j
-    other = jnp.where(j < cut.count, j, jnp.minimum(j - cut.count, cut.count - 1))
-    return jnp.where((j < cut.count) == (kind == "q"), i, other)
+    other = jnp.where(j < cut.number, j, jnp.minimum(j - cut.number, cut.number - 1))
+    return jnp.where((j < cut.number) == (kind == "q"), i, other)
 
 
 def _spec(cut: Blocks, part: int | None, kind: str) -> list[pl.BlockSpec]:
@@ -172,7 +171,7 @@ def _spec(cut: Blocks, part: int | None, kind: str) -> list[pl.BlockSpec]:
     def lanes(s: Any, u: Any) -> Any:
         if part is not None:
             return part * cut.slabs + s
-        now = (u >= cut.count).astype(jnp.int32) + (u >= 2 * cut.count).astype(jnp.int32)
+        now = (u >= cut.number).astype(jnp.int32) + (u >= 2 * cut.number).astype(jnp.int32)
         return now * cut.slabs + s
 
     def patches(b: Any, n: Any, s: Any, i: Any, j: Any) -> tuple:
@@ -192,7 +191,7 @@ def _fill(cut: Blocks, buffers: Buffers, array: int, refs: tuple, index: Any) ->
     """Brings block `index` to `buffers`: what lies behind the last token is set to zero."""
     buffers.fill(array, 0, pltpu.bitcast(refs[0][0], jnp.uint32))
 
-    @pl.when(index == cut.count - 1)
+    @pl.when(index == cut.number - 1)
     def _() -> None:
         how, at = cut.how, cut.last
         if how.cls:
@@ -208,7 +207,7 @@ def _write(cut: Blocks, buffers: Buffers, array: int, refs: tuple, index: Any) -
     refs[0][0] = pltpu.bitcast(buffers.whole(array, 0, cut.size), dtype)
     if cut.how.cls:
 
-        @pl.when(index == cut.count - 1)
+        @pl.when(index == cut.number - 1)
         def _() -> None:
             refs[1][...] = pltpu.bitcast(buffers.whole(array, cut.last - 1, 1), dtype)
 
@@ -244,37 +243,10 @@ def _forward(cut: Blocks, *refs: Any) -> None:
     _fill(cut, buffers, 1, k, j)
     _fill(cut, buffers, 2, v, j)
 
-    def run(word: Any) -> Iterator[None]:
-        queries, keys, v_ts = (unpack(buffers.take(a, word, cut.size), dtype) for a in range(3))
-        logits = [
-            [head_product(how, key, query, h) for h in range(cut.heads)]
-            for query, key in zip(queries, keys)
-        ]
-        v_ts = [transposed_heads(how, v) for v in v_ts]
-        yield
-        weights = []
-        for p, heads in enumerate(logits):
-            position = word * values + p
-            for h, s in enumerate(heads):
-                row = pl.ds(position * cut.heads + h, 1)
-                s = _masked(cut, s, j)
-                new = jnp.maximum(largest[row], s.max(axis=0, keepdims=True))
-                keep = jnp.exp2((largest[row] - new) * _scale(cut))
-                exponentials = jnp.exp2((s - new) * _scale(cut))
-                largest[row] = new
-                total[row] = total[row] * keep + exponentials.sum(axis=0, keepdims=True)
-                weights.append((keep, exponentials.astype(dtype)))
-        yield
-        for p, heads in enumerate(v_ts):
-            position = word * values + p
-            for h, v_t in enumerate(heads):
-                keep, exponentials = weights[p * cut.heads + h]
-                at = (position, slice(h * how.channels, (h + 1) * how.channels))
-                weighted[at] = weighted[at] * keep + dot(v_t, exponentials, 1, 0)
+    state = (largest, total, weighted)
+    each_position(how, functools.partial(_take_keys, cut, buffers, state, dtype, j))
 
-    each_position(how, run)
-
-    @pl.when(j == cut.count - 1)
+    @pl.when(j == cut.number - 1)
     def _() -> None:
         def finish(word: Any) -> Iterator[None]:
             results = []
@@ -296,6 +268,41 @@ def _forward(cut: Blocks, *refs: Any) -> None:
         _write(cut, buffers, 3, out, i)
 
 
+def _take_keys(
+    cut: Blocks, buffers: Buffers, state: tuple, dtype: Any, j: Any, word: Any
+) -> Iterator[None]:
+    """Block j of the keys for the queries of one word's positions."""
+    how, (largest, total, weighted) = cut.how, state
+    values = rows_of(dtype) // WORDS
+
+    queries, keys, v_ts = (unpack(buffers.take(a, word, cut.size), dtype) for a in range(3))
+    logits = [
+        [head_product(how, key, query, h) for h in range(cut.heads)]
+        for query, key in zip(queries, keys)
+    ]
+    v_ts = [transposed_heads(how, v) for v in v_ts]
+    yield
+    weights = []
+    for p, heads in enumerate(logits):
+        position = word * values + p
+        for h, s in enumerate(heads):
+            row = pl.ds(position * cut.heads + h, 1)
+            s = _masked(cut, s, j)
+            new = jnp.maximum(largest[row], s.max(axis=0, keepdims=True))
+            keep = jnp.exp2((largest[row] - new) * _scale(cut))
+            exponentials = jnp.exp2((s - new) * _scale(cut))
+            largest[row] = new
+            total[row] = total[row] * keep + exponentials.sum(axis=0, keepdims=True)
+            weights.append((keep, exponentials.astype(dtype)))
+    yield
+    for p, heads in enumerate(v_ts):
+        position = word * values + p
+        for h, v_t in enumerate(heads):
+            keep, exponentials = weights[p * cut.heads + h]
+            at = (position, slice(h * how.channels, (h + 1) * how.channels))
+            weighted[at] = weighted[at] * keep + dot(v_t, exponentials, 1, 0)
+
+
 def _backward(cut: Blocks, *refs: Any) -> None:
     how, per = cut.how, 1 + cut.how.cls
     operands = [refs[i * per : (i + 1) * per] for i in range(5)]
@@ -307,49 +314,20 @@ def _backward(cut: Blocks, *refs: Any) -> None:
 
     for array, operand in enumerate(operands):
         # The block i stays where it is while the others pass.
-        moves = u < 2 * cut.count
-        first = (u == 0) | (u == cut.count)
-        own = (u < cut.count) == (roles[array] == "q")
+        moves = u < 2 * cut.number
+        first = (u == 0) | (u == cut.number)
+        own = (u < cut.number) == (roles[array] == "q")
 
         @pl.when(moves & (first | ~own))
         def _(array: int = array, operand: tuple = operand) -> None:
             _fill(cut, buffers, array, operand, _index(cut, roles[array], i, u))
 
-    @pl.when((u == 0) | (u == cut.count))
+    @pl.when((u == 0) | (u == cut.number))
     def _() -> None:
         sums[...] = jnp.zeros_like(sums)
 
-    def run(as_queries: bool, word: Any) -> Iterator[None]:
-        parts = [unpack(buffers.take(a, word, cut.size), dtype) for a in range(5)]
-        heads = range(cut.heads)
-        logits = [
-            [head_product(how, key, query, h) for h in heads]
-            for query, key in zip(parts[0], parts[1])
-        ]
-        bars = [
-            [head_product(how, value, g, h) for h in heads] for value, g in zip(parts[2], parts[3])
-        ]
-        o_ts, do_ts = ([transposed_heads(how, x) for x in parts[a]] for a in (4, 3))
-        x_ts = [transposed_heads(how, x) for x in parts[1 if as_queries else 0]]
-        yield
-        saved = []
-        for p in range(values):
-            for h in heads:
-                row = pl.ds((word * values + p) * cut.heads + h, 1)
-                s = _masked(cut, logits[p][h], _index(cut, "k", i, u))
-                weights = jnp.exp2(s * _scale(cut) - logs[0, 0, row, : cut.size])
-                product = o_ts[p][h].astype(jnp.float32) * do_ts[p][h].astype(jnp.float32)
-                along = product.sum(axis=0, keepdims=True)
-                logits_bar = (weights * (bars[p][h] - along)).astype(dtype)
-                saved.append((weights.astype(dtype), logits_bar))
-        yield
-        for p in range(values):
-            for h in heads:
-                weights, logits_bar = saved[p * cut.heads + h]
-                at = (word * values + p, slice(h * how.channels, (h + 1) * how.channels))
-                sums[0, *at] += dot(x_ts[p][h], logits_bar, 1, 0 if as_queries else 1)
-                if not as_queries:
-                    sums[1, *at] += dot(do_ts[p][h], weights, 1, 1)
+    keys = _index(cut, "k", i, u)
+    run = functools.partial(_sum_gradients, cut, buffers, (logs, sums), dtype, keys)
 
     def finish(array: int, scale: float, word: Any) -> Iterator[None]:
         results = [(sums[array, word * values + p] * scale).astype(dtype).T for p in range(values)]
@@ -360,18 +338,58 @@ def _backward(cut: Blocks, *refs: Any) -> None:
         each_position(how, functools.partial(finish, array, scale))
         _write(cut, buffers, 5, out, i)
 
-    @pl.when(u < cut.count)
+    @pl.when(u < cut.number)
     def _() -> None:
         each_position(how, functools.partial(run, True))
 
-    @pl.when((u >= cut.count) & (u < 2 * cut.count))
+    @pl.when((u >= cut.number) & (u < 2 * cut.number))
     def _() -> None:
         each_position(how, functools.partial(run, False))
 
-    @pl.when((u == cut.count - 1) | (u == 2 * cut.count - 1))
+    @pl.when((u == cut.number - 1) | (u == 2 * cut.number - 1))
     def _() -> None:
         write(0, 1 / math.sqrt(how.channels))
 
-    @pl.when(u == 2 * cut.count)
+    @pl.when(u == 2 * cut.number)
     def _() -> None:
         write(1, 1.0)
+
+
+def _sum_gradients(
+    cut: Blocks, buffers: Buffers, refs: tuple, dtype: Any, keys: Any, as_queries: bool, word: Any
+) -> Iterator[None]:
+    """Adds one pair of blocks to the gradient of q, or to those of k and v, for a word's positions.
+
+    Args:
+      keys: the block of keys; as_queries: whether the gradient is that of the queries.
+    """
+    how, (logs, sums) = cut.how, refs
+    values = rows_of(dtype) // WORDS
+
+    parts = [unpack(buffers.take(a, word, cut.size), dtype) for a in range(5)]
+    heads = range(cut.heads)
+    logits = [
+        [head_product(how, key, query, h) for h in heads] for query, key in zip(parts[0], parts[1])
+    ]
+    bars = [[head_product(how, value, g, h) for h in heads] for value, g in zip(parts[2], parts[3])]
+    o_ts, do_ts = ([transposed_heads(how, x) for x in parts[a]] for a in (4, 3))
+    x_ts = [transposed_heads(how, x) for x in parts[1 if as_queries else 0]]
+    yield
+    saved = []
+    for p in range(values):
+        for h in heads:
+            row = pl.ds((word * values + p) * cut.heads + h, 1)
+            s = _masked(cut, logits[p][h], keys)
+            weights = jnp.exp2(s * _scale(cut) - logs[0, 0, row, : cut.size])
+            product = o_ts[p][h].astype(jnp.float32) * do_ts[p][h].astype(jnp.float32)
+            along = product.sum(axis=0, keepdims=True)
+            logits_bar = (weights * (bars[p][h] - along)).astype(dtype)
+            saved.append((weights.astype(dtype), logits_bar))
+    yield
+    for p in range(values):
+        for h in heads:
+            weights, logits_bar = saved[p * cut.heads + h]
+            at = (word * values + p, slice(h * how.channels, (h + 1) * how.channels))
+            sums[0, *at] += dot(x_ts[p][h], logits_bar, 1, 0 if as_queries else 1)
+            if not as_queries:
+                sums[1, *at] += dot(do_ts[p][h], weights, 1, 1)
