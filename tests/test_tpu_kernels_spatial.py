@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from timesformer_jax.models.ops.kernels import tpu_heads, tpu_joint, tpu_spatial
@@ -65,7 +66,7 @@ def reference(patches, cls, heads, frames, sequences, g, cls_g):
     return split(outs), split(gradients)
 
 
-def check(b, t, n, heads, d, dtype, with_cls=True, frames=1, sequences=None):
+def check(b, t, n, heads, d, dtype, with_cls=True, frames=1, sequences=None, interpret=True):
     count = t // frames * (1 if sequences is None else max(sequences) + 1)
     patches = random((b, t, n, 3 * heads * d), dtype)
     cls = random((b, count, 3 * heads * d), dtype, seed=1) if with_cls else None
@@ -75,7 +76,7 @@ def check(b, t, n, heads, d, dtype, with_cls=True, frames=1, sequences=None):
 
     def attention(patches, cls):
         return tpu_spatial.attention(
-            patches, cls, heads, frames=frames, sequences=sequences, interpret=True
+            patches, cls, heads, frames=frames, sequences=sequences, interpret=interpret
         )
 
     @jax.jit
@@ -137,6 +138,13 @@ def test_odd_sizes(b, t, n, heads, dtype, with_cls, count):
     count = min(count, n)
     sequences = tuple(i % count for i in range(n)) if count else None
     check(b, t, n, *heads, dtype, with_cls, sequences=sequences)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_what_lies_behind_the_last_patch_reaches_nothing(frames):
+    """The simulator of a TPU's memory has NaN there, and where nothing was written."""
+    memory = pltpu.InterpretParams(out_of_bounds_reads="uninitialized", uninitialized_memory="nan")
+    check(1, 3, 21, 2, 64, "bfloat16", frames=frames, interpret=memory)
 
 
 def test_slabs_in_several_steps(monkeypatch):
