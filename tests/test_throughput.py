@@ -82,7 +82,7 @@ def test_mfu_is_of_the_devices_stated_peak(kind, dtype, peak, clock):
 
 def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, **options: calls.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("end"))
     for start, steps, expected in [
         (3, 2, [1, 2, str(tmp_path), 3, 4, "end", 5]),

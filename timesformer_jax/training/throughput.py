@@ -111,7 +111,11 @@ class Profile:
 
     def before(self, step: int) -> None:
         if self._steps and step == self._steps[0]:
-            jax.profiler.start_trace(self._directory)
+            options = jax.profiler.ProfileOptions()
+            # The tracer of Python calls sets a hook in every thread. One that is just starting or
+            # ending has no frame yet, and Python 3.11 ends the process with a segmentation fault.
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(self._directory, profiler_options=options)
             self._tracing = True
 
     def after(self, step: int, metrics: Any) -> None:
