@@ -57,13 +57,8 @@ class Embedding(nnx.Module):
         config = self.config
         b, t = video.shape[:2]
         p, grid, dtype = config.patch_size, patch_grid(config, video), jnp.dtype(config.dtype)
-        patches = patch_embedding(
-            jnp.asarray(video, dtype),
-            self.patch.kernel[...],
-            self.patch.bias[...],
-            p,
-            "patch/kernel",
-        )
+        kernel, bias, rule = self.patch.kernel[...], self.patch.bias[...], self.patch.rule
+        patches = patch_embedding(jnp.asarray(video, dtype), kernel, bias, p, rule)
         # Positions are added in float32, and so are their gradients, which are sums over clips.
         cls = self.cls[...]
         if self.space is not None:

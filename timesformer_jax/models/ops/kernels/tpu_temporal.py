@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from timesformer_jax.models.ops.kernels import tpu_temporal_running
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, tile_rows
 from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
-    LANES,
     VMEM,
     WORDS,
     Buffers,
@@ -38,7 +38,6 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     in_turn,
     keep,
     pack,
-    rows_of,
     stage,
     transposed_heads,
     unpack,
@@ -94,9 +93,9 @@ def plan(shape: tuple[int, ...], dtype: Any, cls: bool, heads: int, interpret: A
         group = 8
         while 2 * group * tokens <= LANES and group < n:
             group *= 2
-    rows = max(group, rows_of(dtype))
+    rows = max(group, tile_rows(dtype))
     how = Plan(t, n, heads, width // heads, cls, group, rows, 1, interpret)
-    per_word = how.slab // how.channels * rows_of(dtype) // WORDS
+    per_word = how.slab // how.channels * tile_rows(dtype) // WORDS
     if not _fits(how, dtype, rows):
         return how._replace(group=0, at_once=_power_of_2(RUNNING // per_word))
     tiles = pl.cdiv(n, rows)
@@ -191,7 +190,7 @@ def _kernel(how: Plan, way: Pass, inputs: int, *refs: Any) -> None:
     """Runs `way` on every tile of positions and slab of heads of a block."""
     count = (inputs + 1) * (1 + how.cls)
     arrays = [refs[i : i + 1 + how.cls] for i in range(0, count, 1 + how.cls)]
-    rows = max(how.group, rows_of(refs[0].dtype))
+    rows = max(how.group, tile_rows(refs[0].dtype))
     start = pl.program_id(1) * how.block
     parts = [
         (array, offset) for array in arrays for offset in range(0, array[0].shape[-1], how.width)
@@ -303,7 +302,7 @@ def _weights(how: Plan, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
         logits = jnp.where(row < how.tokens, logits, -jnp.inf)
     largest = logits.max(axis=0, keepdims=True)
-    weights = jnp.exp2((logits - largest) * (math.log2(math.e) / math.sqrt(how.channels)))
+    weights = jnp.exp2((logits - largest) * (LOG2_E / math.sqrt(how.channels)))
     return weights, weights.sum(axis=0, keepdims=True)
 
 

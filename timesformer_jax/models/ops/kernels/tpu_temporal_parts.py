@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, round_up
+
 VMEM = 60 * 2**20  # a v5p has 64 MiB, a v5e and a v6e 128
 WORDS = 8  # rows of 32 bits in a tile
 
@@ -49,18 +50,13 @@ class Plan(NamedTuple):
     @property
     def length(self) -> int:
         """Rows of a sequence that has products of its own: whole tiles in every dtype."""
-        return pl.cdiv(self.tokens, 16) * 16
+        return round_up(self.tokens, 16)
 
     @property
     def slab(self) -> int:
         """Channels whose heads are loaded and stored together: whole heads and whole lane rows."""
         slab = math.lcm(self.channels, LANES)
         return slab if self.width % slab == 0 else self.width
-
-
-def rows_of(dtype: Any) -> int:
-    """The rows of a tile in memory: values of 16 bits lie in pairs."""
-    return 32 // jnp.dtype(dtype).itemsize
 
 
 class Buffers(NamedTuple):

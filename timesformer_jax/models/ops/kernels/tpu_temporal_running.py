@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, tile_rows
 from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
-    LANES,
     VMEM,
     WORDS,
     Buffers,
@@ -29,7 +29,6 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     each_position,
     head_product,
     pack,
-    rows_of,
     transposed_heads,
     unpack,
 )
@@ -222,7 +221,7 @@ def _masked(cut: Blocks, logits: jax.Array, keys: Any) -> jax.Array:
 
 def _scale(cut: Blocks) -> float:
     """Of the logits, whose exponentials are powers of 2."""
-    return math.log2(math.e) / math.sqrt(cut.how.channels)
+    return LOG2_E / math.sqrt(cut.how.channels)
 
 
 def _forward(cut: Blocks, *refs: Any) -> None:
@@ -231,7 +230,7 @@ def _forward(cut: Blocks, *refs: Any) -> None:
     logs, words, largest, total, weighted = refs[4 * per :]
     i, j = pl.program_id(3), pl.program_id(4)
     buffers, dtype = Buffers(words, how.slab), q[0].dtype
-    values = rows_of(dtype) // WORDS  # of a word
+    values = tile_rows(dtype) // WORDS  # of a word
 
     @pl.when(j == 0)
     def _() -> None:
@@ -273,7 +272,7 @@ def _take_keys(
 ) -> Iterator[None]:
     """Block j of the keys for the queries of one word's positions."""
     how, (largest, total, weighted) = cut.how, state
-    values = rows_of(dtype) // WORDS
+    values = tile_rows(dtype) // WORDS
 
     queries, keys, v_ts = (unpack(buffers.take(a, word, cut.size), dtype) for a in range(3))
     logits = [
@@ -309,7 +308,7 @@ def _backward(cut: Blocks, *refs: Any) -> None:
     logs, out, (words, sums) = refs[5 * per], refs[5 * per + 1 : -2], refs[-2:]
     i, u = pl.program_id(3), pl.program_id(4)
     buffers, dtype = Buffers(words, how.slab), out[0].dtype
-    values = rows_of(dtype) // WORDS
+    values = tile_rows(dtype) // WORDS
     roles = "qkkqq"
 
     for array, operand in enumerate(operands):
@@ -364,7 +363,7 @@ def _sum_gradients(
       keys: the block of keys; as_queries: whether the gradient is that of the queries.
     """
     how, (logs, sums) = cut.how, refs
-    values = rows_of(dtype) // WORDS
+    values = tile_rows(dtype) // WORDS
 
     parts = [unpack(buffers.take(a, word, cut.size), dtype) for a in range(5)]
     heads = range(cut.heads)
