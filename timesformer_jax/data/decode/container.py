@@ -4,8 +4,9 @@ import glob
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from av.stream import Disposition
 from etils import epath
 
 from timesformer_jax.data.annotations.videos import IMAGE_EXTENSIONS
+from timesformer_jax.data.decode.limits import DECODERS, DEMUXERS, SOUND_DECODERS, Limits
 from timesformer_jax.storage import RemoteFile, is_remote
 
 # The frame rate of a folder of images, which has no header. The public copies of
@@ -58,36 +60,88 @@ def video_errors() -> Iterator[None]:
         raise VideoError((error.strerror or str(error)).splitlines()[0]) from error
 
 
-def open_container(path: str) -> av.container.InputContainer:
-    """Opens a file, which may be on gs://, or a folder of images."""
-    # A title in an unknown encoding must not make the video unusable.
-    options: dict[str, Any] = {"metadata_errors": "replace"}
-    if is_remote(path):
-        if not (file := epath.Path(path)).exists():
-            raise VideoError(MISSING_FILE)
-        if file.stat().length == 0:
-            raise VideoError("empty file")
-        # FFmpeg makes small reads at scattered places, and a request takes as long as 1 MiB does.
-        return av.open(io.BufferedReader(RemoteFile(path), READ_BUFFER_BYTES), **options)
-    if os.path.isdir(path):
-        images = {"pattern_type": "glob", "framerate": str(IMAGES_FPS)}
-        return av.open(_image_pattern(path), format="image2", container_options=images, **options)
-    if not os.path.isfile(path):
+def open_container(path: str, opened: ExitStack, limits: Limits) -> av.container.InputContainer:
+    """Opens a file, which may be on gs://, or a folder of images.
+
+    FFmpeg opens no file itself: it reads through Python's file objects, and is refused when it asks
+    for another file. So a file that names others, on the disk or in the network, gets nothing.
+
+    Args:
+      path: of the file or folder.
+      opened: closes the container and the file.
+      limits: `pixels` holds for every frame of the stream, also where it changes its size.
+
+    Raises:
+      VideoError: it is missing, empty, no regular file, or in a format that is not read.
+    """
+    options: dict[str, Any] = {
+        "metadata_errors": "replace",  # a title in an unknown encoding must not matter
+        "options": {"max_pixels": str(limits.pixels)},
+        "container_options": {
+            "format_whitelist": ",".join(DEMUXERS),
+            "codec_whitelist": ",".join((*DECODERS, *SOUND_DECODERS)),
+            "protocol_whitelist": "none",
+        },
+        "io_open": _refuse,
+    }
+    if not is_remote(path) and os.path.isdir(path):
+        pattern, images = _image_pattern(path)
+        options["container_options"] |= {"format_whitelist": "image2", "pattern_type": "glob"}
+        options["container_options"]["framerate"] = str(IMAGES_FPS)
+        options |= {"format": "image2", "io_open": lambda url, flags, _: _read_image(url, images)}
+        return opened.enter_context(av.open(pattern, **options))
+    file = opened.enter_context(_open_remote(path) if is_remote(path) else _open_local(path))
+    try:
+        return opened.enter_context(av.open(file, **options))
+    except av.error.ArgumentError as error:
+        raise VideoError(f"no video, or in a format that is not read ({error.strerror})") from error
+
+
+def _open_remote(path: str) -> io.BufferedReader:
+    if not (file := epath.Path(path)).exists():
         raise VideoError(MISSING_FILE)
-    if os.path.getsize(path) == 0:
+    if file.stat().length == 0:
         raise VideoError("empty file")
-    return av.open(path, **options)
+    # FFmpeg makes small reads at scattered places, and a request takes as long as 1 MiB does.
+    return io.BufferedReader(RemoteFile(path), READ_BUFFER_BYTES)
 
 
-def _image_pattern(folder: str) -> str:
-    """The glob pattern of a folder's images. Sorted by name, they must be in order of number."""
+def _open_local(path: str) -> io.FileIO:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise VideoError(MISSING_FILE) from error
+    # To open a FIFO waits for its other end, and to open a device may change its state.
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError("no regular file: a FIFO, a device or a socket")
+    if status.st_size == 0:
+        raise VideoError("empty file")
+    return io.FileIO(path)
+
+
+def _refuse(url: str, flags: int, options: dict) -> None:
+    raise VideoError("it names other files to open, which is refused")
+
+
+def _read_image(url: str, images: frozenset[str]) -> io.FileIO:
+    if url not in images:
+        raise VideoError("it names other files to open, which is refused")
+    return _open_local(url)
+
+
+def _image_pattern(folder: str) -> tuple[str, frozenset[str]]:
+    """The glob pattern of a folder's images, and their paths.
+
+    Sorted by name, they must be in order of number.
+    """
     names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_EXTENSIONS)]
     if not names:
         raise VideoError("no video file, and no folder of images")
     stems, extensions = zip(*map(os.path.splitext, names))
     if len(set(extensions)) > 1 or len({len(stem) for stem in stems}) > 1:
         raise VideoError("images of names that differ in length or extension: pad their numbers")
-    return os.path.join(glob.escape(folder), f"*{extensions[0]}")
+    images = frozenset(os.path.join(folder, name) for name in names)
+    return os.path.join(glob.escape(folder), f"*{extensions[0]}"), images
 
 
 def find_video_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -96,20 +150,31 @@ def find_video_stream(container: av.container.InputContainer) -> av.VideoStream:
         if not stream.disposition & Disposition.attached_pic:
             if stream.codec_context is None:
                 raise VideoError("a codec that FFmpeg does not know")
+            if (decoder := stream.codec_context.codec.name) not in DECODERS:
+                raise VideoError(f"codec {decoder}, which is not read")
             return stream
     raise VideoError("no video stream")
 
 
-def read_info(container: av.container.InputContainer, stream: av.VideoStream) -> VideoInfo:
+def read_info(
+    container: av.container.InputContainer, stream: av.VideoStream, limits: Limits
+) -> VideoInfo:
     """The header as a VideoInfo."""
     fps = stream.average_rate or stream.guessed_rate
     if not fps:
         raise VideoError("no frame rate")
     if not stream.width or not stream.height:
         raise VideoError("no frame size")
+    check_pixels(stream.width, stream.height, limits)
     duration = None if container.duration is None else container.duration / av.time_base
     codec, name = stream.codec_context.name, container.format.name
     return VideoInfo(float(fps), stream.width, stream.height, duration, codec, name)
+
+
+def check_pixels(width: int, height: int, limits: Limits) -> None:
+    """Raises a VideoError for frames beyond the limit."""
+    if width * height > limits.pixels:
+        raise VideoError(f"frames of {width} x {height}; at most {limits.pixels:,} pixels are read")
 
 
 def read_stream_duration(

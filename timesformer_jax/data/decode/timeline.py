@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from timesformer_jax.data.decode.container import VideoError
+from timesformer_jax.data.decode.limits import LIMITS
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -30,7 +33,11 @@ class Timeline:
 
     @classmethod
     def from_times(
-        cls, times: np.ndarray, nominal_fps: float, fps: float | None = None
+        cls,
+        times: np.ndarray,
+        nominal_fps: float,
+        fps: float | None = None,
+        most: int = LIMITS.frames,
     ) -> "Timeline":
         """Makes the timeline of frames that are shown at `times`.
 
@@ -39,6 +46,10 @@ class Timeline:
           nominal_fps: the frame rate in the file's header. It is the exact rate of the timeline
             if the times agree with it to 1%.
           fps: ticks per second; None: the frame rate of the clip.
+          most: ticks.
+
+        Raises:
+          VideoError: it has more ticks.
         """
         count = len(times)
         mean = (count - 1) / (times[-1] - times[0]) if times[-1] > times[0] else nominal_fps
@@ -47,7 +58,9 @@ class Timeline:
         if fps is None and np.abs(times - constant).max() * mean < 0.5:
             return cls(times, np.arange(count), native)
         fps = fps or native
-        tick_times = times[0] + np.arange(max(round(count / mean * fps), 1)) / fps
+        if (ticks := count / mean * fps) > most:
+            raise VideoError(f"{ticks:.3g} frames at {fps:g} a second; at most {most:,} are read")
+        tick_times = times[0] + np.arange(max(round(ticks), 1)) / fps
         # Containers round times. So a tick shows a frame that starts up to half a period after it.
         latest = tick_times + 0.5 / max(fps, mean)
         return cls(times, np.searchsorted(times, latest, side="right") - 1, fps)

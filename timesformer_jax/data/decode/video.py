@@ -8,7 +8,9 @@ import collections
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import av
@@ -17,12 +19,14 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from timesformer_jax.data.decode.container import (
     VideoError,
+    check_pixels,
     find_video_stream,
     open_container,
     read_info,
     read_stream_duration,
     video_errors,
 )
+from timesformer_jax.data.decode.limits import LIMITS, Limits
 from timesformer_jax.data.decode.timeline import Timeline
 
 # `ffmpeg -vf scale` is bicubic too, so frames equal those of copies that were scaled with ffmpeg.
@@ -38,6 +42,9 @@ SCALING = int(
 
 # Seconds: longer than any container's rounding of times, shorter than any frame.
 TIME_TOLERANCE = 5e-7
+
+# The largest time stamp that FFmpeg takes, with room for what it adds.
+MAX_STAMP = 1 << 62
 
 # A clip is complete if this share of it can be decoded. With less, its label may not fit.
 COMPLETE = 0.9
@@ -100,17 +107,21 @@ class VideoFile:
     Args:
       path: a file, which may be on gs://; or a folder whose images, sorted by name, are the frames.
       threads: of the decoder; 0: one per core. The frames do not depend on it.
+      limits: of what the file may cost.
 
     Attributes:
       info: VideoInfo.
 
     Raises:
-      VideoError: on entering, if the file is missing, is not a video or has no frame rate.
+      VideoError: on entering, if the file is missing, is not a video or has no frame rate; at any
+        time, if it is beyond a limit.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int = 1):
+    def __init__(self, path: str | os.PathLike, threads: int = 1, limits: Limits = LIMITS):
         self._path = os.fspath(path)
         self._threads = threads
+        self._limits = limits
+        self._deadline = time.monotonic() + 60 * limits.minutes
         # One scaler for all frames: to set it up takes longer than to scale a small frame.
         self._scaler = VideoReformatter()
 
@@ -119,12 +130,12 @@ class VideoFile:
         try:
             self._start_stamp = self._first_stamp()
         except BaseException:
-            self._container.close()
+            self._opened.close()
             raise
         return self
 
     def __exit__(self, *_):
-        self._container.close()
+        self._opened.close()
 
     def timeline(
         self,
@@ -145,8 +156,8 @@ class VideoFile:
           VideoError: the file cannot be read, is truncated, or has no such frame.
         """
         with video_errors():
-            times = [self._time_of(packet) for packet in self.packets(start, end)]
-        times = np.sort(np.array(times, np.float64))
+            times = np.fromiter(map(self._time_of, self.packets(start, end)), np.float64)
+        times = np.sort(times)
         if frame_range is not None:
             first, last = frame_range
             times = times[first:last]
@@ -159,7 +170,9 @@ class VideoFile:
                 _check_complete(found, min(self._duration, until) - begin, "s")
         if not len(times):
             raise VideoError(_no_frame(start, end))
-        return Timeline.from_times(times, self.info.fps, fps)
+        if (hours := (times[-1] - times[0]) / 3600) > self._limits.hours:
+            raise VideoError(f"lasts {hours:.3g} hours; at most {self._limits.hours:g} are read")
+        return Timeline.from_times(times, self.info.fps, fps, self._limits.frames)
 
     def frames_at(self, timeline: Timeline, ticks: Sequence[int]) -> Iterator[av.VideoFrame]:
         """Decodes the frames shown at some ticks, from the keyframe before the first of them.
@@ -210,6 +223,7 @@ class VideoFile:
         if short_side is not None:
             scale = short_side / min(width, height)
             width, height = (max(short_side, round(scale * side)) for side in (width, height))
+        check_pixels(width, height, self._limits)
         with video_errors():
             array = self._scaler.reformat(
                 frame, width, height, "rgb24", interpolation=SCALING, threads=1
@@ -252,7 +266,7 @@ class VideoFile:
         target, step = start, 1.0
         while target > 0:
             self._seek(target)
-            packets = self._container.demux(self._stream)
+            packets = self._demux()
             first = next((packet for packet in packets if packet.is_keyframe), None)
             if first is not None and self._time_of(first) <= start:
                 yield first
@@ -260,32 +274,39 @@ class VideoFile:
                 return
             target, step = target - step, 2 * step
         self._rewind()
-        yield from self._container.demux(self._stream)
+        yield from self._demux()
+
+    def _demux(self) -> Iterator[av.Packet]:
+        for count, packet in enumerate(self._container.demux(self._stream)):
+            if count > self._limits.frames:
+                raise VideoError(f"more than {self._limits.frames:,} frames, the most that are read")
+            if time.monotonic() > self._deadline:
+                raise VideoError(f"not decoded in {self._limits.minutes:g} minutes")
+            yield packet
 
     def _seek(self, seconds: float) -> None:
         assert self._stream.time_base is not None  # of a stream that was opened
         stamp = round(seconds / self._stream.time_base) + self._start_stamp
-        self._container.seek(stamp, stream=self._stream, backward=True)
+        # Beyond the numbers of a file lies its end.
+        self._container.seek(min(stamp, MAX_STAMP), stream=self._stream, backward=True)
         self._at_start = False
 
     def _rewind(self) -> None:
         # Opens the file again, because not every container can seek to its beginning.
         if not self._at_start:
-            self._container.close()
+            self._opened.close()
             self._open()
         self._at_start = False
 
     def _open(self) -> None:
-        with video_errors():
-            self._container = open_container(self._path)
-            try:
-                self._stream = find_video_stream(self._container)
-                self._stream.codec_context.thread_count = self._threads
-                self.info = read_info(self._container, self._stream)
-                self._duration = read_stream_duration(self._container, self._stream)
-            except BaseException:
-                self._container.close()
-                raise
+        with video_errors(), ExitStack() as opened:
+            self._container = open_container(self._path, opened, self._limits)
+            self._stream = find_video_stream(self._container)
+            self._stream.codec_context.thread_count = self._threads
+            self._stream.codec_context.options = {"max_pixels": str(self._limits.pixels)}
+            self.info = read_info(self._container, self._stream, self._limits)
+            self._duration = read_stream_duration(self._container, self._stream)
+            self._opened = opened.pop_all()
         self._at_start = True
 
     def _first_stamp(self) -> int:
@@ -293,7 +314,7 @@ class VideoFile:
         if self.info.container == "avi" and not self._is_untimed:
             # An AVI's header says 0. But if frames refer to later ones, the first is shown later.
             with video_errors():
-                first = next(self._container.demux(self._stream))
+                first = next(self._demux())
             self._at_start = False
             return first.pts or first.dts or 0
         return self._stream.start_time or 0
