@@ -1,5 +1,6 @@
 """Opens the container of a video with PyAV, and reads its header."""
 
+import errno
 import glob
 import io
 import os
@@ -92,9 +93,26 @@ def open_container(path: str, opened: ExitStack, limits: Limits) -> av.container
         return opened.enter_context(av.open(pattern, **options))
     file = opened.enter_context(_open_remote(path) if is_remote(path) else _open_local(path))
     try:
-        return opened.enter_context(av.open(file, **options))
+        return opened.enter_context(av.open(_Source(file), **options))
     except av.error.ArgumentError as error:
         raise VideoError(f"no video, or in a format that is not read ({error.strerror})") from error
+
+
+class _Source:
+    """A file as PyAV reads it. A damaged one may ask for an impossible place: a code, no error.
+
+    PyAV writes errors of a seek that FFmpeg then makes no error of to the standard error.
+    """
+
+    def __init__(self, file: io.IOBase):
+        self._file = file
+        self.read, self.tell = file.read, file.tell
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:
+            return -(error.errno or errno.EINVAL)
 
 
 def _open_remote(path: str) -> io.BufferedReader:
@@ -111,6 +129,8 @@ def _open_local(path: str) -> io.FileIO:
         status = os.stat(path)
     except FileNotFoundError as error:
         raise VideoError(MISSING_FILE) from error
+    except ValueError as error:
+        raise VideoError("a null byte in its name") from error
     # To open a FIFO waits for its other end, and to open a device may change its state.
     if not stat.S_ISREG(status.st_mode):
         raise VideoError("no regular file: a FIFO, a device or a socket")

@@ -279,7 +279,9 @@ class VideoFile:
     def _demux(self) -> Iterator[av.Packet]:
         for count, packet in enumerate(self._container.demux(self._stream)):
             if count > self._limits.frames:
-                raise VideoError(f"more than {self._limits.frames:,} frames, the most that are read")
+                raise VideoError(
+                    f"more than {self._limits.frames:,} frames, the most that are read"
+                )
             if time.monotonic() > self._deadline:
                 raise VideoError(f"not decoded in {self._limits.minutes:g} minutes")
             yield packet
