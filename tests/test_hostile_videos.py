@@ -3,7 +3,6 @@
 import os
 
 import av
-import numpy as np
 import pytest
 from fuzz import videos as hostile
 from fuzz.canary import Canary
@@ -24,10 +23,6 @@ def canary(tmp_path, mp4):
     canary = Canary(tmp_path / "canary", mp4)
     yield canary
     canary.close()
-
-
-def evenly(count, fps):
-    return np.linspace(0, count - 1, 4).astype(int)
 
 
 def test_playlists_are_refused_and_nothing_they_name_is_opened(tmp_path, canary):
@@ -69,11 +64,11 @@ def test_an_mp4_gets_no_file_that_it_refers_to(tmp_path, canary, mp4):
 
 
 def test_ffmpeg_opens_no_file_itself(tmp_path, mp4, monkeypatch):
-    """It reads what Python opens: a relative name or one with a protocol in it cannot mislead it."""
+    """It reads what Python opens: a name with a protocol in it cannot mislead it."""
     monkeypatch.chdir(tmp_path)
     for name in ("concat:a.mp4|b.mp4", "http:x.mp4", "file:a.mp4", "-", "pipe:0", "%03d.mp4"):
         (tmp_path / name).write_bytes(mp4)
-        assert decode_clip(name, sample=evenly).num_frames == 24
+        assert decode_clip(name).num_frames == 24
 
 
 @pytest.mark.parametrize(
@@ -98,12 +93,10 @@ def test_a_video_beyond_a_limit_is_refused_with_the_limit(tmp_path, limits, said
 
 def test_frames_that_grow_midway_or_are_shown_larger_are_held_to_the_limit(tmp_path):
     (tmp_path / "a.ts").write_bytes(hostile.growing_stream(tmp_path))
-    with (
-        VideoFile(tmp_path / "a.ts", limits=Limits(pixels=100 * 100)) as video,
-        pytest.raises(VideoError),
-    ):
+    with VideoFile(tmp_path / "a.ts", limits=Limits(pixels=100 * 100)) as video:
         timeline = video.timeline()
-        list(video.frames_at(timeline, range(len(timeline))))
+        with pytest.raises(VideoError):
+            list(video.frames_at(timeline, range(len(timeline))))
     with VideoFile(write_video(tmp_path / "b.mp4", width=512, height=2)) as video:
         (frame,) = video.frames_at(video.timeline(), [0])
         with pytest.raises(VideoError, match="at most 67,108,864 pixels"):
@@ -125,13 +118,9 @@ def test_damaged_videos_end_with_frames_or_a_reason(tmp_path, canary, capfd):
     videos = hostile.write_all(tmp_path, canary, 130)
     capfd.readouterr()
     for path, may_succeed in videos:
-        try:
-            clip = decode_clip(path, sample=evenly, short_side=32)
-            assert may_succeed
-            assert clip.frames.shape[0] == 4
-        except VideoError as error:
-            assert str(error)
-            assert "\n" not in str(error)
+        reason = hostile.decode(path)
+        assert may_succeed or reason
+        assert "\n" not in reason
     assert canary.opened == []
     said = capfd.readouterr()
     assert "Traceback" not in said.out + said.err
