@@ -92,11 +92,14 @@ def test_a_video_beyond_a_limit_is_refused_with_the_limit(tmp_path, limits, said
 
 
 def test_frames_that_grow_midway_or_are_shown_larger_are_held_to_the_limit(tmp_path):
-    (tmp_path / "a.ts").write_bytes(hostile.growing_stream(tmp_path))
-    with VideoFile(tmp_path / "a.ts", limits=Limits(pixels=100 * 100)) as video:
+    (tmp_path / "a.avi").write_bytes(hostile.growing_stream(tmp_path))
+    with VideoFile(tmp_path / "a.avi") as video:
+        sizes = [frame.width for frame in video.frames_at(video.timeline(), range(5))]
+        assert sizes == [32, 32, 32, 1024, 1024]
+    with VideoFile(tmp_path / "a.avi", limits=Limits(pixels=100 * 100)) as video:
         timeline = video.timeline()
         with pytest.raises(VideoError):
-            list(video.frames_at(timeline, range(len(timeline))))
+            list(video.frames_at(timeline, range(5)))
     with VideoFile(write_video(tmp_path / "b.mp4", width=512, height=2)) as video:
         (frame,) = video.frames_at(video.timeline(), [0])
         with pytest.raises(VideoError, match="at most 67,108,864 pixels"):

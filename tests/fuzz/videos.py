@@ -8,6 +8,7 @@ import zlib
 from fractions import Fraction
 from typing import NamedTuple
 
+import av
 import numpy as np
 from videos import write_video
 
@@ -240,7 +241,7 @@ def liars(folder, canary, mp4: bytes) -> list[Hostile]:
     for size in ((65535, 65535), (0, 0), (1, 65535)):
         write(f"size_{size[0]}_{size[1]}.mp4", patch(mp4, b"stsd", 40, ">HH", *size))
     write("matrix.mp4", patch(mp4, b"tkhd", 40, ">9i", *([2**31 - 1] * 9)))
-    write("growing.ts", growing_stream(folder))
+    write("growing.avi", growing_stream(folder))
     write("late.mp4", late_frame(folder))
     write("cut_header.mp4", mp4[: len(mp4) // 2])
     return found
@@ -253,12 +254,18 @@ def late_frame(folder) -> bytes:
 
 
 def growing_stream(folder) -> bytes:
-    """A stream whose frames become larger midway."""
-    parts = [
-        write_video(folder / f"part{side}.ts", frames=6, width=side, height=side).read_bytes()
-        for side in (32, 1024)
-    ]
-    return b"".join(parts)
+    """A stream of pictures, of which the later ones are larger than the header says."""
+    with av.open(str(folder / "grows.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        for number, side in enumerate((32, 32, 32, 1024, 1024)):
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = side, side, "yuvj420p"
+            encoder.time_base = Fraction(1, 25)
+            for packet in encoder.encode(av.VideoFrame(side, side, "yuvj420p")):
+                packet.stream, packet.pts, packet.dts = stream, number, number
+                container.mux(packet)
+    return (folder / "grows.avi").read_bytes()
 
 
 def entry(kind: bytes, target: bytes) -> bytes:
