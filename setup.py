@@ -28,6 +28,7 @@ BASE = [
 DATA = [
     "clu>=0.0.12",
     "google-crc32c>=1.7",  # checksums of records
+    "matplotlib>=3.11",  # confusion matrices
     "pillow>=12.3",
     "scikit-image>=0.26",  # photographs of the embedded data set
     "tensorboard>=2.21",  # neither TensorFlow nor clu brings it
@@ -70,7 +71,6 @@ setuptools.setup(
             "beartype>=0.22",
             "hypothesis>=6.150",
             "import-linter>=2.17",
-            "matplotlib>=3.11",
             "mypy>=2.4",
             "pre-commit>=4.7",
             "pytest>=9.0",

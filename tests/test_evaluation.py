@@ -1,9 +1,13 @@
 """Evaluation counts every video once, however many records and views it has."""
 
+import csv
 import dataclasses
+import io
+import json
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from flax import nnx
 from hypothesis import given
@@ -11,12 +15,15 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input.pipeline import eval_batches
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.distributed.mesh import make_mesh
-from timesformer_jax.evaluation.metrics import average_pieces
-from timesformer_jax.evaluation.multi_view import evaluate
+from timesformer_jax.errors import InputError
+from timesformer_jax.evaluation.metrics import Results, average_pieces
+from timesformer_jax.evaluation.multi_view import evaluate, match_labels
+from timesformer_jax.evaluation.output import check_outputs, write
 from timesformer_jax.evaluation.step import make_probabilities
 from timesformer_jax.models.timesformer import TimeSformer, TimeSformerConfig, parameters
 
@@ -69,3 +76,75 @@ def test_a_video_in_pieces_counts_once(demo_data):
     assert found.top1.tolist() == [int(ranks.get(i, 9) < 1) for i in range(8)]
     assert found.top5.tolist() == [int(ranks.get(i, 9) < 5) for i in range(8)]
     assert 0 < found.top5.sum() < 6  # neither answer would come out of no model at all
+
+
+def some_results(classes=7, videos=40):
+    random = np.random.default_rng(0)
+    probabilities = random.dirichlet(np.ones(classes), videos)
+    labels = tuple(f"class, {i}" for i in range(classes))
+    ids = np.array([f"{i}.mp4" for i in range(videos)])
+    return Results(labels, ids, random.integers(0, classes - 1, videos), probabilities)
+
+
+def test_outputs_hold_every_prediction(tmp_path):
+    results = some_results()
+    paths = [str(tmp_path / name) for name in ("x.json", "x.csv", "x.png")]
+    check_outputs(paths)
+    for path in paths:
+        write(results, path, {"split": "validation"})
+
+    found = json.loads((tmp_path / "x.json").read_text())
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
+    assert len(rows) == len(found["predictions"]) == 40
+    assert found["split"] == "validation"
+    confusion = np.zeros((7, 7), int)
+    for row, also, p in zip(rows, found["predictions"], results.probabilities):
+        written = np.array([float(row[f"p({label})"]) for label in results.labels])
+        assert np.allclose(written, p, rtol=1e-5, atol=0)
+        assert np.allclose(also["probabilities"], p, rtol=1e-5, atol=0)
+        assert row["prediction"] == also["prediction"] == results.labels[written.argmax()]
+        truth = results.labels.index(row["label"])
+        assert int(row["rank"]) == 1 + sum(written > written[truth])
+        confusion[truth, written.argmax()] += 1
+    assert found["confusion"] == confusion.tolist()
+    assert found["top1"] == np.trace(confusion) / 40
+    assert found["top5"] == sum(int(row["rank"]) <= 5 for row in rows) / 40
+    with PIL.Image.open(tmp_path / "x.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_the_table_names_the_worst_videos_and_has_no_top5_of_five_classes():
+    results = some_results(classes=5)
+    table = results.table(worst=2)
+    assert "top-5" not in table
+    assert "top-5" in some_results(classes=6).table()
+    wrong = [i for i, p in enumerate(results.probabilities) if p.argmax() != results.truth[i]]
+    worst = sorted(wrong, key=lambda i: results.probabilities[i, results.truth[i]])
+    lines = table.splitlines()
+    start = 1 + next(i for i, line in enumerate(lines) if line.startswith("worst"))
+    assert [line.split(":")[0].strip() for line in lines[start : start + 2]] == [
+        f"{i}.mp4" for i in worst[:2]
+    ]
+
+
+def test_outputs_are_checked_before_the_work(tmp_path):
+    for path, message in {
+        "x.txt": "must end in .json, .csv, .png",
+        "nowhere/x.csv": "does not exist",
+        "folder.csv": "is a folder",
+    }.items():
+        (tmp_path / "folder.csv").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=message):
+            check_outputs([str(tmp_path / path)])
+
+
+def test_labels_are_matched_by_name(demo_data):
+    split = open_split(demo_data, "validation")
+    model = TimeSformerConfig(num_classes=9, hidden_size=16, num_heads=2)
+    labels = ("something else", *reversed(split.label_names))
+    metadata = CheckpointMetadata(model, ClipSpec(), labels, {})
+    matched = match_labels(metadata, split)
+    assert matched.label_names == labels
+    assert [labels[i] for i in matched.label] == [split.label_names[i] for i in split.label]
+    with pytest.raises(InputError, match="must have all of them"):
+        match_labels(dataclasses.replace(metadata, labels=labels[:-1]), split)

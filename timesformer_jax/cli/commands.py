@@ -129,7 +129,11 @@ COMMANDS = {
             any_number("fps", None, "frame rate of records that do not store theirs"),
             *VIEWS,
             integer("batch_size", None, "videos per batch; by default the config's", minimum=1),
-            string("output", None, "JSON file to write the results to"),
+            strings(
+                "output",
+                "files for the results, such as results.json,videos.csv,confusion.png: all of"
+                " them, a row per video, or the confusion matrix as a picture",
+            ),
             ATTENTION_KERNELS,
             *PROCESSES,
         ),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from timesformer_jax import storage
+# With fewer classes the top 5 are all or nearly all of them, and say nothing.
+LEAST_CLASSES_FOR_TOP5 = 6
 
 
 def average_pieces(probabilities: np.ndarray, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -33,48 +34,73 @@ def average_pieces(probabilities: np.ndarray, video: np.ndarray) -> tuple[np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The counts of an evaluation.
+    """The predictions of an evaluation, one row a video, and the accuracy that follows from them.
 
     Attributes:
       labels: class names, C of them.
-      videos: (C,) int, the number of videos of each class.
-      top1, top5: (C,) int, how many of them were predicted right by the top 1, the top 5.
+      ids: (m,) str, a name of each video.
+      truth: (m,) int, the true class of each video.
+      probabilities: (m, C), each row sums to 1.
       views, crops: clips a video and crops a clip whose probabilities were averaged.
     """
 
     labels: tuple[str, ...]
-    videos: np.ndarray
-    top1: np.ndarray
-    top5: np.ndarray
+    ids: np.ndarray
+    truth: np.ndarray
+    probabilities: np.ndarray
     views: int = 1
     crops: int = 1
 
-    @classmethod
-    def count(cls, probabilities: np.ndarray, truth: np.ndarray, labels, **views) -> Results:
-        """Compares predictions, (n, C) probabilities, with the true classes, (n,) int."""
-        classes = len(labels)
-        # The rank of the true class; of equal probabilities the lower class index comes first.
-        order = np.argsort(-probabilities, axis=1, kind="stable")
-        rank = (order == truth[:, None]).argmax(axis=1)
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """(m,) int, the most probable class of each video; of equal ones the first."""
+        return self.probabilities.argmax(axis=1)
 
-        def by_class(rows):
-            return np.bincount(truth[rows], minlength=classes)
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """(m,) int, how many classes come before the true one; of equal ones the first leads."""
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")
+        return (order == self.truth[:, None]).argmax(axis=1)
 
-        return cls(
-            labels=tuple(labels),
-            videos=by_class(np.full(len(truth), True)),
-            top1=by_class(rank < 1),
-            top5=by_class(rank < 5),
-            **views,
-        )
+    @property
+    def videos(self) -> np.ndarray:
+        """(C,) int, the number of videos of each class."""
+        return self._by_class(np.full(len(self.truth), True))
+
+    @property
+    def top1(self) -> np.ndarray:
+        """(C,) int, how many videos of each class have it as the most probable one."""
+        return self._by_class(self.ranks < 1)
+
+    @property
+    def top5(self) -> np.ndarray:
+        """(C,) int, how many videos of each class have it among the five most probable ones."""
+        return self._by_class(self.ranks < 5)
+
+    def _by_class(self, rows: np.ndarray) -> np.ndarray:
+        return np.bincount(self.truth[rows], minlength=len(self.labels))
+
+    def confusion(self) -> np.ndarray:
+        """(C, C) int, how many videos of the class of the row were predicted as the column's."""
+        counts = np.zeros((len(self.labels),) * 2, int)
+        np.add.at(counts, (self.truth, self.predicted), 1)
+        return counts
+
+    def worst(self, most: int) -> np.ndarray:
+        """The rows of at most `most` wrong predictions: the least probable true class first."""
+        wrong = np.flatnonzero(self.predicted != self.truth)
+        order = np.argsort(self.probabilities[wrong, self.truth[wrong]], kind="stable")
+        return wrong[order[:most]]
+
+    def scalars(self) -> dict[str, float]:
+        """top1 and top5 as fractions."""
+        total = len(self.truth)
+        return {"top1": self.top1.sum() / total, "top5": self.top5.sum() / total}
 
     def to_json(self) -> dict[str, Any]:
         """top1 and top5 as fractions and the number of videos: of all, and of every class."""
-        total = int(self.videos.sum())
-        return {
-            "top1": self.top1.sum() / total,
-            "top5": self.top5.sum() / total,
-            "videos": total,
+        return self.scalars() | {
+            "videos": len(self.truth),
             "views": self.views,
             "crops": self.crops,
             "classes": {
@@ -91,23 +117,47 @@ class Results:
 
     def summary(self) -> str:
         """One line: the accuracy, and the numbers of videos, views and crops."""
-        found = self.to_json()
-        return (
-            f"top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  of {found['videos']} videos, "
-            f"{self.views} x {self.crops} views"
-        )
+        return accuracy_line(self.to_json())
 
-    def table(self) -> str:
-        """One line for each class that has videos, then the summary."""
+    def table(self, worst: int = 5) -> str:
+        """A line for each class that has videos, the worst predictions, and the summary."""
         width = max(len(label) for label in self.labels)
-        lines = [f"{'class':<{width}}  {'videos':>6}  {'top-1':>6}  {'top-5':>6}"]
-        for label, videos, top1, top5 in zip(self.labels, self.videos, self.top1, self.top5):
+        shown = {"top-1": self.top1}
+        if len(self.labels) >= LEAST_CLASSES_FOR_TOP5:
+            shown["top-5"] = self.top5
+        lines = [f"{'class':<{width}}  {'videos':>6}" + "".join(f"  {k:>6}" for k in shown)]
+        for row, (label, videos) in enumerate(zip(self.labels, self.videos)):
             if videos:
-                share1, share5 = f"{top1 / videos:.1%}", f"{top5 / videos:.1%}"
-                lines.append(f"{label:<{width}}  {videos:>6}  {share1:>6}  {share5:>6}")
+                shares = (f"{counts[row] / videos:.1%}" for counts in shown.values())
+                line = f"{label:<{width}}  {videos:>6}"
+                lines.append(line + "".join(f"  {share:>6}" for share in shares))
+        if len(rows := self.worst(worst)):
+            lines += ["", "worst predictions, the least probable true class first:"]
+            lines += [f"  {self._described(row)}" for row in rows] + [""]
         return "\n".join([*lines, self.summary()])
 
-    def save(self, path: str | os.PathLike, **more: Any) -> None:
-        """Writes `to_json` and the fields of `more` to a JSON file, atomically."""
-        content = json.dumps(more | self.to_json(), indent=2) + "\n"
-        storage.write_atomically(storage.absolute(path), content.encode())
+    def _described(self, row: int) -> str:
+        p, truth, predicted = self.probabilities[row], self.truth[row], self.predicted[row]
+        return (
+            f"{self.ids[row]}: {self.labels[truth]} ({p[truth]:.1%}),"
+            f" predicted {self.labels[predicted]} ({p[predicted]:.1%})"
+        )
+
+
+def accuracy_line(results: dict[str, Any]) -> str:
+    """One line of `Results.to_json`: the accuracy, and the numbers of videos, views and crops."""
+    top5 = f"top-5 {results['top5']:.2%}  "
+    if len(results["classes"]) < LEAST_CLASSES_FOR_TOP5:
+        top5 = ""
+    return (
+        f"top-1 {results['top1']:.2%}  {top5}of {results['videos']} videos, "
+        f"{results['views']} x {results['crops']} views"
+    )
+
+
+def by_name(labels: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
+    """(len(labels),) int, the place of each label in `names`; None if one of them is not there."""
+    places = {name: place for place, name in enumerate(names)}
+    if not set(labels) <= set(places):
+        return None
+    return np.array([places[label] for label in labels], np.int32)

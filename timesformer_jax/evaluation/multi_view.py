@@ -6,8 +6,8 @@ not overlap, are averaged (the paper's HowTo100M protocol).
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,8 @@ from timesformer_jax.data.records.split import Split
 from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.metrics import Results, average_pieces
+from timesformer_jax.evaluation.metrics import Results, average_pieces, by_name
+from timesformer_jax.evaluation.output import check_outputs, write
 from timesformer_jax.evaluation.step import make_step
 from timesformer_jax.models import tuning
 from timesformer_jax.models.timesformer import TimeSformerConfig
@@ -81,12 +82,9 @@ def evaluate(
         after_batch()
     rows = np.concatenate(records)
     averaged, first = average_pieces(np.concatenate(probabilities), split.video[rows])
-    return Results.count(
-        averaged,
-        split.label[rows[first]],
-        split.label_names,
-        views=views,
-        crops=crops,
+    videos = rows[first]
+    return Results(
+        split.label_names, split.ids[videos], split.label[videos], averaged, views, crops
     )
 
 
@@ -98,7 +96,7 @@ def evaluate_checkpoint(
     views: int = 1,
     crops: int = 3,
     batch_size: int | None = None,
-    output: str | None = None,
+    output: Sequence[str] = (),
     attention_kernels: str = "auto",
     **processes: Any,
 ) -> None:
@@ -112,7 +110,7 @@ def evaluate_checkpoint(
         on, that of its config.
       views, crops: as for `evaluate`.
       batch_size: videos at a time; by default that of its config.
-      output: a JSON file for the results.
+      output: files for the results, each .json, .csv or .png; see `output.write`.
       attention_kernels: "auto", "xla" or the name of a kernel, see docs/kernels.md.
       processes: the arguments of `hosts.processes`.
 
@@ -121,15 +119,14 @@ def evaluate_checkpoint(
     """
     if views < 1 or crops not in (1, 3):
         raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
-    if output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
-        raise InputError(f"the folder of --output={output} does not exist")
+    check_outputs(output)
     with tuning.using(attention_kernels), hosts.processes(**processes):
         mesh = make_mesh()
         metadata, params = checkpoints.load_parameters(checkpoint, NamedSharding(mesh, P()))
         # Converted weights have no config.
         batch_size = batch_size or (metadata.config["eval"]["batch_size"] if metadata.config else 8)
         evaluated = _open_data(checkpoint, metadata, data, split, fps)
-        _check_labels(metadata, evaluated.label_names)
+        evaluated = match_labels(metadata, evaluated)
         check_batch(mesh, batch_size, "--batch_size")
         results = evaluate(
             params, metadata.model, metadata.clip, evaluated, mesh,
@@ -138,9 +135,10 @@ def evaluate_checkpoint(
         if jax.process_index() > 0:
             return
         print(results.table())
-        if output is not None:
-            results.save(output, checkpoint=str(storage.absolute(checkpoint)), split=evaluated.name)
-            print(f"written to {output}")
+        about = {"checkpoint": str(storage.absolute(checkpoint)), "split": evaluated.name}
+        for path in output:
+            write(results, path, about)
+            print(f"written to {path}")
 
 
 def _open_data(
@@ -160,16 +158,31 @@ def _open_data(
     return open_split(trained_on["directory"], split, fps or trained_on.get("fps"))
 
 
-def _check_labels(metadata: CheckpointMetadata, labels: tuple[str, ...]) -> None:
-    """Raises InputError unless the data has the labels of the checkpoint, in the same order."""
-    if not metadata.labels and len(labels) == metadata.model.num_classes:
+def match_labels(metadata: CheckpointMetadata, split: Split) -> Split:
+    """The split with the checkpoint's classes, which are found by their names.
+
+    Raises:
+      InputError: if the checkpoint does not have every label of the data.
+    """
+    labels, names = split.label_names, metadata.labels
+    if labels == names:
+        return split
+    if not names and len(labels) == metadata.model.num_classes:
         logging.warning("the checkpoint names no classes: the data's are taken in their order")
-    elif labels != metadata.labels:
+        return split
+    classes = by_name(labels, names)
+    if classes is None:
         raise InputError(
             f"the data has {len(labels)} labels ({_first_few(labels)}), the checkpoint "
-            f"{metadata.model.num_classes} ({_first_few(metadata.labels)}): they must be the same; "
-            "prepare the data with the checkpoint's labels"
+            f"{metadata.model.num_classes} ({_first_few(names)}): the checkpoint must have all of "
+            "them; prepare the data with the checkpoint's labels"
         )
+    if len(labels) < len(names):
+        logging.warning(
+            "the data has %d of the checkpoint's %d labels; the others count as wrong predictions",
+            len(labels), len(names),
+        )  # fmt: skip
+    return dataclasses.replace(split, label=classes[split.label], label_names=names)
 
 
 def _first_few(labels: tuple[str, ...]) -> str:

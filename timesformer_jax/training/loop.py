@@ -139,7 +139,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         reporting.write_accuracy(writer, step, "final", results)
         about = reporting.provenance(step, config.name, checkpoints, throughput.clips_per_second())
         if jax.process_index() == 0:
-            results.save(workdir / reporting.RESULTS, **about)
+            reporting.write_results(workdir, about | results.to_json())
         return about | results.to_json()
 
 
@@ -314,7 +314,7 @@ def _validate(run: Run, outputs: Outputs, state: TrainState, step: int, bar: tqd
     """Evaluates the centre crop of one clip a video, and records the accuracy."""
     results = _evaluate(run, outputs, state, step, views=1, crops=1)
     reporting.write_accuracy(outputs.writer, step, "validation", results)
-    accuracy = results.to_json()
+    accuracy = results.scalars()
     outputs.checkpoints.record_validation(step, accuracy["top1"], accuracy["top5"])
     if jax.process_index() == 0:
         bar.write(f"epoch {step // run.steps_per_epoch}: {results.summary()}")

@@ -19,7 +19,7 @@ from timesformer_jax.checkpoints import store
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.metrics import Results
+from timesformer_jax.evaluation.metrics import Results, accuracy_line
 from timesformer_jax.training.step import Metrics
 
 # In a workdir.
@@ -46,8 +46,7 @@ def write_accuracy(
     writer: metric_writers.MetricWriter, step: int, name: str, results: Results
 ) -> None:
     """Writes the accuracy of an evaluation, "validation" or "final", as scalars."""
-    values = results.to_json()
-    writer.write_scalars(step, {f"{name}/top1": values["top1"], f"{name}/top5": values["top5"]})
+    writer.write_scalars(step, {f"{name}/{k}": value for k, value in results.scalars().items()})
     writer.flush()
 
 
@@ -105,6 +104,12 @@ def provenance(
     }
 
 
+def write_results(workdir: epath.Path, results: dict[str, Any]) -> None:
+    """Writes results.json."""
+    content = json.dumps(results, indent=2) + "\n"
+    storage.write_atomically(workdir / RESULTS, content.encode())
+
+
 def finished_results(workdir: epath.Path, step: int) -> dict[str, Any] | None:
     """The content of results.json if it is that of `step`, else None."""
     path = workdir / RESULTS
@@ -123,8 +128,7 @@ def print_summary(results: dict[str, Any], workdir: str) -> None:
             f"(--checkpoint={os.path.join(workdir, store.BEST)})"
         )
     print(
-        f"top-1 {results['top1']:.2%}  top-5 {results['top5']:.2%}  of {results['videos']} videos, "
-        f"{results['views']} x {results['crops']} views\n"
+        f"{accuracy_line(results)}\n"
         f"results      {os.path.join(workdir, RESULTS)}\n"
         f"checkpoint   {os.path.join(workdir, store.FOLDER, str(results['step']))}{best}\n"
         f"TensorBoard  tensorboard --logdir {os.path.join(workdir, TENSORBOARD)}"
