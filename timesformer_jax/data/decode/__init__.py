@@ -1,7 +1,19 @@
 """Video files to RGB frames. PyAV, and so every codec, is used in this package only."""
 
 from timesformer_jax.data.decode.container import MISSING_FILE, VideoError, VideoInfo
-from timesformer_jax.data.decode.timeline import Timeline
+from timesformer_jax.data.decode.stream import ClipStream, Gap, StreamedClip
+from timesformer_jax.data.decode.timeline import Timeline, equal_pieces
 from timesformer_jax.data.decode.video import VideoFile, decode_clip
 
-__all__ = ["MISSING_FILE", "Timeline", "VideoError", "VideoFile", "VideoInfo", "decode_clip"]
+__all__ = [
+    "MISSING_FILE",
+    "ClipStream",
+    "Gap",
+    "StreamedClip",
+    "Timeline",
+    "VideoError",
+    "VideoFile",
+    "VideoInfo",
+    "decode_clip",
+    "equal_pieces",
+]

@@ -1,5 +1,6 @@
 """When the frames of a clip are shown, at a constant number of ticks per second."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,3 +65,15 @@ class Timeline:
         # Containers round times. So a tick shows a frame that starts up to half a period after it.
         latest = tick_times + 0.5 / max(fps, mean)
         return cls(times, np.searchsorted(times, latest, side="right") - 1, fps)
+
+
+def equal_pieces(num_ticks: int, fps: float, seconds: float) -> list[tuple[int, int]]:
+    """The [first, last) ticks of equal pieces of a clip, each as nearly `seconds` long as can be.
+
+    Args:
+      num_ticks: of the clip's timeline, at least one.
+      fps: ticks per second.
+      seconds: wanted length of a piece.
+    """
+    count = min(max(round(num_ticks / fps / seconds), 1), num_ticks)
+    return list(itertools.pairwise(i * num_ticks // count for i in range(count + 1)))

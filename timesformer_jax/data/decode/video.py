@@ -49,6 +49,8 @@ MAX_STAMP = 1 << 62
 # A clip is complete if this share of it can be decoded. With less, its label may not fit.
 COMPLETE = 0.9
 
+CUT_PACKET = "truncated: a packet is cut short"
+
 
 @dataclass(frozen=True)
 class DecodedClip:
@@ -108,6 +110,8 @@ class VideoFile:
       path: a file, which may be on gs://; or a folder whose images, sorted by name, are the frames.
       threads: of the decoder; 0: one per core. The frames do not depend on it.
       limits: of what the file may cost.
+      skip_damage: leave out what cannot be decoded in the middle of the video, instead of raising
+        VideoError there. A video that ends too early is an error all the same.
 
     Attributes:
       info: VideoInfo.
@@ -117,10 +121,17 @@ class VideoFile:
         time, if it is beyond a limit.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int = 1, limits: Limits = LIMITS):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        threads: int = 1,
+        limits: Limits = LIMITS,
+        skip_damage: bool = False,
+    ):
         self._path = os.fspath(path)
         self._threads = threads
         self._limits = limits
+        self._skip_damage = skip_damage
         self._deadline = time.monotonic() + 60 * limits.minutes
         # One scaler for all frames: to set it up takes longer than to scale a small frame.
         self._scaler = VideoReformatter()
@@ -156,8 +167,7 @@ class VideoFile:
           VideoError: the file cannot be read, is truncated, or has no such frame.
         """
         with video_errors():
-            times = np.fromiter(map(self._time_of, self.packets(start, end)), np.float64)
-        times = np.sort(times)
+            times = np.sort(np.fromiter(self._packet_times(start, end), np.float64))
         if frame_range is not None:
             first, last = frame_range
             times = times[first:last]
@@ -193,7 +203,7 @@ class VideoFile:
         due = collections.deque(timeline.times[timeline.frame_indices[ticks]])
         last = None
         with video_errors():
-            for time, frame in self._decoded_from(due[0]):
+            for time, frame in self.decoded_from(due[0]):
                 if time < due[0] - TIME_TOLERANCE:
                     continue
                 if frame.is_corrupt:
@@ -241,24 +251,55 @@ class VideoFile:
             # A frame is decoded before it is shown: no later packet is shown before `end`.
             if end is not None and packet.dts is not None and self._seconds(packet.dts) >= end:
                 return
-            if packet.is_corrupt:
-                raise VideoError("truncated: a packet is cut short")
+            if packet.is_corrupt and not self._skip_damage:
+                raise VideoError(CUT_PACKET)
             if packet.size and not packet.is_discard:
                 yield packet
 
-    def _decoded_from(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
-        """The frames from the last keyframe shown at or before `start`, with their times."""
+    def _packet_times(self, start: float | None, end: float | None) -> Iterator[float]:
+        """The times of the packets from `packets`; the last of them must not be cut."""
+        cut = False
+        for packet in self.packets(start, end):
+            cut = packet.is_corrupt
+            yield self._time_of(packet)
+        if cut:
+            raise VideoError(CUT_PACKET)
+
+    def decoded_from(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+        """The frames from the last keyframe shown at or before `start`, with their times.
+
+        In the order in which they are shown. `is_corrupt` tells of a frame whether the decoder
+        made up some of it.
+
+        Raises:
+          VideoError, av.error.FFmpegError: while iterating, where `skip_damage` does not apply.
+        """
         packets = self.packets(start)
         first = next(packets, None)
         if first is None:
             return
         begin = self._time_of(first)
-        decoder = self._stream.codec_context
-        with_flush = itertools.chain([first], packets, [None])
-        frames = itertools.chain.from_iterable(map(decoder.decode, with_flush))
-        for count, frame in enumerate(frames):
-            time = begin + count / self.info.fps if self._is_untimed else self._seconds(frame.pts)
-            yield time, frame
+        count = 0
+        for packet in itertools.chain([first], packets, [None]):
+            frames = self._decode(packet)
+            if frames is None:
+                count += 1  # its place in time, if places are all that tells the time
+                continue
+            for frame in frames:
+                untimed = begin + count / self.info.fps
+                count += 1
+                yield untimed if self._is_untimed else self._seconds(frame.pts), frame
+
+    def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame] | None:
+        """The frames that the decoder gives for a packet; None if it is damaged and skipped."""
+        if packet is not None and packet.is_corrupt:
+            return None
+        try:
+            return self._stream.codec_context.decode(packet)
+        except (av.error.InvalidDataError, av.error.PatchWelcomeError):
+            if not self._skip_damage:
+                raise
+            return None
 
     def _demux_from(self, start: float) -> Iterator[av.Packet]:
         # Containers seek by decoding time, which is earlier than the time shown, and some do not

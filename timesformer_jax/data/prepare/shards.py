@@ -7,6 +7,7 @@ process writes the shard, and however often.
 import io
 import itertools
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,13 @@ from etils import epath
 from PIL import Image
 
 from timesformer_jax.data.annotations import Clip, clip_hash
-from timesformer_jax.data.decode import MISSING_FILE, Timeline, VideoError, VideoFile
+from timesformer_jax.data.decode import (
+    MISSING_FILE,
+    Timeline,
+    VideoError,
+    VideoFile,
+    equal_pieces,
+)
 from timesformer_jax.data.failures import crash_reason, failure
 from timesformer_jax.data.layout import MANIFESTS
 from timesformer_jax.data.records.quiet_import import import_prepared
@@ -171,7 +178,7 @@ def encode_clip(
         timeline = video.timeline(
             clip.start, clip.end, frame_range=clip.frame_range, fps=options.fps
         )
-        segments = _segments(timeline, options.segment_seconds)
+        segments = equal_pieces(len(timeline), timeline.fps, options.segment_seconds or math.inf)
         stored = [np.arange(first, last, options.store_stride) for first, last in segments]
         frames = video.frames_at(timeline, np.concatenate(stored))
         for (first, last), ticks in zip(segments, stored):
@@ -194,15 +201,6 @@ def encode_clip(
                 "num_frames": last - first,
             }
             yield example, {"height": rgb.shape[0], "width": rgb.shape[1]}
-
-
-def _segments(timeline: Timeline, seconds: float | None) -> list[tuple[int, int]]:
-    """The [first, last) ticks of equal segments, whose length is as near as possible to seconds."""
-    count = 1
-    if seconds is not None:
-        count = min(max(round(len(timeline) / timeline.fps / seconds), 1), len(timeline))
-    bounds = [i * len(timeline) // count for i in range(count + 1)]
-    return list(itertools.pairwise(bounds))
 
 
 def _segment_id(clip: Clip, timeline: Timeline, first: int, last: int) -> str:
