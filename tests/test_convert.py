@@ -295,7 +295,7 @@ def test_npz_with_flipped_bits_and_with_objects(tmp_path):
 
 
 def test_paths_that_hold_no_checkpoint(tmp_path):
-    assert "no such checkpoint" in error(tmp_path / "nothing.pyth")
+    assert "no checkpoint there" in error(tmp_path / "nothing.pyth")
     (tmp_path / "text.pth").write_text("a page that says 404, not found, and so on")
     assert "damaged, or no checkpoint" in error(tmp_path / "text.pth")
     (tmp_path / "empty").mkdir()

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from timesformer_jax import recipes
-from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import pipeline
 from timesformer_jax.data.layout import INDEX_DTYPES
 from timesformer_jax.data.records import external, external_index
 from timesformer_jax.data.records.open import absolute_source, open_split
 from timesformer_jax.errors import InputError
+from timesformer_jax.evaluation import multi_view
 from timesformer_jax.evaluation.multi_view import evaluate_checkpoint
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.training import loop
@@ -276,10 +277,10 @@ def test_training_and_evaluation_are_told_the_frame_rate(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="has 1 labels, the config's model 5"):
         loop.train(config, os.fspath(tmp_path / "run"))
 
-    metadata = checkpoints.CheckpointMetadata(
+    metadata = CheckpointMetadata(
         TimeSformerConfig(num_classes=5), SPEC, tuple("abcde"), config.to_dict()
     )
-    monkeypatch.setattr(checkpoints, "load_parameters", lambda *_: (metadata, {}))
+    monkeypatch.setattr(multi_view, "load", lambda *_, **__: (metadata, {}))
     with pytest.raises(InputError, match="has 1 labels"):
         evaluate_checkpoint("run")
     with pytest.raises(InputError, match="do not state their frame rate"):

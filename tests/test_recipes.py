@@ -321,5 +321,5 @@ def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatc
 
 def test_a_missing_pretrained_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"no checkpoint vit_base_patch16_224_in21k\.pth to"):
+    with pytest.raises(InputError, match=r"vit_base_patch16_224_in21k\.pth: no checkpoint there"):
         resume.initial_parameters(config_of("k400_base"), None)

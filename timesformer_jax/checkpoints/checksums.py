@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from timesformer_jax.errors import InputError
 
 
 def array_checksums(tree: Any) -> dict[str, int]:
@@ -19,6 +22,29 @@ def array_checksums(tree: Any) -> dict[str, int]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for path, value in leaves
     }
+
+
+def check_finite(file: str, name: str, value: np.ndarray | jax.Array) -> None:
+    """Raises an InputError if a parameter is infinite or not a number.
+
+    Args:
+      file: that holds it, for the message.
+      name: of the parameter.
+      value: the parameter, on any mesh; a process looks at what its own devices hold.
+    """
+    shards = [value] if isinstance(value, np.ndarray) else _one_of_each_shard(value)
+    for shard in shards:
+        if count := np.size(shard) - np.count_nonzero(np.isfinite(shard)):
+            raise InputError(
+                f"{file}: {count} of {np.size(shard)} numbers of {name} are infinite or not a "
+                "number: the training that wrote them had failed; take an earlier checkpoint, or "
+                "ask for them with allow_nonfinite"
+            )
+
+
+def _one_of_each_shard(value: jax.Array) -> list[np.ndarray]:
+    shards = {str(shard.index): shard for shard in value.addressable_shards}
+    return [np.asarray(shard.data) for shard in shards.values()]
 
 
 def json_checksum(value: Any) -> int:

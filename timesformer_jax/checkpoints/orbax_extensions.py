@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from logging import LogRecord
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from timesformer_jax import storage
@@ -82,6 +85,21 @@ def keep_newest_and_best(
     """Keeps the newest checkpoints (None: all) and those that `rank` puts first."""
     latest = ocp.checkpoint_managers.LatestN(newest)
     return ocp.checkpoint_managers.AnyPreservationPolicy([latest, _KeepBest(best, rank)])
+
+
+@contextlib.contextmanager
+def without_remark_on_reading() -> Iterator[None]:
+    """Drops the warning of Orbax that a checkpoint is opened for reading, as was asked for."""
+
+    def is_other(record: LogRecord) -> bool:
+        return not str(record.msg).startswith("Given directory is read only")
+
+    logger = logging.get_absl_logger()
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def check_remote_storage(directory: epath.Path) -> None:

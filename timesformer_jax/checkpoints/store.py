@@ -18,16 +18,18 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from timesformer_jax import storage
-from timesformer_jax.checkpoints.checksums import array_checksums, json_checksum
+from timesformer_jax.checkpoints.checksums import array_checksums, check_finite, json_checksum
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.orbax_extensions import (
     check_remote_storage,
     handler_registry,
     keep_newest_and_best,
+    without_remark_on_reading,
 )
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
@@ -76,19 +78,20 @@ class Checkpoints:
         if read_only and not self.directory.is_dir():
             raise InputError(f"{self.directory}: no checkpoint there; give a run's --workdir")
         self.validation = _read_validation(self.directory / VALIDATION)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep_newest_and_best(
-                    None if read_only else keep, keep_best, self._rank
+        with without_remark_on_reading():
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=keep_newest_and_best(
+                        None if read_only else keep, keep_best, self._rank
+                    ),
+                    create=not read_only,
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,
+                    save_interval_steps=0 if read_only else 1,
                 ),
-                create=not read_only,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,
-                save_interval_steps=0 if read_only else 1,
-            ),
-            handler_registry=handler_registry(_ARRAY_ITEMS, _JSON_ITEMS),
-        )
+                handler_registry=handler_registry(_ARRAY_ITEMS, _JSON_ITEMS),
+            )
 
     def steps(self) -> list[int]:
         """The saved steps, in ascending order."""
@@ -322,7 +325,7 @@ def is_native(path: str | os.PathLike) -> bool:
 
 
 def load_parameters(
-    path: str | os.PathLike, sharding: Sharding | None = None
+    path: str | os.PathLike, sharding: Sharding | None = None, *, allow_nonfinite: bool = False
 ) -> tuple[CheckpointMetadata, dict]:
     """The metadata and parameters of a checkpoint.
 
@@ -330,6 +333,7 @@ def load_parameters(
       path: a workdir or its checkpoints folder, for the newest checkpoint that can be read; either
         with `/best`, for the one with the highest validation top-1; or the folder of one step.
       sharding: of every parameter; by default, the first device of this process.
+      allow_nonfinite: load parameters that are infinite or not a number.
 
     Returns:
       The metadata, and nested dicts of arrays.
@@ -348,8 +352,11 @@ def load_parameters(
         newest = checkpoints.read_newest(read) if step is None else (step, read(step))
         assert newest is not None  # `_open` refuses a directory without checkpoints
         step, found = newest
-        logging.info("parameters of step %d of %s", step, checkpoints.directory)
-        return found
+    if not allow_nonfinite:
+        for name, value in traverse_util.flatten_dict(found[1], sep="/").items():
+            check_finite(str(checkpoints.directory / str(step)), name, value)
+    logging.info("parameters of step %d of %s", step, checkpoints.directory)
+    return found
 
 
 def save_parameters(path: str | os.PathLike, params: dict, metadata: CheckpointMetadata) -> None:

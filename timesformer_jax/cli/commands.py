@@ -20,7 +20,11 @@ CONFIG = string(
     " configs/k400_base.py:ARGUMENT=VALUE,...; --config.FIELD=VALUE changes a field",
 )
 
-CHECKPOINT = string("checkpoint", None, "--workdir of a run, its WORKDIR/best, or one saved step")
+CHECKPOINT = string(
+    "checkpoint",
+    None,
+    "a run's --workdir, WORKDIR/best or one step; or any file of docs/checkpoints.md",
+)
 VIEWS = (
     integer("views", 1, "clips per video, whose probabilities are averaged", minimum=1),
     integer("crops", 3, "square crops per clip: 3 (left, centre, right) or 1", minimum=1),

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from timesformer_jax import storage
-from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.checkpoints.load import load
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input.pipeline import eval_batches
@@ -103,7 +103,7 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint and prints a table of its accuracy by class.
 
     Args:
-      checkpoint: of a run of ours, as for `checkpoints.load_parameters`.
+      checkpoint: a path or name, as for `checkpoints.load`.
       data: as for `open_split`; by default the data it was trained on.
       split: by default the evaluation split of its config.
       fps: frame rate of records that do not store theirs; by default, on the data it was trained
@@ -122,7 +122,7 @@ def evaluate_checkpoint(
     check_outputs(output)
     with tuning.using(attention_kernels), hosts.processes(**processes):
         mesh = make_mesh()
-        metadata, params = checkpoints.load_parameters(checkpoint, NamedSharding(mesh, P()))
+        metadata, params = load(checkpoint, sharding=NamedSharding(mesh, P()))
         # Converted weights have no config.
         batch_size = batch_size or (metadata.config["eval"]["batch_size"] if metadata.config else 8)
         evaluated = _open_data(checkpoint, metadata, data, split, fps)

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Key
 
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed import sequence
 from timesformer_jax.distributed.sharding import constrain, target_device
 from timesformer_jax.errors import InputError
@@ -219,7 +220,16 @@ class TimeSformer(nnx.Module):
     Args:
       config: its shape and scheme.
       rngs: `nnx.Rngs(seed)`, used for the initial parameters only and not kept.
+
+    Attributes:
+      config: its shape and scheme.
+      labels: class names in the order of the logits, of a model from `from_pretrained`; () if
+        unknown.
+      clip: the clips that it was trained on, of a model from `from_pretrained`; None if unknown.
     """
+
+    labels: tuple[str, ...] = ()
+    clip: ClipSpec | None = None
 
     def __init__(self, config: TimeSformerConfig, *, rngs: nnx.Rngs):
         self.config = config

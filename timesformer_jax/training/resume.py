@@ -11,9 +11,9 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from timesformer_jax import storage
 from timesformer_jax.checkpoints import convert
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata, flatten_config
+from timesformer_jax.checkpoints.sources import NoCheckpoint, locate
 from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.data.input import pipeline
 from timesformer_jax.errors import InputError
@@ -97,15 +97,17 @@ def initial_parameters(
     if not config.pretrained:
         model = metadata.model
         return lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(config.seed))), metadata
-    if not storage.absolute(config.pretrained).exists():
+    try:
+        found = locate(config.pretrained)
+    except NoCheckpoint as e:
         raise InputError(
-            f"there is no checkpoint {config.pretrained} to start from: say with "
-            "--config.pretrained=FILE where it is, or with --config.pretrained= to start from none"
-        )
+            f"{e}; say with --config.pretrained=FILE where it is, or with --config.pretrained= "
+            "to start from none"
+        ) from None
     # The config of the run overrides that of the checkpoint.
     fields = dataclasses.asdict(metadata.model)
     try:
-        source = convert.read(config.pretrained, **fields)
+        source = convert.read(found, **fields)
     except convert.SizeMismatch as e:
         flags = " ".join(f"--config.model.{name}={value}" for name, value in e.found.items())
         raise InputError(f"{e}: pass {flags}") from None

@@ -13,7 +13,11 @@ __all__ = ["SizeMismatch", "convert", "from_pretrained", "read"]
 
 
 def from_pretrained(
-    path: str | os.PathLike, *, resize: str = "bicubic", **overrides: Any
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    resize: str = "bicubic",
+    **overrides: Any,
 ) -> TimeSformer:
     """Loads a model from a checkpoint; its config comes from the file.
 
@@ -24,7 +28,8 @@ def from_pretrained(
     attention to temporal attention and sets `temporal_fc` to zero.
 
     Args:
-      path: a file or directory.
+      source: a file or directory, or a name (see `list_pretrained`).
+      revision: a branch, tag or commit of a name on the Hugging Face Hub.
       resize: how position embeddings are resized: "bicubic" (linear in time), or "official", as
         the release resizes those of image ViTs; this scrambles space and is there for parity only.
       **overrides: fields of `TimeSformerConfig` that the file does not tell (num_heads, if heads
@@ -35,5 +40,7 @@ def from_pretrained(
       InputError: if the file is missing, damaged or of an unknown format, or if an array is
         missing, left over or of another shape; the message names it.
     """
-    checkpoint = read(path, resize, **overrides)
-    return with_parameters(checkpoint.config, checkpoint.load())
+    checkpoint = read(source, resize, revision=revision, **overrides)
+    model = with_parameters(checkpoint.config, checkpoint.load())
+    model.labels, model.clip = checkpoint.labels, checkpoint.clip
+    return model

@@ -13,7 +13,7 @@ from absl import logging
 from flax import traverse_util
 
 from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
-from timesformer_jax.checkpoints.convert.files import LazyArray
+from timesformer_jax.checkpoints.files import LazyArray
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.embedding import resize_space, resize_time

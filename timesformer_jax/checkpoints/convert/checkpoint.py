@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import traverse_util
 
-from timesformer_jax.checkpoints.convert.files import LazyArray
+from timesformer_jax.checkpoints.files import LazyArray
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
@@ -28,6 +29,7 @@ class Checkpoint:
       license: of the weights, "" if none is known.
       training_config: the config of our own training run; empty for other checkpoints.
       is_image_model: whether the file holds an image model, which has no temporal parameters.
+      has_head: whether the file has a classifier; otherwise a new one was drawn.
     """
 
     path: str
@@ -38,6 +40,18 @@ class Checkpoint:
     license: str = ""
     training_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     is_image_model: bool = False
+    has_head: bool = True
+
+    @property
+    def metadata(self) -> CheckpointMetadata:
+        """What a checkpoint of ours says of this model."""
+        return CheckpointMetadata(
+            model=self.config,
+            clip=self.clip,
+            labels=self.labels,
+            config=self.training_config,
+            license=self.license,
+        )
 
     def load(self) -> dict:
         """Reads the parameters; the result is as that of `models.timesformer.parameters`."""

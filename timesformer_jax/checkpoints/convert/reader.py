@@ -11,8 +11,8 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from timesformer_jax.checkpoints import store
-from timesformer_jax.checkpoints.convert import files
+from timesformer_jax.checkpoints import files, store
+from timesformer_jax.checkpoints.checksums import check_finite
 from timesformer_jax.checkpoints.convert.adapt import (
     RESIZES,
     adapt,
@@ -21,8 +21,9 @@ from timesformer_jax.checkpoints.convert.adapt import (
     parameter_shapes,
 )
 from timesformer_jax.checkpoints.convert.checkpoint import NON_COMMERCIAL, Checkpoint
-from timesformer_jax.checkpoints.convert.files import LazyArray, WeightsFile
 from timesformer_jax.checkpoints.convert.formats import FORMATS, Format
+from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
+from timesformer_jax.checkpoints.sources import Located, locate
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.models.timesformer import TimeSformerConfig
@@ -46,27 +47,36 @@ class SizeMismatch(InputError):
         self.found = found
 
 
-def read(path: str | os.PathLike, resize: str = "bicubic", **overrides: Any) -> Checkpoint:
-    """The checkpoint at `path`, adapted to the overrides.
+def read(
+    source: str | os.PathLike | Located,
+    resize: str = "bicubic",
+    *,
+    revision: str | None = None,
+    allow_nonfinite: bool = False,
+    **overrides: Any,
+) -> Checkpoint:
+    """The checkpoint of a path or name, adapted to the overrides.
 
     Args:
-      path: a file or directory of any format.
+      source: a file or directory of any format, or a name; see `sources.locate`.
       resize: "bicubic" or "official", see `adapt`.
+      revision: of a name.
+      allow_nonfinite: read parameters that are infinite or not a number.
       **overrides: fields of `TimeSformerConfig`.
 
     Raises:
       InputError: names the file, the array and what to do.
     """
-    path = os.fspath(path)
     _check_options(resize, overrides)
-    if store.is_native(path) and not files.is_weights_directory(path):
-        source = _read_native(path)
+    found = source if isinstance(source, Located) else locate(source, revision)
+    if found.is_native:
+        checkpoint = _read_native(found.path, allow_nonfinite)
     else:
-        source = _read_external(path, overrides.get("num_heads"))
+        checkpoint = _read_external(found.path, overrides.get("num_heads"), allow_nonfinite)
     try:
-        return adapt(source, _target(source, overrides), resize)
+        return adapt(checkpoint, _target(checkpoint, overrides), resize)
     except InputError as e:
-        e.args = (f"{path}: {e}",)
+        e.args = (f"{found.source}: {e}",)
         raise
 
 
@@ -93,8 +103,8 @@ def _target(source: Checkpoint, overrides: dict[str, Any]) -> TimeSformerConfig:
     return dataclasses.replace(source.config, **overrides)
 
 
-def _read_native(path: str) -> Checkpoint:
-    metadata, params = store.load_parameters(path)
+def _read_native(path: str, allow_nonfinite: bool) -> Checkpoint:
+    metadata, params = store.load_parameters(path, allow_nonfinite=allow_nonfinite)
     flat = traverse_util.flatten_dict(params, sep="/")
     return Checkpoint(
         path=path,
@@ -107,7 +117,7 @@ def _read_native(path: str) -> Checkpoint:
     )
 
 
-def _read_external(path: str, num_heads: int | None) -> Checkpoint:
+def _read_external(path: str, num_heads: int | None, allow_nonfinite: bool) -> Checkpoint:
     file = files.read_file(path)
     try:
         format = _detect(file)
@@ -117,6 +127,8 @@ def _read_external(path: str, num_heads: int | None) -> Checkpoint:
         is_image_model = "attention" not in fields
         config = TimeSformerConfig(**{"attention": "space"} | fields | {"num_heads": heads})
         params = _to_our_names(file.arrays, format, config, has_head="num_classes" in fields)
+        if not allow_nonfinite:
+            params = {name: _checked(path, name, array) for name, array in params.items()}
         labels = format.labels(file)
     except InputError as e:
         raise InputError(f"{path}: {e}") from None
@@ -139,6 +151,7 @@ def _read_external(path: str, num_heads: int | None) -> Checkpoint:
         labels=labels,
         license=file.metadata.get("license", default_license),
         is_image_model=is_image_model,
+        has_head="num_classes" in fields,
     )
 
 
@@ -201,6 +214,17 @@ def _to_our_names(
 
 def _load(format: Format, path: str, array: LazyArray) -> np.ndarray:
     return format.to_jax(path, array.load())
+
+
+def _checked(file: str, name: str, array: LazyArray) -> LazyArray:
+    """The array; to load it raises an InputError if one of its numbers is not finite."""
+
+    def load() -> np.ndarray:
+        value = array.load()
+        check_finite(file, name, value)
+        return value
+
+    return LazyArray(array.shape, load)
 
 
 def _default_clip(config: TimeSformerConfig, preprocessor: dict[str, Any]) -> ClipSpec:

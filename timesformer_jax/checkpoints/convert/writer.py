@@ -21,7 +21,6 @@ from timesformer_jax.checkpoints.convert.adapt import adapt
 from timesformer_jax.checkpoints.convert.checkpoint import NON_COMMERCIAL, Checkpoint
 from timesformer_jax.checkpoints.convert.formats import Format, HuggingFace, Release, hf, release
 from timesformer_jax.checkpoints.convert.reader import read
-from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.data.annotations import read_labels
 from timesformer_jax.errors import InputError
 
@@ -120,14 +119,8 @@ def _write_native(path: str, checkpoint: Checkpoint) -> None:
         name: jnp.array(checkpoint.params.pop(name).load())
         for name in _progress(list(checkpoint.params))
     }
-    metadata = CheckpointMetadata(
-        model=checkpoint.config,
-        clip=checkpoint.clip,
-        labels=checkpoint.labels,
-        config=checkpoint.training_config,
-        license=checkpoint.license,
-    )
-    store.save_parameters(path, traverse_util.unflatten_dict(params, sep="/"), metadata)
+    params = traverse_util.unflatten_dict(params, sep="/")
+    store.save_parameters(path, params, checkpoint.metadata)
     _write_license(path, checkpoint)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from timesformer_jax.checkpoints.convert.files import LazyArray, WeightsFile
+from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig
 

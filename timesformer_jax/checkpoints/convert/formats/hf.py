@@ -6,10 +6,10 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from timesformer_jax.checkpoints.convert.files import LazyArray, WeightsFile
 from timesformer_jax.checkpoints.convert.formats.base import Naming, shape_of
 from timesformer_jax.checkpoints.convert.formats.release import ATTENTION_TYPES
 from timesformer_jax.checkpoints.convert.formats.torch_layout import TorchFormat
+from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from timesformer_jax.checkpoints.convert.files import LazyArray, WeightsFile
 from timesformer_jax.checkpoints.convert.formats.base import Naming, shape_of, without_pre_logits
 from timesformer_jax.checkpoints.convert.formats.torch_layout import TorchFormat
+from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
 # Our schemes, and what the release and Hugging Face's port call them.

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from timesformer_jax.checkpoints.convert.files import WeightsFile
 from timesformer_jax.checkpoints.convert.formats.base import (
     Format,
     image_size,
     shape_of,
     weight_name,
 )
+from timesformer_jax.checkpoints.files import WeightsFile
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
 

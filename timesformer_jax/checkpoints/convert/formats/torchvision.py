@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from timesformer_jax.checkpoints.convert.files import LazyArray
 from timesformer_jax.checkpoints.convert.formats.base import Naming, without_pre_logits
 from timesformer_jax.checkpoints.convert.formats.torch_layout import TorchFormat
+from timesformer_jax.checkpoints.files import LazyArray
 
 
 class Torchvision(TorchFormat):

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from timesformer_jax.checkpoints.convert.files import LazyArray, WeightsFile
 from timesformer_jax.checkpoints.convert.formats.base import (
     Format,
     Naming,
@@ -20,6 +19,7 @@ from timesformer_jax.checkpoints.convert.formats.base import (
     weight_name,
     without_pre_logits,
 )
+from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
