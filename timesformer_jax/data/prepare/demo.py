@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from timesformer_jax.data.encode import encode_mp4
 from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import disk_errors, write_atomically
@@ -232,17 +232,9 @@ def _encode(images: Iterator[np.ndarray]) -> bytes:
     """Encodes frames as H.264 in MP4, with B-frames and several key frames like a camera's file.
 
     The quality is high (crf 12), so that compression artefacts behind the patch do not reveal its
-    direction. x264 is not deterministic: the decoded frames may differ slightly.
+    direction.
     """
-    buffer = io.BytesIO()
-    options = {"crf": "12", "preset": "veryfast", "g": "12", "bf": "2", "threads": "1"}
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for image in images:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
+    return encode_mp4(images, FPS, crf=12, preset="veryfast", g="12", bf="2", threads="1")
 
 
 @cache
