@@ -23,12 +23,14 @@ from conftest import environment, interruptible
 from videos import numbers, write_audio, write_video
 
 from timesformer_jax.data.annotations import Clip
+from timesformer_jax.data.check.prepared import check_prepared
 from timesformer_jax.data.decode import decode_clip
 from timesformer_jax.data.layout import INDEX_DTYPES
 from timesformer_jax.data.prepare import shards
 from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.data.records import prepared as records
 from timesformer_jax.data.records.open import open_split
+from timesformer_jax.data.records.reassigned import read_reassigned
 from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
 from timesformer_jax.errors import InputError
 
@@ -496,7 +498,9 @@ def test_an_output_of_other_options_is_refused(source, prepared, changed, messag
 def test_an_output_of_other_clips_is_refused(source, prepared, tmp_path):
     rows = (source / "clips.csv").read_text().splitlines()
     (tmp_path / "fewer.csv").write_text("\n".join(rows[:-1]))
-    with pytest.raises(InputError, match=r"another list of clips.*choose another output"):
+    with pytest.raises(
+        InputError, match=r"another list of clips.*add --resplit.*choose another output"
+    ):
         prepare(**arguments(source, prepared, annotations=tmp_path / "fewer.csv"))
 
 
@@ -562,3 +566,103 @@ def test_directories_that_cannot_be_opened(prepared, tmp_path):
 def test_options_file_is_readable(prepared):
     claim = json.loads((prepared / "prepare.json").read_text())
     assert claim["short_side"] == 24
+
+
+# ---- splits -------------------------------------------------------------------------------------
+
+
+def clips_by_class(output):
+    """{split: {label: ids}} as training reads them."""
+    found = {}
+    for name in ("train", "validation"):
+        split = open_split(output, name)
+        labels = np.array(split.label_names)[split.label]
+        found[name] = {
+            label: set(split.ids[labels == label].tolist()) for label in np.unique(labels).tolist()
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def unsplit(tmp_path_factory):
+    """10 videos in 2 class folders, prepared; the one that would be b's validation is no video."""
+    folder = tmp_path_factory.mktemp("unsplit")
+    for i in range(10):
+        (folder / "videos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        write_video(folder / "videos" / "ab"[i % 2] / f"{i}.mp4", frames=3, fps=25)
+    ids = [f"b/{i}.mp4" for i in range(1, 10, 2)]
+    first = min(ids, key=lambda name: hashlib.sha256(name.encode()).digest())
+    (folder / "videos" / first).write_text("no video " * 50)
+    summary = prepare(folder / "videos", folder / "out", **OPTIONS)
+    return folder, first, summary
+
+
+def test_no_class_loses_its_validation_to_a_broken_file(unsplit):
+    folder, broken, summary = unsplit
+    found = clips_by_class(folder / "out")
+    assert {k: len(v) for k, v in found["validation"].items()} == {"a": 1, "b": 1}
+    assert {k: len(v) for k, v in found["train"].items()} == {"a": 4, "b": 3}
+    assert broken not in found["train"]["b"] | found["validation"]["b"]
+    assert summary.clips == {"train": 7, "validation": 2}
+    assert ["b", "3", "1"] in [line.split() for line in str(summary).splitlines()]
+    assert not check_prepared(folder / "out", 1.0, 1)[1]
+
+
+def test_a_resplit_decodes_nothing_and_reads_the_right_records(unsplit, tmp_path, monkeypatch):
+    folder, _, _ = unsplit
+    output = shutil.copytree(folder / "out", tmp_path / "out")
+    before, shards_before = clips_by_class(output), digests(output)
+    monkeypatch.setattr(shards, "encode_clip", None)
+    summary = prepare(folder / "videos", output, validation_fraction=0.5, resplit=True, **OPTIONS)
+    found = clips_by_class(output)
+    assert summary.clips == {"train": 5, "validation": 4}
+    assert digests(output) == shards_before
+    for label in "ab":
+        assert before["validation"][label] <= found["validation"][label]
+        assert (
+            found["train"][label] | found["validation"][label]
+            == before["train"][label] | before["validation"][label]
+        )
+    for name in ("train", "validation"):
+        split = open_split(output, name)
+        for row in range(len(split)):
+            with open(split.files[split.shard[row]], "rb") as file:
+                file.seek(split.offset[row] + RECORD_HEADER_BYTES)
+                record = records.parse(file.read(split.size[row]))
+            assert record["id"].numpy().decode() == split.ids[row]
+    with pytest.raises(InputError, match="were changed by --resplit"):
+        prepare(folder / "videos", output, **OPTIONS)
+    prepare(folder / "videos", output, resplit=True, **OPTIONS)
+    assert clips_by_class(output) == before
+
+
+def test_a_resplit_takes_other_labels_and_fewer_clips(unsplit, tmp_path):
+    folder, _, _ = unsplit
+    output = shutil.copytree(folder / "out", tmp_path / "out")
+    rows = [("path", "label", "split", "who"), ("a/0.mp4", "x", "train", "me")]
+    rows += [("a/2.mp4", "y", "train", "you"), ("b/1.mp4", "x", "validation", "me")]
+    with open(tmp_path / "clips.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("y\nx\nz\n")
+    prepare(
+        folder / "videos", output, tmp_path / "clips.csv", labels=labels, resplit=True, **OPTIONS
+    )
+    assert clips_by_class(output) == {
+        "train": {"x": {"a/0.mp4"}, "y": {"a/2.mp4"}}, "validation": {"x": {"b/1.mp4"}}
+    }  # fmt: skip
+    assert open_split(output, "train").label_names == ("y", "x", "z")
+    assert not check_prepared(output, 0.0, 1)[1]
+
+
+def test_a_resplit_of_clips_that_are_not_prepared(unsplit, tmp_path):
+    folder, _, _ = unsplit
+    videos = shutil.copytree(folder / "videos", tmp_path / "videos")
+    write_video(videos / "a" / "new.mp4", frames=3, fps=25)
+    with pytest.raises(InputError, match=r"1 of 11 clips .* \(first: a/new.mp4\)"):
+        prepare(videos, folder / "out", resplit=True, **OPTIONS)
+    with pytest.raises(InputError, match="is not prepared yet"):
+        prepare(folder / "videos", tmp_path / "none", resplit=True, **OPTIONS)
+    (tmp_path / "splits.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        read_reassigned(tmp_path)

@@ -95,6 +95,10 @@ COMMANDS = {
                 0.1,
                 "fraction of the clips without a split that is used for validation",
             ),
+            boolean(
+                "resplit",
+                "change labels and splits of a prepared --output to these, without decoding",
+            ),
             integer("max_failures", None, "stop if more clips than this cannot be decoded"),
             string("runner", "local", "local, or beam (Apache Beam)"),
             string(

@@ -7,6 +7,7 @@ import numpy as np
 LABELS_FILE = "labels.txt"
 INFO_FILE = "dataset_info.json"
 
+SPLITS_FILE = "splits.json"
 OPTIONS_FILE = "prepare.json"
 FAILURES_FILE = "failures.csv"
 UNLISTED_FILE = "unlisted.txt"

@@ -31,6 +31,7 @@ class Clip:
     frame_range: [first, last) frames of the video, counted from 0; None: all. For a folder of
       images, (0, the number it must hold); None if that number is unknown.
     name: the publisher's id of the clip; empty if there is none.
+    drawn: the split is `assign_splits`'s choice, and not the annotations'.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Clip:
     split: str
     frame_range: tuple[int, int] | None = None
     name: str = ""
+    drawn: bool = False
 
     @property
     def id(self) -> str:
@@ -105,13 +107,15 @@ def name_classes(
 def assign_splits(clips: Sequence[Clip], validation_fraction: float) -> list[Clip]:
     """Assigns clips without a split to validation, a fixed fraction of each label, or to train.
 
+    A split that this function drew before, of another list of clips, is drawn again.
+
     The n clips of a label are sorted by a hash of their ids, and the first round(fraction * n) are
     for validation: of two or more clips at least one, and not all. So the result is the same on
     every machine, and independent of the order of the names.
     """
     unassigned = defaultdict(list)
     for clip in clips:
-        if not clip.split:
+        if not clip.split or clip.drawn:
             unassigned[clip.label].append(clip.id)
     validation = set()
     for ids in unassigned.values():
@@ -121,8 +125,8 @@ def assign_splits(clips: Sequence[Clip], validation_fraction: float) -> list[Cli
         validation.update(sorted(ids, key=clip_hash)[:share])
     return [
         clip
-        if clip.split
-        else replace(clip, split="validation" if clip.id in validation else "train")
+        if clip.split and not clip.drawn
+        else replace(clip, split="validation" if clip.id in validation else "train", drawn=True)
         for clip in clips
     ]
 

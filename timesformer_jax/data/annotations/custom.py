@@ -13,6 +13,9 @@ from timesformer_jax.data.annotations.files import (
 from timesformer_jax.data.annotations.videos import VideoFolder
 from timesformer_jax.errors import InputError
 
+# Of a csv.
+COLUMNS = ("path", "label", "start", "end", "split")
+
 
 def read_folders(folder: VideoFolder) -> ParsedAnnotations:
     """Reads the labels, and splits if there are any, from the paths of the videos.
@@ -47,12 +50,13 @@ def read_csv(annotations: AnnotationFiles) -> ParsedAnnotations:
         )
     (path,) = annotations.given
     hint = "it needs path and label, and may have start, end and split"
-    rows = [
-        (where, _csv_clip(where, row)) for where, row in read_table(path, ("path", "label"), hint)
-    ]
-    if not rows:
+    table = list(read_table(path, ("path", "label"), hint))
+    if not table:
         raise InputError(f"{path} lists no clip below its header; add one row per clip")
-    return ParsedAnnotations(rows)
+    notes = ()
+    if ignored := [column for column in table[0][1] if column not in COLUMNS]:
+        notes = (f"columns of {path} that are not read: {', '.join(ignored)}",)
+    return ParsedAnnotations([(where, _csv_clip(where, row)) for where, row in table], notes=notes)
 
 
 def _folder_clip(path: str, label: str, split: str) -> Clip:

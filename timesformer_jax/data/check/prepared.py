@@ -28,9 +28,10 @@ from timesformer_jax.data.layout import (
     LABELS_FILE,
     MANIFESTS,
     OPTIONS_FILE,
+    SPLITS_FILE,
 )
 from timesformer_jax.data.records import prepared as records
-from timesformer_jax.data.records.open import open_split
+from timesformer_jax.data.records.reassigned import read_reassigned, select_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
@@ -95,7 +96,8 @@ def check_prepared(
     problems += _unexpected_files(root, expected=None if problems else results.keys())
     problems += (problem for result in results.values() for problem in result.problems)
     num_bytes = {name: result.num_bytes for name, result in results.items()}
-    return summarize(root, splits, num_bytes, decode_fraction), problems
+    used, unusable = _used_splits(root, splits)
+    return summarize(root, splits, used, num_bytes, decode_fraction), problems + unusable
 
 
 def _require_prepared(root: epath.Path) -> None:
@@ -122,7 +124,7 @@ def _open_splits(root: epath.Path) -> tuple[list[Split], list[str]]:
     splits, problems = [], []
     for name in records.split_names(os.fspath(root)):
         try:
-            splits.append(open_split(root, name))
+            splits.append(records.open_indexed(os.fspath(root), name))
         except InputError as error:
             problems.append(str(error))
         except UNREADABLE as error:
@@ -131,6 +133,17 @@ def _open_splits(root: epath.Path) -> tuple[list[Split], list[str]]:
                 f" {REWRITE_INDEX}"
             )
     return splits, problems
+
+
+def _used_splits(root: epath.Path, splits: list[Split]) -> tuple[list[Split], list[str]]:
+    """The splits as training reads them, with splits.json; a problem if that cannot be used."""
+    try:
+        reassigned = read_reassigned(os.fspath(root))
+        if reassigned is None:
+            return splits, []
+        return [select_split(splits, reassigned, name) for name in sorted(reassigned.splits)], []
+    except (InputError, *UNREADABLE) as error:
+        return [], [f"{SPLITS_FILE}: {_reason(error)}"]
 
 
 def _check_index(split: Split) -> Iterator[str]:

@@ -17,11 +17,17 @@ SHOWN_CLASSES = 5
 
 
 def summarize(
-    root: epath.Path, splits: Sequence[Split], num_bytes: Mapping[str, int], decode_fraction: float
+    root: epath.Path,
+    splits: Sequence[Split],
+    used: Sequence[Split],
+    num_bytes: Mapping[str, int],
+    decode_fraction: float,
 ) -> str:
     """A table of the splits, and the number of clips of each class.
 
     Args:
+      splits: as the shards have them.
+      used: as training reads them.
       num_bytes: size of each shard, by its name.
       decode_fraction: fraction of the clips that were decoded.
     """
@@ -46,7 +52,7 @@ def summarize(
         )
     decoded = sum(is_decoded(clip, decode_fraction) for s in splits for clip in s.ids.tolist())
     read = f"{root}: every record is read, and the frames of {decoded} are decoded"
-    return "\n".join([read, format_table(rows), *map(class_histogram, splits)])
+    return "\n".join([read, format_table(rows), *map(class_histogram, used)])
 
 
 def _range(values: np.ndarray) -> str:

@@ -4,14 +4,16 @@ All of it follows from the manifests of the shards.
 """
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from etils import epath
 
+from timesformer_jax.data.annotations import Clip
 from timesformer_jax.data.layout import FAILURES_FILE
-from timesformer_jax.data.prepare.shards import Shard
+from timesformer_jax.data.prepare.shards import Shard, read_manifests
+from timesformer_jax.data.prepare.splits import class_table
 from timesformer_jax.data.records.quiet_import import import_prepared
 from timesformer_jax.errors import InputError
 
@@ -22,7 +24,8 @@ class Summary:
 
     output: the directory. clips, records: how many each split has; a long clip may be cut into
     several records. classes: number of labels. failures: number of clips that are missing or could
-    not be decoded; failures.csv lists them. num_bytes: size of all shards.
+    not be decoded; failures.csv lists them. num_bytes: size of all shards. table: text, the clips
+    of each class in each split.
     """
 
     output: str
@@ -31,6 +34,7 @@ class Summary:
     classes: int
     failures: int
     num_bytes: int
+    table: str
 
     def __str__(self) -> str:
         lines = [f"{self.output}: {self.classes} classes, {self.num_bytes / 1e6:.1f} MB"]
@@ -38,6 +42,7 @@ class Summary:
             records = self.records[split]
             cut = f" in {records} records" if records != count else ""
             lines.append(f"  {split}: {count} clips{cut}")
+        lines.append(self.table)
         if "validation" not in self.clips and "test" not in self.clips:
             lines.append("  no clip is for validation: training cannot measure its accuracy")
         if self.failures:
@@ -57,13 +62,16 @@ def write_description(
       name: of the data set.
 
     Raises:
-      InputError: no clip of a split could be decoded.
+      InputError: no clip of a split that the annotations state could be decoded.
     """
     by_split: defaultdict[str, dict] = defaultdict(dict)
+    clips_of: defaultdict[str, list[Clip]] = defaultdict(list)
     for shard in shards:
         by_split[shard.split][shard.name] = shard.read_manifest()
+        clips_of[shard.split] += shard.clips
     for split, manifests in by_split.items():
-        _require_records(output, split, list(manifests.values()))
+        if not all(clip.drawn for clip in clips_of[split]):
+            _require_records(output, split, list(manifests.values()))
     prepared = import_prepared()
     for split, manifests in by_split.items():
         rows = _index_rows(list(manifests.values()))
@@ -91,15 +99,22 @@ def _index_rows(manifests: Sequence[Mapping]) -> list[dict]:
     return [{**row, "video": numbers[row["video"]]} for row in rows]
 
 
-def summarize(output: epath.Path, shards: Sequence[Shard], num_classes: int) -> Summary:
-    """Counts what is in the shards."""
-    clips: defaultdict[str, int] = defaultdict(int)
-    records: defaultdict[str, int] = defaultdict(int)
-    failures, num_bytes = 0, 0
-    for shard in shards:
-        manifest = shard.read_manifest()
-        clips[shard.split] += len({row["video"] for row in manifest["records"]})
-        records[shard.split] += len(manifest["records"])
-        failures += len(manifest["failures"])
-        num_bytes += manifest["bytes"]
-    return Summary(os.fspath(output), dict(clips), dict(records), num_classes, failures, num_bytes)
+def summarize(output: epath.Path, clips: Sequence[Clip], labels: Sequence[str]) -> Summary:
+    """Counts the decoded clips, with their splits, and what is in the shards."""
+    split_of = {clip.id: clip.split for clip in clips}
+    manifests = read_manifests(output)
+    records = Counter(
+        split_of[row["video"]]
+        for manifest in manifests
+        for row in manifest["records"]
+        if row["video"] in split_of
+    )
+    return Summary(
+        output=os.fspath(output),
+        clips=dict(sorted(Counter(split_of.values()).items())),
+        records=dict(records),
+        classes=len(labels),
+        failures=sum(len(manifest["failures"]) for manifest in manifests),
+        num_bytes=sum(manifest["bytes"] for manifest in manifests),
+        table=class_table(clips, labels),
+    )

@@ -7,11 +7,11 @@ continues where it stopped, and ends with the same bytes. In the order written:
     unlisted.txt             video files that belong to no clip
     NAME-SPLIT.tfrecord-*    a shard, renamed when it is complete
     manifests/SHARD.json     its index rows and failures; a shard is done once this exists
+    splits.json              splits and labels, if they are others than those of the shards
     failures.csv             clips that are missing or cannot be decoded, and the reasons
     SPLIT.index.npz, labels.txt, features.json, dataset_info.json     see records/prepared.py
 """
 
-import hashlib
 import json
 import math
 import os
@@ -23,7 +23,7 @@ from functools import partial
 from etils import epath
 
 from timesformer_jax.data import annotations as annotations_lib
-from timesformer_jax.data.annotations import Listing
+from timesformer_jax.data.annotations import Clip, Listing
 from timesformer_jax.data.decode import MISSING_FILE
 from timesformer_jax.data.failures import write_failures
 from timesformer_jax.data.layout import (
@@ -42,6 +42,8 @@ from timesformer_jax.data.prepare.runners import (
     write_on_beam,
 )
 from timesformer_jax.data.prepare.shards import Shard, ShardOptions, assign_shards
+from timesformer_jax.data.prepare.splits import draw_splits, fingerprint
+from timesformer_jax.data.records.reassigned import read_reassigned
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import absolute, disk_errors, locked, write_atomically
 from timesformer_jax.workers import available_cores
@@ -62,6 +64,7 @@ def prepare(
     clips_per_shard: int = 32,
     workers: int = 0,
     validation_fraction: float = 0.1,
+    resplit: bool = False,
     max_failures: int | None = None,
     runner: str = "local",
     beam_options: str = "",
@@ -90,7 +93,10 @@ def prepare(
         None: the data set's, or 0.
       clips_per_shard: at most.
       workers: processes; 0: one for each processor.
-      validation_fraction: share of the clips without a split that is used for validation.
+      validation_fraction: share of the clips without a split that is used for validation. It is
+        drawn among the clips of each class that can be decoded.
+      resplit: change the labels and splits of an output that is prepared, to those of these
+        annotations, labels and this fraction. Nothing is decoded and no shard is written.
       max_failures: the run ends when more clips than this exist but cannot be decoded; None: no
         limit. On Beam they are counted at the end.
       runner: "local", processes on this machine, or "beam".
@@ -122,13 +128,18 @@ def prepare(
     names = None if labels is None else annotations_lib.read_labels(labels)
     listing = annotations_lib.read(videos, annotations, names, validation_fraction, dataset)
     print(listing.report(), flush=True)
+    if resplit:
+        summary = _resplit(absolute(output), listing, validation_fraction)
+        print(summary)
+        return summary
     source = Source(os.fspath(absolute(videos)), listing.labels, options)
     write = partial(
         write_locally, processes=workers or available_cores(), max_failures=max_failures
     )
     if runner == "beam":
         write = partial(write_on_beam, beam_options=beam_options)
-    summary = _write_output(absolute(output), listing, source, write, max_failures)
+    draw = partial(draw_splits, absolute(output), listing, validation_fraction, again=False)
+    summary = _write_output(absolute(output), listing, source, write, draw, max_failures)
     print(summary)
     return summary
 
@@ -162,6 +173,7 @@ def _write_output(
     listing: Listing,
     source: Source,
     write_shards: Callable[[Sequence[Shard], Source], None],
+    draw: Callable[[], list[Clip]],
     max_failures: int | None,
 ) -> Summary:
     """Writes the missing parts of a prepared directory, which is locked meanwhile."""
@@ -173,8 +185,9 @@ def _write_output(
             missing = frozenset(listing.missing)
             todo = [shard for shard in shards if not shard.is_done(missing)]
             if (output / INFO_FILE).exists() and not todo:
+                clips = _prepared_clips(output, listing, draw)
                 print("already prepared, nothing to do")
-                return summarize(output, shards, len(listing.labels))
+                return summarize(output, clips, listing.labels)
             _remove_unfinished(output)
             unlisted = "".join(f"{path}\n" for path in listing.unlisted)
             write_atomically(output / UNLISTED_FILE, unlisted.encode())
@@ -186,8 +199,37 @@ def _write_output(
                 write_failures(output / FAILURES_FILE, failures)
             undecodable = sum(row["reason"] != MISSING_FILE for row in failures)
             check_max_failures(undecodable, max_failures)
+            clips = draw()
             write_description(output, source.options.name, shards, listing.labels)
-            return summarize(output, shards, len(listing.labels))
+            return summarize(output, clips, listing.labels)
+
+
+def _prepared_clips(
+    output: epath.Path, listing: Listing, draw: Callable[[], list[Clip]]
+) -> list[Clip]:
+    """The clips of a complete output.
+
+    Raises:
+      InputError: its splits were drawn again, of other clips or another fraction.
+    """
+    reassigned = read_reassigned(os.fspath(output))
+    if reassigned is not None and reassigned.clips != fingerprint(listing):
+        raise InputError(
+            f"the labels or splits of {output} were changed by --resplit; add --resplit to change"
+            " them to these"
+        )
+    return draw()
+
+
+def _resplit(output: epath.Path, listing: Listing, validation_fraction: float) -> Summary:
+    """Changes the labels and splits of a complete output, and nothing else."""
+    if not (output / INFO_FILE).exists():
+        raise InputError(
+            f"{output} is not prepared yet; run `timesformer prepare` without --resplit first"
+        )
+    with disk_errors(output), locked(output):
+        clips = draw_splits(output, listing, validation_fraction, again=True)
+        return summarize(output, clips, listing.labels)
 
 
 def _remove_unfinished(output: epath.Path) -> None:
@@ -209,10 +251,7 @@ def _record_options(output: epath.Path, options: ShardOptions, listing: Listing)
     Raises:
       InputError: the output was prepared with other options or clips.
     """
-    # Without the path: a video that was missing may be added under any name.
-    clips = [(clip.id, clip.label, clip.split) for clip in listing.clips]
-    fingerprint = hashlib.sha256(repr((clips, listing.labels)).encode()).hexdigest()
-    record = {**asdict(options), "clips": fingerprint}
+    record = {**asdict(options), "clips": fingerprint(listing)}
     path = output / OPTIONS_FILE
     if not path.exists():
         if (output / INFO_FILE).exists():
@@ -230,7 +269,12 @@ def _record_options(output: epath.Path, options: ShardOptions, listing: Listing)
         for key in asdict(options)
         if earlier.get(key) != record[key]
     ]
-    if earlier.get("clips") != fingerprint:
+    if not differing:
+        raise InputError(
+            f"{output} was prepared with another list of clips, other labels or splits; add"
+            " --resplit to change labels and splits without decoding, or choose another output"
+        )
+    if earlier.get("clips") != record["clips"]:
         differing.append("another list of clips")
     raise InputError(
         f"{output} was prepared differently ({'; '.join(differing)}); choose another output"

@@ -112,6 +112,11 @@ def assign_shards(output: epath.Path, clips: Sequence[Clip], options: ShardOptio
     return shards
 
 
+def read_manifests(output: epath.Path) -> list[dict]:
+    """The manifests of all shards of a prepared directory, in the order of the shards' names."""
+    return [json.loads(path.read_text()) for path in sorted((output / MANIFESTS).glob("*.json"))]
+
+
 def write_shard(
     shard: Shard,
     videos: str,

@@ -7,6 +7,7 @@ record can be read without those before it:
     NAME-SPLIT.tfrecord-00000-of-00008   the shards
     SPLIT.index.npz                      a row per record: where it is, and its shape
     labels.txt                           a label per line; the class is the line's number, from 0
+    splits.json                          other splits or labels of the records, if there are any
     features.json, dataset_info.json     TFDS's description; the second file is written last
 
 external.py opens data sets of other projects.
@@ -24,6 +25,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from timesformer_jax.data.layout import INDEX_DTYPES, INFO_FILE, LABELS_FILE, index_path
+from timesformer_jax.data.records.reassigned import read_reassigned, select_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
@@ -83,15 +85,32 @@ def parse(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
 
 def open_prepared(directory: str, split: str) -> Split:
     """Opens a split of a prepared directory; see `open.open_split`."""
+    _require_complete(directory)
+    reassigned = read_reassigned(directory)
+    names = split_names(directory)
+    there = names if reassigned is None else sorted(reassigned.splits)
+    if split not in there:
+        raise InputError(f"{directory} has no split '{split}'; there: {', '.join(there) or 'none'}")
+    found = (
+        open_indexed(directory, split)
+        if reassigned is None
+        else select_split([open_indexed(directory, name) for name in names], reassigned, split)
+    )
+    if not len(found):
+        raise InputError(f"the split '{split}' of {directory} holds no clip; prepare it with some")
+    return found
+
+
+def _require_complete(directory: str) -> None:
     if not tf.io.gfile.exists(os.path.join(directory, INFO_FILE)):
         raise InputError(
             f"{directory} is not a prepared data set (no {INFO_FILE}, which is written last);"
             " run `timesformer prepare` on it, again if it was interrupted"
         )
-    names = split_names(directory)
-    if split not in names:
-        there = ", ".join(names) or "none"
-        raise InputError(f"{directory} has no split '{split}'; there: {there}")
+
+
+def open_indexed(directory: str, split: str) -> Split:
+    """Opens a split as its index has it, whatever splits.json says."""
     with tf.io.gfile.GFile(index_path(directory, split), "rb") as file:
         index = np.load(io.BytesIO(file.read()))
     if absent := [column for column in ("ids", *INDEX_DTYPES) if column not in index]:
@@ -99,8 +118,6 @@ def open_prepared(directory: str, split: str) -> Split:
             f"the index of {directory} has no column '{absent[0]}': another version made it;"
             " prepare it again, to another folder"
         )
-    if not len(index["ids"]):
-        raise InputError(f"the split '{split}' of {directory} holds no clip; prepare it with some")
     return Split(
         name=split,
         files=tuple(os.path.join(directory, name) for name in index["files"].tolist()),
@@ -111,7 +128,7 @@ def open_prepared(directory: str, split: str) -> Split:
 
 
 def split_names(directory: str) -> list[str]:
-    """The splits of a prepared directory that have an index, sorted."""
+    """The splits of a prepared directory that have an index, as shards were written for, sorted."""
     suffix = index_path("", "")
     return sorted(
         name.removesuffix(suffix)

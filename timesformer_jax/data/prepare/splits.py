@@ -1,0 +1,91 @@
+"""Which split and label each prepared record has, drawn from the clips that could be decoded."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from etils import epath
+
+from timesformer_jax.data.annotations import Clip, Listing, assign_splits
+from timesformer_jax.data.annotations.listing import SPLIT_ORDER
+from timesformer_jax.data.layout import SPLITS_FILE
+from timesformer_jax.data.prepare.shards import read_manifests
+from timesformer_jax.data.records.reassigned import Reassigned
+from timesformer_jax.errors import InputError
+from timesformer_jax.storage import write_atomically
+
+# Of more classes, the table has only those with the fewest clips.
+MAX_CLASSES = 50
+SHOWN_CLASSES = 10
+
+
+def fingerprint(listing: Listing) -> str:
+    """Of the clips, their labels and their splits.
+
+    Without the paths: a video that was missing may be added under any name.
+    """
+    clips = [(clip.id, clip.label, clip.split) for clip in listing.clips]
+    return hashlib.sha256(repr((clips, listing.labels)).encode()).hexdigest()
+
+
+def draw_splits(
+    output: epath.Path, listing: Listing, validation_fraction: float, *, again: bool
+) -> list[Clip]:
+    """Draws the splits among the clips that were decoded, so that no class loses its validation to
+    a clip that cannot be used. Writes splits.json if the result differs from the shards'.
+
+    Args:
+      output: a prepared directory whose shards are done.
+      listing: the clips; their drawn splits count files that could not be decoded too.
+      validation_fraction: as for `prepare`.
+      again: labels and splits may be others than the shards were written for.
+
+    Returns:
+      The decoded clips, with their splits.
+
+    Raises:
+      InputError: a clip is in no shard.
+    """
+    manifests = read_manifests(output)
+    decoded = {row["video"] for manifest in manifests for row in manifest["records"]}
+    failed = {row["id"] for manifest in manifests for row in manifest["failures"]}
+    if unknown := [clip.id for clip in listing.clips if clip.id not in decoded | failed]:
+        raise InputError(
+            f"{len(unknown)} of {len(listing.clips)} clips are not in {output} (first:"
+            f" {unknown[0]}); prepare all of them to another folder"
+        )
+    here = [clip for clip in listing.clips if clip.id in decoded]
+    clips = assign_splits(here, validation_fraction)
+    path = output / SPLITS_FILE
+    if not again and clips == here:
+        path.unlink(missing_ok=True)
+        return clips
+    by_id = {clip.id: clip for clip in clips}
+    records: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for manifest in manifests:
+        for row in manifest["records"]:
+            if clip := by_id.get(row["video"]):
+                records[clip.split][row["id"]] = clip.label
+    found = Reassigned(listing.labels, records, fingerprint(listing))
+    write_atomically(path, found.to_json())
+    return clips
+
+
+def class_table(clips: Sequence[Clip], labels: Sequence[str]) -> str:
+    """The number of clips of each class in each split; of many classes those with the fewest."""
+    counts = Counter((clip.label, clip.split) for clip in clips)
+    splits = [split for split in SPLIT_ORDER if any(s == split for _, s in counts)]
+    rows = [(label, *(counts[label, split] for split in splits)) for label in labels]
+    fewest = sorted(rows, key=lambda row: row[1:])[:SHOWN_CLASSES]
+    shown = rows if len(rows) <= MAX_CLASSES else fewest
+    width = max(len("class"), *(len(label) for label in labels))
+    lines = [f"  {'class':<{width}}" + "".join(f"  {split:>10}" for split in splits)]
+    for label, *row in shown:
+        lines.append(f"  {label:<{width}}" + "".join(f"  {count:>10}" for count in row))
+    if len(rows) > len(shown):
+        lines.append(f"  ... the other {len(rows) - len(shown)} classes have more")
+    for place, split in enumerate(splits, start=1):
+        if none := [row[0] for row in rows if not row[place]]:
+            names = ", ".join(none[:5]) + (", ..." if len(none) > 5 else "")
+            lines.append(f"  no clip of {split} for {len(none)} of {len(rows)} classes: {names}")
+    return "\n".join(lines)
