@@ -2,21 +2,18 @@
 
     python examples/predict.py CHECKPOINT VIDEO
 
-CHECKPOINT is a run's --workdir, or what `timesformer convert ... --to=ours` wrote.
+CHECKPOINT is a run's --workdir, or what `timesformer convert ... --to=native` wrote.
 """
 
 import sys
 
-import numpy as np
-
-from timesformer_jax.inference.predict import Predictor
+import timesformer_jax as tsf
 
 
 def main(checkpoint: str, video: str) -> None:
-    predictor = Predictor(checkpoint, views=1, crops=3)
-    probabilities = predictor(video)
-    for i in np.argsort(-probabilities)[:5]:
-        print(f"{probabilities[i]:7.2%}  {predictor.labels[i]}")
+    predictor = tsf.Predictor(checkpoint)
+    for label, probability in predictor.predict(video):
+        print(f"{probability:7.2%}  {label}")
 
 
 if __name__ == "__main__":

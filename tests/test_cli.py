@@ -146,7 +146,7 @@ def test_predict_gives_the_evaluated_probabilities(trained, demo_data):
     from timesformer_jax.checkpoints import store as checkpoints
     from timesformer_jax.data.input import pipeline
     from timesformer_jax.evaluation.step import make_probabilities
-    from timesformer_jax.inference.predict import Predictor
+    from timesformer_jax.inference.predictor import Predictor
 
     split = open_split(demo_data, "validation")
     metadata, params = checkpoints.load_parameters(trained)
@@ -156,7 +156,7 @@ def test_predict_gives_the_evaluated_probabilities(trained, demo_data):
     )
     predictor = Predictor(trained, views=2, crops=3)
     for row in range(8):
-        predicted = predictor(demo_data / "videos" / split.ids[batch["record"][row]])
+        predicted = predictor.probabilities(demo_data / "videos" / split.ids[batch["record"][row]])
         assert np.abs(predicted - evaluated[row]).max() < 0.03
         assert predicted.sum() == pytest.approx(1, abs=1e-5)
 

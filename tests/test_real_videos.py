@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from timesformer_jax.inference.predict import Predictor
+from timesformer_jax.inference.predictor import Predictor
 
 pytestmark = [pytest.mark.processes, pytest.mark.training, pytest.mark.decodes]
 
@@ -58,7 +58,7 @@ def test_later_segments_are_predicted_to_their_source(folder, tmp_path, timesfor
 
     predictor = Predictor(tmp_path / "run")
     for name, label, start, end, _ in later:
-        probabilities = predictor(folder / name, start, end)
+        probabilities = predictor.probabilities(folder / name, start, end)
         assert predictor.labels[probabilities.argmax()] == label, (name, start)
     name, label, start, end, _ = later[-1]
     out = timesformer(

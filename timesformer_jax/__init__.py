@@ -10,12 +10,16 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Features": "inference.predictor",
     "InputError": "errors",
     "PRESETS": "models.presets",
-    "Predictor": "inference.predict",
+    "Prediction": "inference.predictor",
+    "Predictor": "inference.predictor",
     "TimeSformer": "models.timesformer",
     "TimeSformerConfig": "models.config",
+    "VideoError": "data.decode",
     "create": "models.presets",
+    "decode": "data.decode",
     "from_pretrained": "checkpoints.convert",
     "preset": "models.presets",
     "register_scheme": "models.schemes",

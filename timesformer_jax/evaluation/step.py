@@ -11,7 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
+from timesformer_jax.models.timesformer import (
+    TimeSformerConfig,
+    class_probabilities,
+    with_parameters,
+)
 from timesformer_jax.transforms.preprocess import preprocess
 
 Probabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -30,7 +34,7 @@ def make_probabilities(model: TimeSformerConfig, clip: ClipSpec) -> Probabilitie
         frames = frames.reshape(-1, *frames.shape[2:])  # b v ... -> (b v) ...
         video = preprocess(frames, crop_boxes.reshape(-1, 3), clip)
         logits = with_parameters(model, params)(video)
-        return jax.nn.softmax(logits).reshape(*views, -1).mean(axis=1)
+        return class_probabilities(logits).reshape(*views, -1).mean(axis=1)
 
     return probabilities
 

@@ -257,12 +257,24 @@ class TimeSformer(nnx.Module):
     @no_type_check
     def features(self, video: Video, *, key: MaybeKey = None) -> Float[Array, "b d"]:
         """(B, T, H, W, 3) to (B, D): the classification token after the final norm."""
+        return self.norm(self._encoded(video, key).cls)
+
+    @no_type_check
+    def tokens(self, video: Video) -> Tokens:
+        """(B, T, H, W, 3) to all tokens after the final norm: cls (B, D), patches (B, T, N, D).
+
+        `cls` is what `features` gives. Classification was trained on it alone.
+        """
+        return jax.tree.map(self.norm, self._encoded(video, None))
+
+    @no_type_check
+    def _encoded(self, video: Video, key: MaybeKey) -> Tokens:
+        """The tokens after the last block, with one classification token, (B, D)."""
         self._check(video)
         x, grid = _residual_stream(self.embedding(video)), patch_grid(self.config, video)
         run = self._scanned if self.config.scan_layers else self._unrolled
         x = run(x, grid, key)
-        cls = x.cls.mean(axis=1) if self.config.scheme.token_per_frame else x.cls
-        return self.norm(cls)
+        return x._replace(cls=x.cls.mean(axis=1)) if self.config.scheme.token_per_frame else x
 
     def _unrolled(self, x: Tokens, grid: Grid, key: MaybeKey) -> Tokens:
         """The blocks one after another."""
@@ -302,6 +314,12 @@ class TimeSformer(nnx.Module):
                 f"a clip of {shape[1]} frames of {shape[2]} x {shape[3]} cannot be cut into "
                 f"patches; height and width must be multiples of patch_size {p}"
             )
+
+
+@no_type_check
+def class_probabilities(logits: Float[Array, "b c"]) -> Float[Array, "b c"]:
+    """Probabilities of the classes, of which a video has one; evaluation and prediction use it."""
+    return jax.nn.softmax(logits)
 
 
 def parameters(model: TimeSformer) -> dict:

@@ -3,17 +3,28 @@
 from timesformer_jax.data.decode.container import MISSING_FILE, VideoError, VideoInfo
 from timesformer_jax.data.decode.stream import ClipStream, Gap, StreamedClip
 from timesformer_jax.data.decode.timeline import Timeline, equal_pieces
-from timesformer_jax.data.decode.video import VideoFile, decode_clip
+from timesformer_jax.data.decode.video import (
+    DecodedClip,
+    DecodedVideo,
+    VideoFile,
+    decode,
+    decode_clip,
+    resize,
+)
 
 __all__ = [
     "MISSING_FILE",
     "ClipStream",
+    "DecodedClip",
+    "DecodedVideo",
     "Gap",
     "StreamedClip",
     "Timeline",
     "VideoError",
     "VideoFile",
     "VideoInfo",
+    "decode",
     "decode_clip",
     "equal_pieces",
+    "resize",
 ]

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 from av.stream import Disposition
@@ -17,6 +17,7 @@ from etils import epath
 
 from timesformer_jax.data.annotations.videos import IMAGE_EXTENSIONS
 from timesformer_jax.data.decode.limits import DECODERS, DEMUXERS, SOUND_DECODERS, Limits
+from timesformer_jax.errors import InputError
 from timesformer_jax.storage import RemoteFile, is_remote
 
 # The frame rate of a folder of images, which has no header. The public copies of
@@ -61,15 +62,31 @@ def video_errors() -> Iterator[None]:
         raise VideoError((error.strerror or str(error)).splitlines()[0]) from error
 
 
-def open_container(path: str, opened: ExitStack, limits: Limits) -> av.container.InputContainer:
-    """Opens a file, which may be on gs://, or a folder of images.
+def video_source(video: str | os.PathLike | BinaryIO) -> str | BinaryIO:
+    """What `open_container` opens: a path as text, or an open file that can be read twice.
+
+    Raises:
+      InputError: of a file that is open as text.
+    """
+    if isinstance(video, str | os.PathLike):
+        return os.fspath(video)
+    if isinstance(video, io.TextIOBase):
+        raise InputError("the video is open as text; open it with open(path, 'rb')")
+    # A pipe or a download is kept in memory: the frames are counted before they are decoded.
+    return video if video.seekable() else io.BytesIO(video.read())
+
+
+def open_container(
+    path: str | BinaryIO, opened: ExitStack, limits: Limits
+) -> av.container.InputContainer:
+    """Opens a file, which may be on gs:// or open already, or a folder of images.
 
     FFmpeg opens no file itself: it reads through Python's file objects, and is refused when it asks
     for another file. So a file that names others, on the disk or in the network, gets nothing.
 
     Args:
-      path: of the file or folder.
-      opened: closes the container and the file.
+      path: of the file or folder; or a file that is open, which is read from its beginning.
+      opened: closes the container, and the file unless it was open.
       limits: `pixels` holds for every frame of the stream, also where it changes its size.
 
     Raises:
@@ -85,6 +102,9 @@ def open_container(path: str, opened: ExitStack, limits: Limits) -> av.container
         },
         "io_open": _refuse,
     }
+    if not isinstance(path, str):
+        path.seek(0)
+        return _open_source(path, opened, options)
     if not is_remote(path) and os.path.isdir(path):
         pattern, images = _image_pattern(path)
         options["container_options"] |= {"format_whitelist": "image2", "pattern_type": "glob"}
@@ -92,6 +112,12 @@ def open_container(path: str, opened: ExitStack, limits: Limits) -> av.container
         options |= {"format": "image2", "io_open": lambda url, flags, _: _read_image(url, images)}
         return opened.enter_context(av.open(pattern, **options))
     file = opened.enter_context(_open_remote(path) if is_remote(path) else _open_local(path))
+    return _open_source(file, opened, options)
+
+
+def _open_source(
+    file: Any, opened: ExitStack, options: dict[str, Any]
+) -> av.container.InputContainer:
     try:
         return opened.enter_context(av.open(_Source(file), **options))
     except av.error.ArgumentError as error:
@@ -104,7 +130,7 @@ class _Source:
     PyAV writes errors of a seek that FFmpeg then makes no error of to the standard error.
     """
 
-    def __init__(self, file: io.IOBase):
+    def __init__(self, file: Any):
         self._file = file
         self.read, self.tell = file.read, file.tell
 

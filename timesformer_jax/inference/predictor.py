@@ -1,0 +1,382 @@
+"""`Predictor`: from videos to class probabilities and features. A checkpoint is all it needs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.data.decode import DecodedVideo, VideoError
+from timesformer_jax.errors import InputError
+from timesformer_jax.inference import clips as clips_lib
+from timesformer_jax.inference.clips import Clips, Video
+from timesformer_jax.inference.decoding import decode_ahead
+from timesformer_jax.models import tuning
+from timesformer_jax.models.ops.kernels import select
+from timesformer_jax.models.timesformer import TimeSformer, class_probabilities, with_parameters
+from timesformer_jax.transforms.preprocess import preprocess
+from timesformer_jax.workers import available_cores
+
+# Clips in a batch on accelerators. A CPU computes a clip as fast alone as in a batch.
+BATCH_SIZE = 8
+
+T = TypeVar("T")
+
+# What a program computes of clips: arrays whose first axis is the clip.
+Outputs = dict[str, np.ndarray]
+
+
+class Prediction(NamedTuple):
+    """A class of a video, and its probability in [0, 1]."""
+
+    label: str
+    probability: float
+
+    def __repr__(self) -> str:
+        return f"{self.label} {self.probability:.1%}"
+
+
+class Features(NamedTuple):
+    """What the model computes of a video before it classifies, float32. D is the model's width.
+
+    Attributes:
+      video: (D,), the mean of `clips`.
+      clips: (V, C, D), the classification token after the final norm, of each of V clips and C
+        crops. The head of the model is a linear layer on it.
+      frames: (V, C, T, D), the mean of the patches of every frame, after the final norm; None if
+        not asked for.
+      positions: (V, C, N, D), the mean of the patches of every position over the frames, row by
+        row; None if not asked for.
+    """
+
+    video: np.ndarray
+    clips: np.ndarray
+    frames: np.ndarray | None = None
+    positions: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        shapes = (f"{name}={x.shape}" for name, x in self._asdict().items() if x is not None)
+        return f"Features({', '.join(shapes)})"
+
+
+class Predictor:
+    """Classifies videos with a checkpoint, and gives their features.
+
+    It decodes, crops and normalises as the checkpoint says, and puts clips together in batches. A
+    predictor may be used from several threads: they decode at the same time, and the model computes
+    one batch at a time. Each size of a batch is compiled once, when it is first used.
+
+        predictor = Predictor("runs/mine")
+        predictor.predict("jump.mp4")     # [jump 97.3%, run 1.9%, ...]
+        predictor.features("jump.mp4").video
+
+    Every method takes, as `video`, the path of a file or of a folder of images; a binary file that
+    is open; frames, (T, H, W, 3) uint8 RGB, with their rate as `fps`; or a list of these, for which
+    it returns a list. Without `fps`, frames must be one clip that is sampled already.
+
+    Args:
+      checkpoint: of a run of ours, as for `checkpoints.load_parameters`.
+      views: clips along a video whose probabilities are averaged.
+      crops: crops of each clip: 3 for left, centre and right, 1 for the centre.
+      attention_kernels: "auto" for the fastest on the device, "xla", or the name of a kernel (see
+        docs/kernels.md).
+      labels: class names in the order of the logits, in place of the checkpoint's.
+      batch_size: clips that go through the model at a time, each with all its crops; None: 8, or 1
+        on a CPU, where more would not be faster.
+
+    Attributes:
+      metadata: what the checkpoint says about itself: `metadata.model`, `.clip`, `.labels`,
+        `.license` and `.config`.
+      labels: class names, in the order of the probabilities. "class 17" and so on if the
+        checkpoint has no names.
+      model: the network, with the checkpoint's parameters, for normalised clips.
+
+    Raises:
+      InputError: if the checkpoint cannot be read, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike,
+        views: int = 1,
+        crops: int = 3,
+        attention_kernels: str = "auto",
+        *,
+        labels: Sequence[str] | None = None,
+        batch_size: int | None = None,
+    ):
+        if views < 1 or crops not in (1, 3):
+            raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        select.check_name(attention_kernels)
+        self.metadata, self._params = checkpoints.load_parameters(checkpoint)
+        model = self.metadata.model
+        if labels is not None and len(labels) != model.num_classes:
+            raise InputError(
+                f"{len(labels)} labels for a checkpoint of {model.num_classes} classes; "
+                "give one name per class, in the order of the logits"
+            )
+        names = labels or self.metadata.labels or [f"class {i}" for i in range(model.num_classes)]
+        self.labels = tuple(names)
+        self.views, self.crops, self.attention_kernels = views, crops, attention_kernels
+        on_cpu = jax.default_backend() == "cpu"
+        self.batch_size = batch_size or (1 if on_cpu else BATCH_SIZE)
+        self._lock = threading.Lock()
+        self._tuned: set[int] = set()  # sizes of batches that kernels are chosen for
+        spec = self.metadata.clip
+        self._prepare = jax.jit(lambda frames, boxes: preprocess(frames, boxes, spec))
+        self._classify = jax.jit(self._probabilities)
+        self._encode = jax.jit(self._features, static_argnames=("frames", "positions"))
+
+    @functools.cached_property
+    def model(self) -> TimeSformer:
+        return with_parameters(self.metadata.model, self._params)
+
+    def predict(
+        self,
+        video: Video | list[Video],
+        top: int = 5,
+        *,
+        start: float | None = None,
+        end: float | None = None,
+        fps: float | None = None,
+    ) -> Any:
+        """The most probable classes of a video, or of its part [start, end).
+
+        Args:
+          video: as the class says.
+          top: how many classes.
+          start, end: seconds; None: the beginning, the end.
+          fps: of frames in memory.
+
+        Returns:
+          A list of `Prediction`, (label, probability), the most probable first; of a list of
+          videos, a list of such lists.
+
+        Raises:
+          VideoError: if a video cannot be decoded; it names the video.
+          InputError: if frames in memory have another shape or dtype.
+        """
+        if isinstance(video, list):
+            return [self.top(p, top) for p in self.probabilities(video, start, end, fps=fps)]
+        return self.top(self.probabilities(video, start, end, fps=fps), top)
+
+    def probabilities(
+        self,
+        video: Video | list[Video],
+        start: float | None = None,
+        end: float | None = None,
+        *,
+        fps: float | None = None,
+    ) -> np.ndarray:
+        """(classes,) float32 probabilities of a video; of n videos in a list, (n, classes).
+
+        They are the mean over the views and crops. Arguments and errors are those of `predict`.
+        """
+        found = [p.mean(axis=0) for p in self._of(self.classify, video, start, end, fps)]
+        if not found:
+            return np.zeros((0, len(self.labels)), np.float32)
+        return np.stack(found) if isinstance(video, list) else found[0]
+
+    def features(
+        self,
+        video: Video | list[Video],
+        *,
+        frames: bool = False,
+        positions: bool = False,
+        start: float | None = None,
+        end: float | None = None,
+        fps: float | None = None,
+    ) -> Any:
+        """The `Features` of a video, or of its part [start, end); of a list of videos, a list.
+
+        Args:
+          video: as the class says.
+          frames: with the mean of the patches of every frame.
+          positions: with the mean over the frames of the patches of every position.
+          start, end, fps: as for `predict`.
+
+        Raises:
+          VideoError, InputError: as `predict`.
+        """
+        encode = functools.partial(self.encode, frames=frames, positions=positions)
+        found = [as_features(f) for f in self._of(encode, video, start, end, fps)]
+        return found if isinstance(video, list) else found[0]
+
+    def top(self, probabilities: np.ndarray, count: int) -> list[Prediction]:
+        """The `count` most probable classes of (classes,) probabilities, the first one first."""
+        order = np.argsort(-probabilities, kind="stable")[:count]
+        return [Prediction(self.labels[i], float(probabilities[i])) for i in order]
+
+    # ---- for the commands, and for other ways to look at a video -------------------------------
+
+    def read(self, video: Video, *arguments: Any, **options: Any) -> Clips:
+        """The clips of one video; see `clips.read`, which says the other arguments."""
+        spec = self.metadata.clip
+        return clips_lib.read(video, spec, self.views, self.crops, *arguments, **options)
+
+    def inputs(self, frames: np.ndarray, crop_boxes: np.ndarray) -> jax.Array:
+        """The crops of one clip, cropped, resized and normalised, as `model` takes them.
+
+        Args:
+          frames: (T, H, W, 3) uint8.
+          crop_boxes: (C, 3), top, left and side in pixels.
+
+        Returns:
+          (C, T, S, S, 3) float32.
+        """
+        return self._prepare(np.broadcast_to(frames, (len(crop_boxes), *frames.shape)), crop_boxes)
+
+    def classify(self, clips: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """(n, classes) float32 probabilities of n clips, each the mean over its crops.
+
+        Args:
+          clips: frames (T, H, W, 3) uint8 and crop boxes (C, 3) of each, with one C for all. Sizes
+            of the frames may differ.
+        """
+        return self._in_batches(self._classify, clips)
+
+    def encode(
+        self,
+        clips: Sequence[tuple[np.ndarray, np.ndarray]],
+        *,
+        frames: bool = False,
+        positions: bool = False,
+    ) -> Outputs:
+        """The features of n clips, as for `classify`: an entry for each field of `Features`.
+
+        "clips" is (n, C, D), "frames" (n, C, T, D), "positions" (n, C, N, D), all float32.
+        """
+        program = functools.partial(self._encode, frames=frames, positions=positions)
+        return self._in_batches(program, clips)
+
+    def stream(
+        self,
+        compute: Callable[[list], T],
+        reads: Iterable[Callable[[], Clips]],
+        workers: int | None = None,
+    ) -> Iterator[T | VideoError]:
+        """What `compute` gives for the clips of each video, in order, as soon as it is known.
+
+        Videos are decoded ahead in threads while the model computes. Clips of several videos share
+        a batch.
+
+        Args:
+          compute: `classify` or `encode`.
+          reads: a function for each video that decodes it: `functools.partial(self.read, path)`.
+          workers: threads that decode; None: one per core; 0: no threads.
+
+        Yields:
+          For each video a tree of arrays, whose first axis is its clips; or the VideoError.
+        """
+        group: list[Clips | VideoError] = []
+        for found in decode_ahead(reads, available_cores() if workers is None else workers):
+            group.append(found)
+            if sum(len(c.frames) for c in group if isinstance(c, Clips)) >= self.batch_size:
+                yield from self._computed(compute, group)
+                group = []
+        yield from self._computed(compute, group)
+
+    def _computed(
+        self, compute: Callable[[list], Any], group: list[Clips | VideoError]
+    ) -> Iterator[Any]:
+        """What `compute` gives for each member of a group, computed together."""
+        clips = [c for c in group if isinstance(c, Clips)]
+        if not clips:
+            yield from group
+            return
+        outputs = compute([(frames, c.crop_boxes) for c in clips for frames in c.frames])
+        first = 0
+        for member in group:
+            if isinstance(member, VideoError):
+                yield member
+                continue
+            own = slice(first, first + len(member.frames))
+            first = own.stop
+            yield jax.tree.map(lambda x: x[own], outputs)  # noqa: B023  # called at once
+
+    def _of(
+        self,
+        compute: Callable[[list], T],
+        video: Video | list[Video],
+        start: float | None,
+        end: float | None,
+        fps: float | None,
+    ) -> Iterator[T]:
+        """What `compute` gives for one video or for each of a list; raises their errors."""
+        videos = video if isinstance(video, list) else [video]
+        alone = len(videos) == 1  # the cores decode this one together
+        threads, workers = (0, 0) if alone else (1, None)
+        reads = []
+        for each in videos:
+            rate = None if isinstance(each, str | os.PathLike) or hasattr(each, "read") else fps
+            reads.append(functools.partial(self.read, each, start, end, fps=rate, threads=threads))
+        for each, found in zip(videos, self.stream(compute, reads, workers)):
+            if isinstance(found, VideoError):
+                raise VideoError(f"{_name(each)}: {found}") from found
+            yield found
+
+    def _in_batches(self, program: Callable, clips: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
+        """Runs a program on clips; batches have one size, and the last one is filled up.
+
+        Few clips make a smaller batch, of a power of two, so that few sizes are compiled.
+        """
+        size = min(self.batch_size, 1 << (len(clips) - 1).bit_length())
+        outputs = []
+        for first in range(0, len(clips), size):
+            batch = clips[first : first + size]
+            inputs = [self.inputs(*clip) for clip in batch]
+            inputs += [inputs[-1]] * (size - len(batch))
+            with self._lock, tuning.using(self.attention_kernels):
+                video = jnp.concatenate(inputs)
+                self._choose_kernels(len(video))
+                found = jax.device_get(program(self._params, video))
+            outputs.append(jax.tree.map(lambda x: x[: len(batch)], found))  # noqa: B023
+        return jax.tree.map(lambda *x: np.concatenate(x), *outputs)
+
+    def _choose_kernels(self, clips: int) -> None:
+        if clips not in self._tuned:
+            spec, model = self.metadata.clip, self.metadata.model
+            tuning.choose_kernels(model, clips, spec.frames, spec.crop, gradients=False)
+            self._tuned.add(clips)
+
+    # ---- programs: (n * C, T, S, S, 3) normalised to outputs of n clips -------------------------
+
+    def _probabilities(self, params: dict, video: jax.Array) -> jax.Array:
+        logits = with_parameters(self.metadata.model, params)(video)
+        return class_probabilities(logits).reshape(-1, self.crops, logits.shape[-1]).mean(axis=1)
+
+    def _features(
+        self, params: dict, video: jax.Array, frames: bool, positions: bool
+    ) -> dict[str, jax.Array]:
+        tokens = with_parameters(self.metadata.model, params).tokens(video)
+        found = {"clips": tokens.cls}
+        if frames:
+            found["frames"] = tokens.patches.mean(axis=2)
+        if positions:
+            found["positions"] = tokens.patches.mean(axis=1)
+        return {
+            name: x.astype(jnp.float32).reshape(-1, self.crops, *x.shape[1:])
+            for name, x in found.items()
+        }
+
+
+def as_features(outputs: Outputs) -> Features:
+    """The features of a video from those of its clips, as `Predictor.encode` gives them."""
+    return Features(video=outputs["clips"].mean(axis=(0, 1)), **outputs)
+
+
+def _name(video: Video) -> str:
+    """A video in an error message."""
+    if isinstance(video, str | os.PathLike):
+        return os.fspath(video)
+    in_memory = isinstance(video, np.ndarray | DecodedVideo)
+    return "frames in memory" if in_memory else str(getattr(video, "name", "open file"))
