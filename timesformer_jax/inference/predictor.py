@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.checkpoints.load import load
 from timesformer_jax.data.decode import DecodedVideo, VideoError
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference import clips as clips_lib
@@ -82,7 +82,8 @@ class Predictor:
     it returns a list. Without `fps`, frames must be one clip that is sampled already.
 
     Args:
-      checkpoint: of a run of ours, as for `checkpoints.load_parameters`.
+      checkpoint: a run of ours or one of its steps, a Hugging Face directory, a `.pyth` of the
+        authors' release, or a name; as for `from_pretrained`.
       views: clips along a video whose probabilities are averaged.
       crops: crops of each clip: 3 for left, centre and right, 1 for the centre.
       attention_kernels: "auto" for the fastest on the device, "xla", or the name of a kernel (see
@@ -117,7 +118,7 @@ class Predictor:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
         select.check_name(attention_kernels)
-        self.metadata, self._params = checkpoints.load_parameters(checkpoint)
+        self.metadata, self._params = load(checkpoint)
         model = self.metadata.model
         if labels is not None and len(labels) != model.num_classes:
             raise InputError(
