@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from timesformer_jax import ranges
 from timesformer_jax.errors import InputError
 
 
@@ -46,7 +47,9 @@ class ClipSpec:
             raise InputError(f"sampling must be stride or segments, not {self.sampling!r}")
         if self.start not in ("middle", "first"):
             raise InputError(f"start must be middle or first, not {self.start!r}")
-        if min(self.frames, self.frame_stride, self.crop) < 1:
-            raise InputError("frames, frame_stride and crop of a clip must be at least 1")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise InputError("mean and std need three numbers each, std above 0")
+        for field in ("frames", "frame_stride", "crop", "short_side"):
+            ranges.check(field, getattr(self, field))
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise InputError("mean and std need three numbers each")
+        ranges.check("clip.mean", self.mean, "mean")
+        ranges.check("clip.std", self.std, "std")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from timesformer_jax.cli.flags import (
     Command,
-    any_number,
     boolean,
-    fraction,
     integer,
     number,
     string,
@@ -26,8 +24,8 @@ CHECKPOINT = string(
     "a run's --workdir, WORKDIR/best or one step; or any file of docs/checkpoints.md",
 )
 VIEWS = (
-    integer("views", 1, "clips per video, whose probabilities are averaged", minimum=1),
-    integer("crops", 3, "square crops per clip: 3 (left, centre, right) or 1", minimum=1),
+    integer("views", 1, "clips per video, whose probabilities are averaged"),
+    integer("crops", 3, "square crops per clip: 3 (left, centre, right) or 1"),
 )
 ATTENTION_KERNELS = string(
     "attention_kernels", "auto", "auto for the fastest on the device, xla, or the name of a kernel"
@@ -42,9 +40,7 @@ MEASURING = (
 )
 PROCESSES = (
     string("coordinator", None, "host:port of process 0; by default detected"),
-    integer(
-        "num_processes", None, "number of processes of this run; by default detected", minimum=1
-    ),
+    integer("num_processes", None, "number of processes of this run; by default detected"),
     integer("process_id", None, "number of this process, from 0; by default detected"),
     number("startup_seconds", None, "how long to wait for all processes; by default 300"),
     number("heartbeat_seconds", None, "a process silent for this long is lost; by default 60"),
@@ -73,14 +69,13 @@ COMMANDS = {
                 "labels", None, "file of class names, one per line; by default those that occur"
             ),
             string("name", None, "name of the data set, used in file names"),
-            integer("short_side", 256, "short side of the stored frames in pixels", minimum=1),
-            integer("quality", 90, "JPEG quality of the stored frames", minimum=1),
+            integer("short_side", 256, "short side of the stored frames in pixels"),
+            integer("quality", 90, "JPEG quality of the stored frames"),
             number("fps", None, "frames per second to resample to; by default the video's"),
             integer(
                 "store_stride",
                 None,
                 "store only every n-th frame; by default 4 for Kinetics and HowTo100M, else 1",
-                minimum=1,
             ),
             number(
                 "segment_seconds",
@@ -88,9 +83,9 @@ COMMANDS = {
                 "length of the equal records that a clip is cut into; by default"
                 " 8.53 for HowTo100M, else clips are not cut",
             ),
-            integer("clips_per_shard", 32, "maximum number of clips per file", minimum=1),
+            integer("clips_per_shard", 32, "maximum number of clips per file"),
             integer("workers", 0, "number of processes; 0: one per core"),
-            fraction(
+            number(
                 "validation_fraction",
                 0.1,
                 "fraction of the clips without a split that is used for validation",
@@ -115,7 +110,7 @@ COMMANDS = {
             string("annotations", None, "annotations of the videos, as for prepare"),
             string("dataset", None, "data set of the videos, as for prepare"),
             string("labels", None, "file of class names, as for prepare"),
-            fraction("decode_fraction", 0.05, "fraction of the clips whose frames are decoded"),
+            number("decode_fraction", 0.05, "fraction of the clips whose frames are decoded"),
             integer("workers", 0, "number of threads, or processes for videos; 0: one per core"),
             string("output", None, "csv file to write unusable videos to, with the reason"),
         ),
@@ -134,9 +129,9 @@ COMMANDS = {
             CHECKPOINT,
             string("data", None, "folder of records, or tfds:NAME; by default the training data"),
             string("split", None, "split of the data; by default the config's evaluation split"),
-            any_number("fps", None, "frame rate of records that do not store theirs"),
+            number("fps", None, "frame rate of records that do not store theirs"),
             *VIEWS,
-            integer("batch_size", None, "videos per batch; by default the config's", minimum=1),
+            integer("batch_size", None, "videos per batch; by default the config's"),
             strings(
                 "output",
                 "files for the results, such as results.json,videos.csv,confusion.png: all of"
@@ -155,7 +150,7 @@ COMMANDS = {
             *VIEWS,
             number("start", None, "start of the part of each video to classify, in seconds"),
             number("end", None, "end of this part, in seconds"),
-            integer("top", 5, "number of classes to print", minimum=1),
+            integer("top", 5, "number of classes to print"),
             ATTENTION_KERNELS,
         ),
         required=("checkpoint",),
@@ -192,17 +187,12 @@ COMMANDS = {
             string("resize", "bicubic", "how position embeddings are resized: bicubic or official"),
             string("labels", None, "file of class names, one per line, in the order of the logits"),
             string("attention", None, "attention scheme, if the checkpoint is an image ViT"),
-            integer("num_heads", None, "number of heads, if the file does not store it", minimum=1),
+            integer("num_heads", None, "number of heads, if the file does not store it"),
             integer(
-                "num_classes",
-                None,
-                "replace the classifier by a new one for this many classes",
-                minimum=1,
+                "num_classes", None, "replace the classifier by a new one for this many classes"
             ),
-            integer("num_frames", None, "resize the time embedding to this many frames", minimum=1),
-            integer(
-                "image_size", None, "resize the position embedding to this image size", minimum=1
-            ),
+            integer("num_frames", None, "resize the time embedding to this many frames"),
+            integer("image_size", None, "resize the position embedding to this image size"),
         ),
         positional=("src", "dst"),
     ),
@@ -218,23 +208,18 @@ COMMANDS = {
             ),
             string("split", "train", "split of the data"),
             CONFIG,
-            integer("frames", None, "frames per clip; by default the config's, or 8", minimum=1),
+            integer("frames", None, "frames per clip; by default the config's, or 8"),
             integer(
                 "frame_stride",
                 None,
                 "distance between frames at 30 fps; by default the config's, or 32",
-                minimum=1,
             ),
-            integer(
-                "crop", None, "side of a clip in pixels; by default the config's, or 224", minimum=1
-            ),
+            integer("crop", None, "side of a clip in pixels; by default the config's, or 224"),
             strings(
                 "short_side_range", "range of the short side; by default the config's, or 256,320"
             ),
-            integer(
-                "batch_size", None, "clips per batch; by default the config's, or 16", minimum=1
-            ),
-            integer("batches", 200, "number of batches to measure", minimum=1),
+            integer("batch_size", None, "clips per batch; by default the config's, or 16"),
+            integer("batches", 200, "number of batches to measure"),
             boolean("reference", "also measure a loop over simplejpeg and OpenCV"),
             string("json", None, "JSON file to write the results to"),
         ),
@@ -247,8 +232,8 @@ COMMANDS = {
             strings("frames", "numbers of frames; by default 8,16,32,64,96"),
             strings("sides", "sides of the frames in pixels; by default 224,336,448,560"),
             string("preset", "timesformer_base", "preset of the model"),
-            integer("depth", None, "number of blocks; by default the preset's", minimum=1),
-            integer("batch_size", 1, "clips per batch", minimum=1),
+            integer("depth", None, "number of blocks; by default the preset's"),
+            integer("batch_size", 1, "clips per batch"),
             boolean("quick", "measure one block, at 224 pixels and up to 32 frames"),
             *MEASURING,
         ),

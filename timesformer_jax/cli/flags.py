@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from absl import flags
 from absl.flags import FlagValues
 
 from timesformer_jax.errors import InputError
+from timesformer_jax.ranges import RANGES, Range
 
 # Defines one flag in a set of flags. Each command has its own set: names repeat across commands.
 Define = Callable[[FlagValues], Any]
@@ -44,22 +46,46 @@ def string(name: str, default: str | None, text: str) -> Define:
     return _define(flags.DEFINE_string, name, default, text)
 
 
-def integer(name: str, default: int | None, text: str, minimum: int = 0) -> Define:
-    return _define(flags.DEFINE_integer, name, default, text, lower_bound=minimum)
+def integer(name: str, default: int | None, text: str) -> Define:
+    """A whole number, in the range that `ranges.RANGES` gives for the name, and from `minimum`."""
+    return _number(
+        name, default, text, int, RANGES[name]._replace(low=max(minimum, RANGES[name].low))
+    )
 
 
 def number(name: str, default: float | None, text: str) -> Define:
-    """A number that is not negative."""
-    return _define(flags.DEFINE_float, name, default, text, lower_bound=0.0)
+    """A number in the range that `ranges.RANGES` gives for the name."""
+    return _number(name, default, text, float, RANGES[name])
 
 
-def fraction(name: str, default: float, text: str) -> Define:
-    """A number in [0, 1]."""
-    return _define(flags.DEFINE_float, name, default, text, lower_bound=0.0, upper_bound=1.0)
+def _number(
+    name: str, default: float | None, text: str, kind: Callable[[str], float], allowed: Range
+) -> Define:
+    parser = _NumberParser(kind, allowed)
+    serializer = flags.ArgumentSerializer()
+    return lambda values: flags.DEFINE(
+        parser, name, default, text, flag_values=values, serializer=serializer
+    )
 
 
-def any_number(name: str, default: float | None, text: str) -> Define:
-    return _define(flags.DEFINE_float, name, default, text)
+class _NumberParser(flags.ArgumentParser):
+    """Parses a number and holds it to its range; absl's own bounds let NaN pass."""
+
+    def __init__(self, kind: Callable[[str], float], allowed: Range):
+        self._kind, self._allowed = kind, allowed
+        self.syntactic_help = str(allowed)
+
+    def parse(self, argument: str | float) -> float:
+        try:
+            value = self._kind(argument)
+        except ValueError:
+            value = math.nan
+        if value not in self._allowed:
+            raise ValueError(f"it must be {self._allowed}")
+        return value
+
+    def flag_type(self) -> str:
+        return "number"
 
 
 def boolean(name: str, text: str) -> Define:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from timesformer_jax import ranges
 from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.models.attention import Grid
 from timesformer_jax.models.remat import REMATS
@@ -84,10 +85,13 @@ class TimeSformerConfig:
                 )
         for field in (
             "num_classes", "image_size", "num_frames", "patch_size", "hidden_size", "depth",
-            "num_heads",
+            "num_heads", "mlp_ratio", "drop_path",
         ):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} must be at least 1, not {getattr(self, field)}")
+            ranges.check(field, getattr(self, field))
+        if self.mlp_size < 1:
+            raise InputError(
+                f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} is no hidden unit"
+            )
         if self.hidden_size % self.num_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
@@ -96,8 +100,6 @@ class TimeSformerConfig:
             raise InputError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )
-        if not 0 <= self.drop_path < 1:
-            raise InputError(f"drop_path must be in [0, 1), not {self.drop_path}")
 
     @property
     def scheme(self) -> Scheme:

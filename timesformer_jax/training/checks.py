@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
+from timesformer_jax import ranges
 from timesformer_jax.checkpoints.metadata import flatten_config
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import sampling
@@ -20,24 +21,8 @@ if TYPE_CHECKING:  # planning runs where ml_collections is not installed
 
 def check_config(config: ConfigDict) -> None:
     """Raises InputError, naming the flag to change, if a value of a training config is invalid."""
-    minimum = {
-        "epochs": 1, "batch_size": 1, "log_every_steps": 1, "eval.batch_size": 1, "eval.views": 1,
-        "eval.every_epochs": 0, "checkpoint.keep": 1, "checkpoint.keep_best": 0,
-        "checkpoint.every_steps": 0, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
-        "accumulate_steps": 1, "ema_decay": 0,
-        "profile.start_step": 1, "profile.steps": 0,
-    }  # fmt: skip
     values = flatten_config(config.to_dict())
-    for name, bound in minimum.items():
-        if not bound <= values[name] < math.inf:
-            raise InputError(f"--config.{name} must be at least {bound}, not {values[name]}")
-    if values["ema_decay"] >= 1:
-        raise InputError(
-            f"--config.ema_decay must be below 1, 0.9999 for example, not {values['ema_decay']}"
-        )
-    if not 0 < values["optimizer.learning_rate"] < math.inf:
-        rate = values["optimizer.learning_rate"]
-        raise InputError(f"--config.optimizer.learning_rate must be above 0, not {rate}")
+    ranges.check_fields(values, "--config.")
     if values["eval.crops"] not in (1, 3):
         raise InputError(f"--config.eval.crops must be 1 or 3, not {values['eval.crops']}")
     check_name(values["attention_kernels"])
