@@ -156,7 +156,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.csv").write_bytes("path,label\na.mp4,café\n".encode("latin-1"))
     refused("not text in UTF-8", tmp_path, tmp_path / "latin.csv")
     refused("is not one csv of clips", tmp_path, tmp_path)
-    refused("validation fraction", tmp_path, None, validation_fraction=1.0)
+    refused("validation_fraction", tmp_path, None, validation_fraction=1.0)
 
 
 # ---- labels -------------------------------------------------------------------------------------

@@ -457,9 +457,9 @@ def test_on_a_bucket_from_the_command_line(prepared, gcs, timesformer, monkeypat
         ({"directories": ["a"], "output": "b.csv"}, "go with --videos only"),
         (
             {"directories": ["a"], "decode_fraction": 1.5},
-            "decode_fraction is 1.5; give the fraction",
+            "decode_fraction must be a number from 0 to 1, not 1.5",
         ),
-        ({"directories": ["a"], "workers": -1}, "workers is -1; give 1 or more"),
+        ({"directories": ["a"], "workers": -1}, "workers must be a whole number from 0"),
         ({"videos": "/nowhere"}, "there is no folder /nowhere"),
         ({"directories": ["/nowhere"]}, "there is no folder /nowhere"),
     ],

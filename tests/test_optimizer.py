@@ -133,7 +133,7 @@ def test_a_warmup_as_long_as_the_run_is_one_line():
 def test_an_impossible_layer_decay_is_one_line(layer_decay):
     config = recipes.recipe().optimizer
     config.layer_decay = layer_decay
-    with pytest.raises(InputError, match="layer_decay must be above 0 and at most 1"):
+    with pytest.raises(InputError, match="layer_decay must be a number above 0 and at most 1"):
         make_optimizer(config, optax.constant_schedule(0.01))
 
 

@@ -235,7 +235,7 @@ def flat(config: ConfigDict):
         ("attention", "give attention once, as attention=VALUE"),
         ("frames=8,frames=16", "give frames once"),
         ("frames=many", r"frames must be a number \(int\), not 'many'"),
-        ("frames=0", "must be at least 1"),
+        ("frames=0", "frames must be a whole number from 1"),
         ("crop=225", "225 is not divisible by patch_size"),
         ("backbone=vit_xl", "backbone must be one of vit_s, vit_b, vit_l"),
         ("init=imagenet", "init must be one of imagenet21k"),

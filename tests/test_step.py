@@ -371,11 +371,11 @@ def test_the_average_is_saved_goes_on_is_evaluated_and_is_what_one_predicts_with
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("accumulate_steps", 0, "accumulate_steps must be at least 1"),
+        ("accumulate_steps", 0, "accumulate_steps must be a whole number from 1"),
         ("accumulate_steps", 3, "3 parts each; set --config.batch_size to a multiple of 24"),
-        ("ema_decay", 1.0, "ema_decay must be below 1"),
-        ("ema_decay", -0.1, "ema_decay must be at least 0"),
-        ("optimizer.clip_norm", -1.0, "clip_norm must be at least 0"),
+        ("ema_decay", 1.0, "ema_decay must be a number from 0 to below 1, not 1"),
+        ("ema_decay", -0.1, "ema_decay must be a number from 0"),
+        ("optimizer.clip_norm", -1.0, "clip_norm must be a number from 0"),
         ("optimizer.trainable", "tail", "optimizer.trainable must be all or head"),
         ("model.remat", "blocks", "remat must be one of .*did you mean 'block'"),
     ],

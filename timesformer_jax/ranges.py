@@ -22,6 +22,7 @@ class Range(NamedTuple):
       whole: only whole numbers.
       above, below: `low`, `high` themselves do not belong to the range.
       also: one more number, for a special meaning such as "none"; None: no other.
+      only: the numbers themselves, where there are but a few.
     """
 
     low: float
@@ -30,6 +31,7 @@ class Range(NamedTuple):
     above: bool = False
     below: bool = False
     also: float | None = None
+    only: tuple[int, ...] = ()
 
     def __contains__(self, value: Any) -> bool:
         """Whether a number is in the range; NaN and infinities are in none."""
@@ -38,12 +40,16 @@ class Range(NamedTuple):
             return False
         if self.also is not None and value == self.also:
             return True
+        if self.only:
+            return value in self.only
         over = value > self.low if self.above else value >= self.low
         under = value < self.high if self.below else value <= self.high
         return over and under
 
     def __str__(self) -> str:
         """The range in words: "a whole number from 1 to 100", "a number above 0 and below 1"."""
+        if self.only:
+            return " or ".join(map(_shown, self.only))
         kind = "a whole number" if self.whole else "a number"
         low = f"above {_shown(self.low)} and" if self.above else f"from {_shown(self.low)}"
         high = _shown(self.high)
@@ -105,7 +111,7 @@ RANGES: dict[str, Range] = {
     # batches and results
     "batch_size": _COUNT,
     "views": Range(1, 10_000, whole=True),
-    "crops": Range(1, 3, whole=True),
+    "crops": Range(1, 3, whole=True, only=(1, 3)),
     "top": _COUNT,
     "batches": _COUNT,
     # training
@@ -173,6 +179,17 @@ def check(name: str, value: Any, shown: str | None = None) -> None:
     for number in value if isinstance(value, tuple | list) else (value,):
         if number not in allowed:
             raise InputError(f"{shown or name} must be {allowed}, not {_short(number)}")
+
+
+def check_given(**values: Any) -> None:
+    """Checks arguments by their names, of which those that are None are not given.
+
+    Raises:
+      InputError: one is not in its range.
+    """
+    for name, value in values.items():
+        if value is not None:
+            check(name, value)
 
 
 def check_fields(fields: Mapping[str, Any], prefix: str = "") -> None:

@@ -48,9 +48,7 @@ def string(name: str, default: str | None, text: str) -> Define:
 
 def integer(name: str, default: int | None, text: str) -> Define:
     """A whole number, in the range that `ranges.RANGES` gives for the name, and from `minimum`."""
-    return _number(
-        name, default, text, int, RANGES[name]._replace(low=max(minimum, RANGES[name].low))
-    )
+    return _number(name, default, text, int, RANGES[name])
 
 
 def number(name: str, default: float | None, text: str) -> Define:

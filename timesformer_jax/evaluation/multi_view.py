@@ -17,8 +17,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
+<<<<<<< HEAD
 from timesformer_jax import storage
 from timesformer_jax.checkpoints.load import load
+=======
+from timesformer_jax import ranges, storage
+from timesformer_jax.checkpoints import store as checkpoints
+>>>>>>> 37fb758 (The checks of prepare, check, evaluate and training take their ranges from the table)
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input.pipeline import eval_batches
@@ -117,8 +122,7 @@ def evaluate_checkpoint(
     Raises:
       InputError: if something cannot be read, or the data's labels are not the checkpoint's.
     """
-    if views < 1 or crops not in (1, 3):
-        raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
+    ranges.check_given(views=views, crops=crops, batch_size=batch_size, fps=fps)
     check_outputs(output)
     with tuning.using(attention_kernels), hosts.processes(**processes):
         mesh = make_mesh()

@@ -23,8 +23,6 @@ def check_config(config: ConfigDict) -> None:
     """Raises InputError, naming the flag to change, if a value of a training config is invalid."""
     values = flatten_config(config.to_dict())
     ranges.check_fields(values, "--config.")
-    if values["eval.crops"] not in (1, 3):
-        raise InputError(f"--config.eval.crops must be 1 or 3, not {values['eval.crops']}")
     check_name(values["attention_kernels"])
     sampling.check_short_side_range(tuple(values["data.short_side_range"]), values["clip.crop"])
     if not values["data.directory"]:

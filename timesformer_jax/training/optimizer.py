@@ -8,6 +8,7 @@ import jax
 import optax
 from absl import logging
 
+from timesformer_jax import ranges
 from timesformer_jax.errors import InputError
 
 if TYPE_CHECKING:  # the step also runs without ml_collections
@@ -82,10 +83,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     """
     if config.trainable not in TRAINABLE:
         raise InputError(f"optimizer.trainable must be all or head, not {config.trainable!r}")
-    if not 0 < config.layer_decay <= 1:
-        raise InputError(
-            f"optimizer.layer_decay must be above 0 and at most 1, not {config.layer_decay}"
-        )
+    ranges.check_fields(config.to_dict(), "optimizer.")
     # identity keeps the structure of the state, so that a run can resume with another value.
     clip, decay = optax.identity(), optax.identity()
     if config.clip_norm:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from timesformer_jax import ranges
 from timesformer_jax.data.annotations import (
     custom,
     diving48,
@@ -114,10 +115,7 @@ def read(
     Raises:
       InputError: no clips, an invalid row, a label that is not allowed, a clip listed twice.
     """
-    if not 0 <= validation_fraction < 1:
-        raise InputError(
-            f"the validation fraction is {validation_fraction}; give one from 0 to below 1"
-        )
+    ranges.check("validation_fraction", validation_fraction)
     known = published_dataset(dataset)
     folder = walk(videos)
     files = None if annotations is None else annotation_files(annotations)

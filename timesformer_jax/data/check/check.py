@@ -6,6 +6,7 @@ Every problem is printed as one line; no file is changed.
 import os
 from collections.abc import Sequence
 
+from timesformer_jax import ranges
 from timesformer_jax.data.check.videos import check_videos
 from timesformer_jax.data.records.quiet_import import import_prepared
 from timesformer_jax.errors import InputError
@@ -43,12 +44,7 @@ def check(
       InputError: the arguments cannot be used, or, after everything is printed, there are
         problems.
     """
-    if not 0 <= decode_fraction <= 1:
-        raise InputError(
-            f"decode_fraction is {decode_fraction}; give the fraction of the clips, from 0 to 1"
-        )
-    if workers < 0:
-        raise InputError(f"workers is {workers}; give 1 or more, or 0 for all processors")
+    ranges.check_given(decode_fraction=decode_fraction, workers=workers)
     if bool(directories) == bool(videos):
         raise InputError("give prepared directories to check, or the folder of --videos")
     if not videos and (annotations or dataset or labels or output):

@@ -13,7 +13,6 @@ continues where it stopped, and ends with the same bytes. In the order written:
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from functools import partial
 
 from etils import epath
 
+from timesformer_jax import ranges
 from timesformer_jax.data import annotations as annotations_lib
 from timesformer_jax.data.annotations import Clip, Listing
 from timesformer_jax.data.decode import MISSING_FILE
@@ -147,19 +147,11 @@ def prepare(
 def _check_arguments(
     options: ShardOptions, workers: int, max_failures: int | None, runner: str, beam_options: str
 ) -> None:
-    for field in ("short_side", "store_stride", "clips_per_shard"):
-        if getattr(options, field) < 1:
-            raise InputError(f"{field} is {getattr(options, field)}; give 1 or more")
-    if not 1 <= options.quality <= 100:
-        raise InputError(f"quality is {options.quality}; give 1 to 100")
-    for field in ("fps", "segment_seconds"):
-        value = getattr(options, field)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{field} is {value}; give a number above 0")
-    if workers < 0:
-        raise InputError(f"workers is {workers}; give 1 or more, or 0 for all processors")
-    if max_failures is not None and max_failures < 0:
-        raise InputError(f"max_failures is {max_failures}; give 0 or more")
+    for field in ("short_side", "quality", "store_stride", "fps", "clips_per_shard"):
+        ranges.check_given(**{field: getattr(options, field)})
+    ranges.check_given(
+        segment_seconds=options.segment_seconds, workers=workers, max_failures=max_failures
+    )
     if runner not in RUNNERS:
         raise InputError(f"there is no runner '{runner}'; give one of {', '.join(RUNNERS)}")
     if beam_options and runner != "beam":
