@@ -50,7 +50,7 @@ def test_what_is_impossible_is_in_no_range(name):
     for value in IMPOSSIBLE:
         with pytest.raises(InputError) as raised:
             ranges.check(name, value)
-        assert str(raised.value).startswith(f"{name} must be a ")
+        assert str(raised.value).startswith(f"{name} must be ")
         assert len(str(raised.value)) < 200
 
 
