@@ -17,13 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from timesformer_jax import storage
-from timesformer_jax.checkpoints.load import load
-=======
 from timesformer_jax import ranges, storage
-from timesformer_jax.checkpoints import store as checkpoints
->>>>>>> 37fb758 (The checks of prepare, check, evaluate and training take their ranges from the table)
+from timesformer_jax.checkpoints.load import load
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input.pipeline import eval_batches
