@@ -1,10 +1,11 @@
 import os
 import signal
+import time
 
 import pytest
 
 from timesformer_jax.errors import InputError
-from timesformer_jax.workers import report_progress, run_tasks
+from timesformer_jax.workers import report_progress, run_tasks, still_working
 
 
 def double(task, numbers, crashed):
@@ -49,3 +50,22 @@ def stop(finished, failed):
 def test_what_on_progress_raises_ends_the_run():
     with pytest.raises(InputError, match="enough"):
         run_tasks(double, {"a": ("a", [1, 2])}, 1, stop)
+
+
+def hang(task, crashed):
+    """A task of two items; the first one hangs where only the system can end it."""
+    report_progress(task, "first", 0)
+    if "first" not in crashed:
+        for _ in range(30):  # this goes on, slowly, and is not ended
+            time.sleep(0.1)
+            still_working()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        time.sleep(600)
+    report_progress(task, None, 2)
+    return crashed["first"]
+
+
+def test_a_hang_costs_one_item():
+    begin = time.monotonic()
+    assert run_tasks(hang, {"a": ("a",)}, 1, lambda *_: None, stall_seconds=2) == {"a": "SIGALRM"}
+    assert 5 < time.monotonic() - begin < 100

@@ -35,15 +35,15 @@ class Range(NamedTuple):
 
     def __contains__(self, value: Any) -> bool:
         """Whether a number is in the range; NaN and infinities are in none."""
-        kind = Integral if self.whole else Real
-        if isinstance(value, bool) or not isinstance(value, kind):
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
+        number: Any = value  # of NumPy's types too
         if self.also is not None and value == self.also:
             return True
         if self.only:
             return value in self.only
-        over = value > self.low if self.above else value >= self.low
-        under = value < self.high if self.below else value <= self.high
+        over = number > self.low if self.above else number >= self.low
+        under = number < self.high if self.below else number <= self.high
         return over and under
 
     def __str__(self) -> str:

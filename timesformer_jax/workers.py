@@ -19,8 +19,16 @@ from timesformer_jax.errors import InputError
 # TensorFlow does not survive a fork, and neither do some decoders.
 SPAWN = multiprocessing.get_context("spawn")
 
-# Signals that end a process because of its own code. SIGKILL comes from outside.
-CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+# Signals that end a process because of its own code. SIGKILL comes from outside. SIGALRM is that of
+# the watchdog, see `still_working`.
+HANG_SIGNAL = signal.SIGALRM
+CRASH_SIGNALS = (
+    *(signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL),
+    HANG_SIGNAL,
+)
+
+# Seconds in which a decoder must give a packet or a frame. The slowest take tenths of a second.
+STALL_SECONDS = 120.0
 
 # Seconds between two updates of the progress.
 POLL_SECONDS = 0.2
@@ -35,19 +43,22 @@ class WorkerCrash(Exception):
 
 
 @contextmanager
-def worker_pool(processes: int, reports=None) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(
+    processes: int, reports=None, stall_seconds: float = STALL_SECONDS
+) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes that are terminated if anything goes wrong.
 
     Args:
       processes: how many.
       reports: a SimpleQueue of SPAWN that receives what workers pass to `report_progress`; None:
         reports are dropped.
+      stall_seconds: see `still_working`.
 
     Raises:
-      WorkerCrash: a worker crashed, for example by a segmentation fault.
+      WorkerCrash: a worker crashed, for example by a segmentation fault, or hung.
       InputError: a worker was killed.
     """
-    pool = _Pool(processes, initializer=_start_worker, initargs=(reports,))
+    pool = _Pool(processes, initializer=_start_worker, initargs=(reports, stall_seconds))
     try:
         yield pool
         pool.shutdown()
@@ -73,12 +84,13 @@ def run_tasks(
     tasks: Mapping[str, tuple],
     processes: int,
     on_progress: Callable[[int, int], None],
+    stall_seconds: float = STALL_SECONDS,
 ) -> dict[str, Any]:
-    """Runs tasks in worker processes. A crash costs one item of a task, not the run.
+    """Runs tasks in worker processes. A crash or a hang costs one item of a task, not the run.
 
     A task handles its items one by one, and calls `report_progress` before each and after the
-    last. If a worker crashes, the item that it reported last is noted, and all unfinished tasks
-    run again; they must skip the noted items.
+    last. If a worker crashes, or hangs (see `still_working`), the item that it reported last is
+    noted, and all unfinished tasks run again; they must skip the noted items.
 
     Args:
       function: called as function(*arguments, crashed) in a worker. crashed: {item: name of the
@@ -87,6 +99,7 @@ def run_tasks(
       processes: at most.
       on_progress: called with the numbers of finished items and of failed ones among them, in all
         tasks. What it raises ends the run.
+      stall_seconds: of an item without a call of `still_working`, after which it hangs.
 
     Returns:
       What the function returned for each task, by the task's name.
@@ -101,7 +114,7 @@ def run_tasks(
         remaining = [name for name in tasks if name not in results]
         reports = SPAWN.SimpleQueue()
         try:
-            with worker_pool(min(processes, len(remaining)), reports) as pool:
+            with worker_pool(min(processes, len(remaining)), reports, stall_seconds) as pool:
                 futures = {pool.submit(function, *tasks[name], crashed): name for name in remaining}
                 while futures:
                     done, _ = wait(futures, POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -167,6 +180,7 @@ class _ProgressLog:
 # ---- in a worker --------------------------------------------------------------------------------
 
 _reports = None
+_stall_seconds = 0.0  # 0: nobody watches
 
 
 def report_progress(task: str, item: str | None, finished: int, failed: int = 0) -> None:
@@ -179,12 +193,30 @@ def report_progress(task: str, item: str | None, finished: int, failed: int = 0)
       failed: how many of the finished ones failed.
     """
     if _reports is not None:
+        watch(_stall_seconds if item is not None else 0)
         _reports.put(_Report(os.getpid(), task, item, finished, failed))
 
 
-def _start_worker(reports) -> None:
-    global _reports
-    _reports = reports
+def still_working() -> None:
+    """Tells the watchdog that the current item goes on. Does nothing in a process without one.
+
+    The watchdog is a timer of the system: what hangs may hold any lock. If it is not told for
+    `stall_seconds`, it ends the process by HANG_SIGNAL.
+    """
+    if signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.setitimer(signal.ITIMER_REAL, _stall_seconds)
+
+
+def watch(stall_seconds: float) -> None:
+    """Starts the watchdog of this process, or stops it with 0. For processes made to decode."""
+    global _stall_seconds
+    _stall_seconds = stall_seconds or _stall_seconds
+    signal.setitimer(signal.ITIMER_REAL, stall_seconds)
+
+
+def _start_worker(reports, stall_seconds: float) -> None:
+    global _reports, _stall_seconds
+    _reports, _stall_seconds = reports, stall_seconds
     # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Workers use TensorFlow to write files only, and it must not reserve the accelerator's memory.

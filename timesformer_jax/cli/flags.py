@@ -57,10 +57,10 @@ def number(name: str, default: float | None, text: str) -> Define:
 
 
 def _number(
-    name: str, default: float | None, text: str, kind: Callable[[str], float], allowed: Range
+    name: str, default: float | None, text: str, kind: Callable[[Any], float], allowed: Range
 ) -> Define:
     parser = _NumberParser(kind, allowed)
-    serializer = flags.ArgumentSerializer()
+    serializer: flags.ArgumentSerializer = flags.ArgumentSerializer()
     return lambda values: flags.DEFINE(
         parser, name, default, text, flag_values=values, serializer=serializer
     )
@@ -69,7 +69,7 @@ def _number(
 class _NumberParser(flags.ArgumentParser):
     """Parses a number and holds it to its range; absl's own bounds let NaN pass."""
 
-    def __init__(self, kind: Callable[[str], float], allowed: Range):
+    def __init__(self, kind: Callable[[Any], float], allowed: Range):
         self._kind, self._allowed = kind, allowed
         self.syntactic_help = str(allowed)
 

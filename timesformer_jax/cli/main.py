@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from timesformer_jax.cli import help as help_texts
 from timesformer_jax.cli import log
@@ -71,7 +72,17 @@ def load_command(words: Sequence[str]) -> Callable[[], None]:
         raise InputError(
             f"{name} needs the package {e.name}: pip install '.[data]' in the project's folder"
         ) from e
+    if any(argument.startswith("video") for argument in command.positional):
+        return functools.partial(_run_isolated, run, arguments)
     return functools.partial(run, **arguments)
+
+
+def _run_isolated(run: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Runs a command that is given videos: each is decoded in a process of its own."""
+    from timesformer_jax.data.decode import isolated
+
+    with isolated():
+        run(**arguments)
 
 
 def _split_name(words: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -14,11 +14,6 @@ from timesformer_jax.storage import write_atomically
 COLUMNS = ("id", "path", "label", "start", "end", "split", "frame_range", "reason")
 
 
-def crash_reason(signal: str) -> str:
-    """The reason of a clip on which the decoder crashed. signal: its name, SIGSEGV for example."""
-    return f"the decoder crashes: {signal}"
-
-
 def failure(clip: Clip, reason: str) -> dict:
     """A row of the csv, of values that JSON keeps."""
     row = {"id": clip.id, **asdict(clip), "reason": reason}

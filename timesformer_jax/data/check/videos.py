@@ -10,8 +10,8 @@ from tqdm import tqdm
 from timesformer_jax.data import annotations as annotations_lib
 from timesformer_jax.data.annotations import Clip, Listing
 from timesformer_jax.data.check.report import format_table, is_decoded
-from timesformer_jax.data.decode import MISSING_FILE, VideoError, VideoFile, VideoInfo
-from timesformer_jax.data.failures import crash_reason, failure, write_failures
+from timesformer_jax.data.decode import MISSING_FILE, VideoError, VideoFile, VideoInfo, crash_reason
+from timesformer_jax.data.failures import failure, write_failures
 from timesformer_jax.storage import absolute, disk_errors
 from timesformer_jax.workers import available_cores, report_progress, run_tasks
 

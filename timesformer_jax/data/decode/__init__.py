@@ -1,6 +1,7 @@
 """Video files to RGB frames. PyAV, and so every codec, is used in this package only."""
 
 from timesformer_jax.data.decode.container import MISSING_FILE, VideoError, VideoInfo
+from timesformer_jax.data.decode.isolated import crash_reason, decode_clip, isolated
 from timesformer_jax.data.decode.stream import ClipStream, Gap, StreamedClip
 from timesformer_jax.data.decode.timeline import Timeline, equal_pieces
 from timesformer_jax.data.decode.video import (
@@ -8,7 +9,6 @@ from timesformer_jax.data.decode.video import (
     DecodedVideo,
     VideoFile,
     decode,
-    decode_clip,
     resize,
 )
 
@@ -23,8 +23,10 @@ __all__ = [
     "VideoError",
     "VideoFile",
     "VideoInfo",
+    "crash_reason",
     "decode",
     "decode_clip",
     "equal_pieces",
+    "isolated",
     "resize",
 ]

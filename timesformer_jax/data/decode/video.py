@@ -30,6 +30,7 @@ from timesformer_jax.data.decode.container import (
 )
 from timesformer_jax.data.decode.limits import LIMITS, Limits
 from timesformer_jax.data.decode.timeline import Timeline
+from timesformer_jax.workers import still_working
 
 # `ffmpeg -vf scale` is bicubic too, so frames equal those of copies that were scaled with ffmpeg.
 # swscale widens its kernel when it shrinks, so it does not alias. The other flags choose exact
@@ -307,6 +308,7 @@ class VideoFile:
         if short_side is not None:
             width, height = _resized(width, height, short_side)
         check_pixels(width, height, self._limits)
+        still_working()
         with video_errors():
             array = self._scaler.reformat(
                 frame, width, height, "rgb24", interpolation=SCALING, threads=1
@@ -398,6 +400,7 @@ class VideoFile:
                 )
             if time.monotonic() > self._deadline:
                 raise VideoError(f"not decoded in {self._limits.minutes:g} minutes")
+            still_working()
             yield packet
 
     def _seek(self, seconds: float) -> None:

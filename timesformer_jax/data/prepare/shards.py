@@ -23,9 +23,10 @@ from timesformer_jax.data.decode import (
     Timeline,
     VideoError,
     VideoFile,
+    crash_reason,
     equal_pieces,
 )
-from timesformer_jax.data.failures import crash_reason, failure
+from timesformer_jax.data.failures import failure
 from timesformer_jax.data.layout import MANIFESTS
 from timesformer_jax.data.records.quiet_import import import_prepared
 from timesformer_jax.storage import atomic_path, write_atomically
