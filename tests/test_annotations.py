@@ -70,7 +70,47 @@ def test_classes_may_be_named_like_splits(tmp_path):
 def test_a_linked_class_folder_is_entered(tmp_path):
     touch(tmp_path, "elsewhere/a.mp4", "videos/dog/b.mp4")
     (tmp_path / "videos/cat").symlink_to(tmp_path / "elsewhere")
-    assert [clip.path for clip in read(tmp_path / "videos").clips] == ["cat/a.mp4", "dog/b.mp4"]
+    refused("cat leads out of .*videos, to .*elsewhere; add --follow", tmp_path / "videos")
+    listing = read(tmp_path / "videos", follow=True)
+    assert [clip.path for clip in listing.clips] == ["cat/a.mp4", "dog/b.mp4"]
+    (tmp_path / "videos/cat").unlink()
+    (tmp_path / "videos/bird").symlink_to(tmp_path / "videos/dog")  # inside: nobody is misled
+    listing = read(tmp_path / "videos")
+    assert [clip.path for clip in listing.clips] == ["bird/b.mp4", "dog/b.mp4"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../../etc/passwd", "/etc/passwd", "a/../../x.mp4", "..", "link.mp4",
+     "folder/x.mp4", "frames", ".hidden/x.mp4", "inside/link.mp4"],
+)  # fmt: skip
+def test_annotations_do_not_lead_out_of_the_videos_folder(tmp_path, path):
+    touch(tmp_path, "elsewhere/x.mp4", "elsewhere/0.png", "videos/a.mp4", "videos/frames/1.png")
+    (tmp_path / "videos/inside").symlink_to("sub")
+    (tmp_path / "videos/sub").mkdir()
+    for link, target in {
+        "link.mp4": "x.mp4", "folder": ".", "frames/0.png": "0.png", ".hidden": ".",
+        "sub/link.mp4": "x.mp4",
+    }.items():  # fmt: skip
+        (tmp_path / "videos" / link).symlink_to(tmp_path / "elsewhere" / target)
+    rows = table(tmp_path, f"path,label\na.mp4,x\n{path},x\n")
+    refused(r"clips.csv line 3: .* leads out of .*videos, to .*; add --follow", tmp_path / "videos",
+            rows)  # fmt: skip
+    assert len(read(tmp_path / "videos", rows, follow=True).clips) == 2
+    # A link that no clip uses is nobody's business.
+    assert len(read(tmp_path / "videos", table(tmp_path, "path,label\na.mp4,x\n")).clips) == 1
+
+
+def test_links_in_circles_and_in_great_numbers_end(tmp_path):
+    touch(tmp_path, "v/cat/a.mp4", "v/cat/b.mp4")
+    for name in ("one", "two"):
+        (tmp_path / "v/cat" / name).symlink_to(tmp_path / "v")
+    assert [clip.path for clip in read(tmp_path / "v").clips] == ["cat/a.mp4", "cat/b.mp4"]
+    for level in range(40):  # 2^40 paths
+        (tmp_path / f"v/level{level}").mkdir()
+        for name in ("one", "two"):
+            (tmp_path / f"v/level{level}" / name).symlink_to(tmp_path / f"v/level{level + 1}")
+    refused("lead to .* again and again", tmp_path / "v")
 
 
 def test_folders_that_cannot_be_read(tmp_path):
@@ -120,7 +160,8 @@ def test_files_that_the_walk_ignores_may_be_listed(tmp_path):
     touch(tmp_path, "elsewhere/a.mp4", "videos/.hidden/b.mp4", "videos/c.vob")
     paths = ("../elsewhere/a.mp4", str(tmp_path / "elsewhere/a.mp4"), ".hidden/b.mp4", "c.vob")
     rows = "".join(f"{path},x,train\n" for path in paths)
-    listing = read(tmp_path / "videos", table(tmp_path, f"path,label,split\n{rows}../no.mp4,x,\n"))
+    rows = table(tmp_path, f"path,label,split\n{rows}../no.mp4,x,\n")
+    listing = read(tmp_path / "videos", rows, follow=True)
     assert listing.missing == ("../no.mp4",)
 
 

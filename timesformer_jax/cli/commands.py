@@ -99,6 +99,7 @@ COMMANDS = {
             string(
                 "beam_options", "", "options of Beam, as in '--runner=DataflowRunner --project=p'"
             ),
+            boolean("follow", "accept videos outside of --videos: paths with .., links"),
         ),
         required=("videos", "output"),
     ),
@@ -113,6 +114,7 @@ COMMANDS = {
             number("decode_fraction", 0.05, "fraction of the clips whose frames are decoded"),
             integer("workers", 0, "number of threads, or processes for videos; 0: one per core"),
             string("output", None, "csv file to write unusable videos to, with the reason"),
+            boolean("follow", "accept videos outside of --videos: paths with .., links"),
         ),
         positional=("directories...",),
     ),

@@ -96,6 +96,7 @@ def read(
     labels: Sequence[str] | None = None,
     validation_fraction: float = 0.1,
     dataset: str | None = None,
+    follow: bool = False,
 ) -> Listing:
     """Lists the clips of a data set. Clips whose file is missing are listed too.
 
@@ -111,15 +112,23 @@ def read(
       validation_fraction: share of the clips of each label without a split that is used for
         validation; the others are used for training.
       dataset: one of DATASETS; None: custom data.
+      follow: accept paths that lead out of the folder `videos`, absolute, by ".." or by symbolic
+        links.
 
     Raises:
-      InputError: no clips, an invalid row, a label that is not allowed, a clip listed twice.
+      InputError: a path that leads out of the folder, no clips, an invalid row, a label that is
+        not allowed, a clip listed twice.
     """
     ranges.check("validation_fraction", validation_fraction)
     known = published_dataset(dataset)
-    folder = walk(videos)
+    folder = walk(videos, follow)
     files = None if annotations is None else annotation_files(annotations)
+    if files is None and folder.outside:
+        link, target = next(iter(folder.outside.items()))
+        raise _outside_error(f"{videos}/{link}", target, videos)
     parsed = _parse(dataset, known, folder, files, labels)
+    if not follow:
+        _require_inside(parsed.rows, folder, videos)
     order = parsed.labels if labels is None else tuple(labels)
     clips = sorted(_valid_clips(parsed.rows, labels), key=lambda clip: clip.id)
     missing = tuple(clip.id for clip in clips if not folder.contains(clip.path))
@@ -139,6 +148,18 @@ def read(
         unlisted=tuple(path for path in folder.videos if path not in used),
         published_counts=_published_counts(parsed, known),
         notes=parsed.notes,
+    )
+
+
+def _require_inside(rows: Sequence[Row], folder: VideoFolder, videos: Location) -> None:
+    for where, clip in rows:
+        if (target := folder.leads_to(clip.path)) is not None:
+            raise _outside_error(f"{where}: {clip.path}", target, videos)
+
+
+def _outside_error(what: str, target: str, videos: Location) -> InputError:
+    return InputError(
+        f"{what} leads out of {videos}, to {target}; add --follow (follow=True) if that is meant"
     )
 
 

@@ -15,6 +15,7 @@ from etils import epath
 
 from timesformer_jax.data.annotations.clips import SPLIT_NAMES
 from timesformer_jax.errors import InputError
+from timesformer_jax.ranges import RANGES
 
 Location = str | os.PathLike
 
@@ -205,8 +206,10 @@ def parse_seconds(where: str, name: str, text: str) -> float | None:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise InputError(f"{where}: {name} '{text}' is not a number of seconds, 0 or more")
+    if value not in RANGES["start"]:
+        raise InputError(
+            f"{where}: {name} '{text:.40}' is not a number of seconds, {RANGES['start']}"
+        )
     return value
 
 

@@ -24,6 +24,7 @@ def check(
     decode_fraction: float = 0.05,
     workers: int = 0,
     output: str | os.PathLike | None = None,
+    follow: bool = False,
 ) -> None:
     """Prints the content of prepared directories or the properties of videos, and all problems.
 
@@ -34,7 +35,7 @@ def check(
     Args:
       directories: prepared ones; none if `videos` is given.
       videos: the folder that holds the video files.
-      annotations, dataset, labels: of the videos; see `prepare.prepare`.
+      annotations, dataset, labels, follow: of the videos; see `prepare.prepare`.
       decode_fraction: fraction of the clips whose frames are decoded. Which ones follows from
         their ids.
       workers: threads, or for videos processes; 0: one for each processor.
@@ -51,7 +52,7 @@ def check(
         raise InputError("annotations, dataset, labels and output go with --videos only")
     if videos:
         result = check_videos(
-            videos, annotations, dataset, labels, decode_fraction, workers, output
+            videos, annotations, dataset, labels, decode_fraction, workers, output, follow
         )
         counts = [_print(videos, *result)]
     else:

@@ -43,11 +43,12 @@ def check_videos(
     decode_fraction: float,
     workers: int,
     output: str | os.PathLike | None,
+    follow: bool = False,
 ) -> tuple[str, list[str]]:
     """Checks the videos of a data set.
 
     Args:
-      videos, annotations, dataset, labels: see `prepare.prepare`.
+      videos, annotations, dataset, labels, follow: see `prepare.prepare`.
       decode_fraction: fraction of the clips that are decoded.
       workers: processes; 0: one for each processor.
       output: a csv for the clips that cannot be used, with the columns of failures.csv; None: none.
@@ -61,7 +62,7 @@ def check_videos(
         killed worker.
     """
     names = None if labels is None else annotations_lib.read_labels(labels)
-    listing = annotations_lib.read(videos, annotations, names, dataset=dataset)
+    listing = annotations_lib.read(videos, annotations, names, dataset=dataset, follow=follow)
     _write_output(output, {}, ())  # fails now rather than after hours if it cannot be written
     missing = frozenset(listing.missing)
     present = [clip for clip in listing.clips if clip.id not in missing]

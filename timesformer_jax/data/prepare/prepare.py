@@ -68,6 +68,7 @@ def prepare(
     max_failures: int | None = None,
     runner: str = "local",
     beam_options: str = "",
+    follow: bool = False,
 ) -> Summary:
     """Prepares a data set: decodes its clips and writes them as TFRecord shards.
 
@@ -101,6 +102,7 @@ def prepare(
         limit. On Beam they are counted at the end.
       runner: "local", processes on this machine, or "beam".
       beam_options: of Apache Beam's command line: "--runner=DataflowRunner --project=p".
+      follow: accept videos outside of the folder; see `annotations.read`.
 
     Returns:
       What was prepared; it is also printed. Progress is written to standard error.
@@ -126,7 +128,7 @@ def prepare(
     )
     _check_arguments(options, workers, max_failures, runner, beam_options)
     names = None if labels is None else annotations_lib.read_labels(labels)
-    listing = annotations_lib.read(videos, annotations, names, validation_fraction, dataset)
+    listing = annotations_lib.read(videos, annotations, names, validation_fraction, dataset, follow)
     print(listing.report(), flush=True)
     if resplit:
         summary = _resplit(absolute(output), listing, validation_fraction)
