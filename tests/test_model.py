@@ -87,7 +87,9 @@ def run(config, params, video):
     return compiled(config)(params, video, direction.astype(np.float32)), direction
 
 
-def reference(config, p: dict[str, torch.Tensor], clip: torch.Tensor) -> torch.Tensor:
+def reference(
+    config, p: dict[str, torch.Tensor], clip: torch.Tensor, attention=brute_force
+) -> torch.Tensor:
     """Logits of one clip (T, H, W, 3), slowly: a frame, a patch, a token copy at a time."""
     d, t = config.hidden_size, clip.shape[0]
     h, w = clip.shape[1] // PATCH, clip.shape[2] // PATCH
@@ -132,7 +134,7 @@ def reference(config, p: dict[str, torch.Tensor], clip: torch.Tensor) -> torch.T
             copies = None
             if oracle not in TOKENLESS:
                 copies = project_in(read_cls.expand(len(sequences(oracle, t, h, w)), d))
-            out_cls, out = brute_force(oracle, copies, project_in(read))
+            out_cls, out = attention(oracle, copies, project_in(read))
             patches = patches + project_out(out)
             if out_cls is not None:
                 update = project_out(out_cls)

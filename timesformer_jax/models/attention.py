@@ -11,7 +11,7 @@ h heads of d channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -85,12 +85,7 @@ def over_partition(qkv: Tokens, grid: Grid, partition: Partition) -> Tokens:
     The patches are gathered sequence by sequence and put back; sequences of one length run
     together (halves of an odd axis differ in length). There is no mask, and no masked product.
     """
-    number = partition(qkv.patches.shape[1], grid).reshape(-1)
-    lengths = np.bincount(number)
-    members = np.split(np.argsort(number, kind="stable"), np.cumsum(lengths)[:-1])
-    alike = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
-    index = [np.stack([members[s] for s in numbers]) for numbers in alike]
-
+    alike, index = zip(*sequences_by_length(partition(qkv.patches.shape[1], grid)))
     flat = _regroup(qkv.patches, -1)  # b t n ... -> b (t n) ...
     parts = [
         over_space(Tokens(None if qkv.cls is None else _take(qkv.cls, s), _take(flat, i)), grid)
@@ -100,6 +95,23 @@ def over_partition(qkv: Tokens, grid: Grid, partition: Partition) -> Tokens:
     cls = _put_back(tokens, alike) if tokens else None
     patches = _put_back([_regroup(part.patches, -1) for part in parts], index)
     return Tokens(cls, patches.reshape(*qkv.patches.shape[:3], -1))
+
+
+def sequences_by_length(number: Int[np.ndarray, "t n"]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The sequences of a partition, those of one length together.
+
+    Args:
+      number: of the sequence of every patch, as a `Partition` gives it.
+
+    Returns:
+      For each length l: the numbers of its s sequences, (s,), and the patches of each, (s, l)
+      indices in T * N.
+    """
+    number = number.reshape(-1)
+    lengths = np.bincount(number)
+    members = np.split(np.argsort(number, kind="stable"), np.cumsum(lengths)[:-1])
+    alike = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
+    return [(numbers, np.stack([members[s] for s in numbers])) for numbers in alike]
 
 
 # What XLA compiles where no kernel is selected. `_joint` and `_rows` have sequences of patches that
@@ -149,7 +161,7 @@ def _take(x: jax.Array, index: np.ndarray) -> jax.Array:
     return x.at[:, index].get(unique_indices=True, mode="promise_in_bounds")
 
 
-def _put_back(taken: list[jax.Array], index: list[np.ndarray]) -> jax.Array:
+def _put_back(taken: list[jax.Array], index: Sequence[np.ndarray]) -> jax.Array:
     """Undoes `_take` with each of `index`, which together name every entry once."""
     order = np.concatenate([i.reshape(-1) for i in index])
     return _take(jnp.concatenate(taken, axis=1), np.argsort(order))

@@ -33,6 +33,7 @@ from timesformer_jax.models.ops.linear import Linear, fused
 from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.remat import BLOCK_INPUT, OUTPUT, checkpointed
 from timesformer_jax.models.schemes import AttentionLayer, Numbers, by_clip, by_frame
+from timesformer_jax.models.tape import tape
 
 Rate = float | Float[Array, ""]
 MaybeKey = Key[Array, ""] | None
@@ -67,7 +68,10 @@ class Attention(nnx.Module):
             x = x._replace(patches=sequence.to_positions(x.patches))
         y = Tokens(self._copies(cls, int(sequences.max()) + 1), x.patches)
         y = jax.tree.map(self._split_heads, self.qkv(jax.tree.map(self.norm, y)))
-        y = _named(OUTPUT, self.layer.attend(y, grid))
+        attended = self.layer.attend(y, grid)
+        if tape.value is not None:
+            attended = tape.value.note(y, attended)
+        y = _named(OUTPUT, attended)
         y = self._project(y, functools.partial(drop_path, rate=rate, sequences=sequences, key=key))
         if y.cls is not None and y.cls.ndim > cls.ndim:
             y = y._replace(cls=constrain(y.cls, "token").mean(axis=1))
@@ -270,10 +274,19 @@ class TimeSformer(nnx.Module):
     @no_type_check
     def _encoded(self, video: Video, key: MaybeKey) -> Tokens:
         """The tokens after the last block, with one classification token, (B, D)."""
-        self._check(video)
-        x, grid = _residual_stream(self.embedding(video)), patch_grid(self.config, video)
+        x, grid = self.embedded(video), patch_grid(self.config, video)
         run = self._scanned if self.config.scan_layers else self._unrolled
-        x = run(x, grid, key)
+        return self.with_one_token(run(x, grid, key))
+
+    @no_type_check
+    def embedded(self, video: Video) -> Tokens:
+        """(B, T, H, W, 3) to the tokens before the first block."""
+        self._check(video)
+        return _residual_stream(self.embedding(video))
+
+    def with_one_token(self, x: Tokens) -> Tokens:
+        """Of the tokens of all frames, in a space-only model, the mean."""
+        assert x.cls is not None  # the residual stream always has the token
         return x._replace(cls=x.cls.mean(axis=1)) if self.config.scheme.token_per_frame else x
 
     def _unrolled(self, x: Tokens, grid: Grid, key: MaybeKey) -> Tokens:
