@@ -1,11 +1,14 @@
 """Attention rollout against products of explicit matrices over all tokens in float64."""
 
+import functools
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import traverse_util
+from flax import nnx, traverse_util
 from test_attention import sequences
 from test_model import (
     BLOCKS,
@@ -19,10 +22,16 @@ from test_model import (
     reference,
 )
 
-from timesformer_jax.models.rollout import attention_rollout
+import timesformer_jax as tsf
+from timesformer_jax.models import rollout
+from timesformer_jax.models.rollout import attention_rollout, layer_attention
+from timesformer_jax.models.schemes import LOCAL, SCHEMES, TIME, Scheme
+from timesformer_jax.models.tape import Tape, tape
 from timesformer_jax.models.timesformer import with_parameters
+from timesformer_jax.models.tokens import Tokens
 
 PATCHES = FRAMES * math.prod(GRID)
+TARGETS = np.array([2, 0])
 
 
 class Matrices:
@@ -88,43 +97,85 @@ class Matrices:
         return row @ result
 
 
-@pytest.fixture(scope="module")
-def explicit():
-    """(scheme) to a model, two clips, and the row of each clip: of rollout, of classes 2 and 0."""
-    made = {}
+@functools.cache
+def explicit(scheme):
+    """A model, two clips, their matrices, and the logits of which `TARGETS` were traced."""
+    config = config_of(scheme)
+    params, video = random_parameters(config), random_video()
+    flat = traverse_util.flatten_dict(params, sep="/")
+    p = {name: torch.tensor(value, dtype=torch.float64) for name, value in flat.items()}
+    found, logits = [], []
+    for clip, target in zip(torch.tensor(video, dtype=torch.float64), TARGETS):
+        found.append(Matrices(scheme))
+        logits.append(reference(config, p, clip, attention=found[-1]))
+        logits[-1][target].backward()
+    return with_parameters(config, params), video, found, torch.stack(logits).detach()
 
-    def make(scheme):
-        if scheme in made:
-            return made[scheme]
-        config = config_of(scheme)
-        params, video = random_parameters(config), random_video()
-        flat = traverse_util.flatten_dict(params, sep="/")
-        p = {name: torch.tensor(value, dtype=torch.float64) for name, value in flat.items()}
-        plain, weighted, logits = [], [], []
-        for clip, target in zip(torch.tensor(video, dtype=torch.float64), (2, 0)):
-            matrices = Matrices(scheme)
-            logits.append(reference(config, p, clip, attention=matrices))
-            logits[-1][target].backward()
-            plain.append(matrices.product(scheme == "parallel", weighted=False))
-            weighted.append(matrices.product(scheme == "parallel", weighted=True))
-        model = with_parameters(config, params)
-        made[scheme] = model, video, np.stack(plain), np.stack(weighted), torch.stack(logits)
-        return made[scheme]
 
-    return make
+def check_rollout(scheme, target):
+    model, video, found, logits = explicit(scheme)
+    ours = attention_rollout(model, video, target)
+    weighted = target is not None
+    rows = np.stack([clip.product(scheme == "parallel", weighted) for clip in found])
+    assert rows.min() >= 0
+    assert_near(ours.logits, logits, 1e-5)
+    assert_near(ours.patches.reshape(2, -1), rows[:, -PATCHES:], 1e-4)
+    assert_near(ours.cls, rows[:, :-PATCHES].sum(axis=1), 1e-4)
+    if not weighted:
+        np.testing.assert_allclose(ours.patches.sum((1, 2)) + ours.cls, 1, atol=1e-5)
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("target", [None, TARGETS], ids=["plain", "weighted"])
 @pytest.mark.parametrize("scheme", BLOCKS)
-def test_rollout_is_the_product_of_explicit_matrices(explicit, scheme):
-    model, video, plain, weighted, logits = explicit(scheme)
-    for target, expected in ((None, plain), (np.array([2, 0]), weighted)):
-        found = attention_rollout(model, video, target)
-        assert_near(found.logits, logits.detach(), 1e-5)
-        patches = expected[:, -PATCHES:]
-        assert patches.min() >= 0
-        assert patches.max() > 0
-        assert_near(found.patches.reshape(2, -1), patches, 1e-4)
-        assert_near(found.cls, expected[:, :-PATCHES].sum(axis=1), 1e-4)
-        if target is None:
-            np.testing.assert_allclose(found.patches.sum((1, 2)) + found.cls, 1, atol=1e-5)
+def test_rollout_is_the_product_of_explicit_matrices(scheme, target):
+    check_rollout(scheme, target)
+
+
+@pytest.mark.parametrize("target", [None, TARGETS], ids=["plain", "weighted"])
+def test_a_registered_scheme_in_chunks_too(monkeypatch, target):
+    """Both layers have the token, sequences differ in length, and 5 queries make a chunk."""
+    scheme = Scheme((TIME._replace(name="moments", attention_fn=None), LOCAL))
+    monkeypatch.setitem(SCHEMES, "mine", scheme)
+    monkeypatch.setitem(
+        BLOCKS, "mine", [("moments", "temporal_with_token", False), ("local", "local", True)]
+    )
+    monkeypatch.setattr(rollout, "_WEIGHTS", 2 * 2 * 21 * 5)
+    check_rollout("mine", target)
+
+
+@pytest.mark.parametrize("scheme", ["divided", "space"])
+def test_attention_of_a_layer_is_the_row_of_its_matrix(scheme):
+    model, video, found, _ = explicit(scheme)
+    tokens, layers = FRAMES if scheme == "space" else 1, [name for name, *_ in BLOCKS[scheme]]
+    for block, layer in ((-1, None), (0, layers[0])):
+        ours = layer_attention(model, video, block, layer)
+        index = block % 2 * len(layers) + layers.index(layer or layers[-1])
+        rows = slice(tokens, None) if layer in TOKENLESS else slice(tokens)
+        theirs = [clip.found[index][1][:, rows, tokens:].mean(axis=1) for clip in found]
+        assert_near(ours.reshape(2, -1, PATCHES), theirs, 1e-4)
+    with pytest.raises(tsf.InputError, match=r"no layer 'time'; it has .*spatial"):
+        layer_attention(model, video, layer="time")
+    with pytest.raises(tsf.InputError, match="no block 2"):
+        layer_attention(model, video, block=2)
+
+
+def test_no_matrix_of_all_pairs_is_made(monkeypatch):
+    """Joint attention over 2,049 tokens: the weights of both heads are 34 MB in float32."""
+    monkeypatch.setattr(rollout, "_WEIGHTS", 2**18)
+    config = config_of("joint", num_frames=32, image_size=16, depth=1)
+    model = with_parameters(config, random_parameters(config))
+    x = Tokens(jnp.ones((1, 8)), jnp.ones((1, 32, 64, 8)))
+    row = Tokens(jnp.ones(1), jnp.zeros((1, 32, 64)))
+    program = rollout._backward.lower(*nnx.split(model.blocks[0]), x, None, row, (8, 8)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 5e6
+
+
+def test_a_tape_leaves_the_program_as_it_is():
+    config = config_of("divided")
+    model, video = with_parameters(config, random_parameters(config)), random_video()
+    alone = str(jax.make_jaxpr(model)(video))
+    with tape(found := Tape()):
+        taped = str(jax.make_jaxpr(model)(video))
+    assert taped == alone
+    assert [x.cls is None for x in found.qkv] == [True, False] * config.depth

@@ -11,6 +11,7 @@ docs/explain.md has the derivation.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,8 +67,9 @@ def attention_rollout(
     Raises:
       InputError: if the video is not of the shape that the model takes.
     """
-    whole, grid = nnx.split(model), patch_grid(model.config, video)
+    whole = nnx.split(model)
     x, inputs = _embed(*whole, video), []
+    grid = patch_grid(model.config, video)
     for block in model.blocks:
         inputs.append(x)
         x = _forward(*nnx.split(block), x, grid)
@@ -79,12 +81,13 @@ def attention_rollout(
     row = Tokens(jnp.full(x.cls.shape[:-1], share, wide), jnp.zeros(x.patches.shape[:-1], wide))
     for block in reversed(model.blocks):
         row, x_bar = _backward(*nnx.split(block), inputs.pop(), x_bar, row, grid)
+    assert row.cls is not None
     return Relevance(logits, row.patches, row.cls.reshape(len(row.cls), -1).sum(axis=1))
 
 
 def layer_attention(
     model: TimeSformer, video: Video, block: int = -1, layer: str | None = None
-) -> Float[Array, "b h t n"]:
+) -> Float[Array, "b heads t n"]:
     """The attention of one layer as it is: what the classification token attends to.
 
     The token has a copy in every sequence of the layer, and its update is the mean over them: so
@@ -112,7 +115,8 @@ def layer_attention(
         raise InputError(f"a {model.config.attention} block has no layer {layer!r}; it has {names}")
     if not -len(model.blocks) <= block < len(model.blocks):
         raise InputError(f"there is no block {block}; the model has {len(model.blocks)}")
-    x, grid = _embed(*nnx.split(model), video), patch_grid(model.config, video)
+    x = _embed(*nnx.split(model), video)
+    grid = patch_grid(model.config, video)
     for before in model.blocks[: block % len(model.blocks)]:
         x = _forward(*nnx.split(before), x, grid)
     return _raw(*nnx.split(model.blocks[block]), x, chosen[0].name, grid)
@@ -164,7 +168,7 @@ def _backward(
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "name", "grid"))
-def _raw(graph: Any, state: Any, x: Tokens, name: str, grid: Grid) -> Float[Array, "b h t n"]:
+def _raw(graph: Any, state: Any, x: Tokens, name: str, grid: Grid) -> Float[Array, "b heads t n"]:
     block = nnx.merge(graph, state)
     _, qkv = _taped(block, x, grid)
     index = block.order.index(name)
@@ -199,7 +203,7 @@ def _relevance_before(
 ) -> Tokens:
     """The row before the block. Layers that read one and the same input are added."""
     layers = [block.attention[name].layer for name in block.order]
-    bars = attended_bar or [None] * len(layers)
+    bars: Sequence[Tokens | None] = attended_bar or [None] * len(layers)
     attentions = list(zip(layers, qkv, bars))
     steps = [attentions] if block.parallel else [[one] for one in reversed(attentions)]
     for step in steps:
@@ -216,8 +220,8 @@ def _step(attentions: list[tuple], row: Tokens, grid: Grid) -> Tokens:
     weighted = attentions[0][2] is not None
     joined = sum(layer.joins_cls for layer, *_ in attentions)
     shares = (1, 1) if weighted else (1 / (1 + joined), 1 / (1 + len(attentions)))
-    row = Tokens(row.cls * shares[0], row.patches * shares[1])
-    total = row
+    assert row.cls is not None  # the residual stream always has the token
+    total = row = Tokens(row.cls * shares[0], row.patches * shares[1])
     for layer, qkv, bar in attentions:
         read = row if layer.joins_cls else row._replace(cls=None)
         moved = jax.tree.map(
