@@ -88,7 +88,7 @@ def test_the_reference_sees_the_windows_that_are_planned(synthetic):
     ("arguments", "said"),
     [
         (["benchmark"], "no command 'benchmark'; there are: benchmark input"),
-        (["benchmark", "inputs"], "no command 'benchmark inputs'; there are: benchmark input"),
+        (["benchmark", "inputs"], "no command 'benchmark inputs'; did you mean 'benchmark input'?"),
         (["benchmark", "input"], "say what to read with --data"),
         (["benchmark", "input", "--data=/nowhere"], "/nowhere"),
         (

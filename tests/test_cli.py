@@ -1,6 +1,8 @@
 """The command line: errors a person can cause are one line and status 2."""
 
+import importlib.metadata
 import os
+import shlex
 import subprocess
 import sys
 
@@ -8,6 +10,10 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, command, environment, tiny_run
 
+import timesformer_jax
+from timesformer_jax.cli.commands import COMMANDS
+from timesformer_jax.cli.help import WAY
+from timesformer_jax.cli.main import load_command, main
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.tensorflow_messages import hide_tensorflow_messages
 
@@ -23,7 +29,7 @@ def test_help_lists_commands_and_flags(timesformer):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], "no command 'trian'; there are: prepare, check, train"),
+        (["trian"], "no command 'trian'; did you mean 'train'?"),
         (["train", f"--config={DEMO}", "--workdir=x", "--config.batchsize=3"], ".batch_size?"),
         (["train", f"--config={DEMO}", "--workdir=/dev/null/x", "--config.data.demo=False",
           "--config.data.directory=/nowhere"], "/nowhere"),
@@ -209,3 +215,48 @@ def test_output_that_nobody_reads_on_is_no_error():
     _, errors = listing.communicate(timeout=60)
     assert listing.returncode == 141
     assert b"BrokenPipe" not in errors
+
+
+def test_the_program_alone_shows_the_way(capsys):
+    """Each step is a line that the parser takes, in the order in which one goes."""
+    load_command([])()
+    shown = capsys.readouterr().out
+    steps = [line.split()[1] for line in shown.splitlines() if line.startswith("  timesformer ")]
+    assert steps == ["check", "prepare", "train", "evaluate", "predict"]
+    for line in WAY.replace("\n   ", " ").strip().splitlines():
+        words = shlex.split(line.split("   ")[0])[1:]
+        known = COMMANDS[words[0]].define_flags()
+        assert all(word[2:].split("=")[0].split(".")[0] in known for word in words if "--" in word)
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_the_version_names_what_computes(capsys):
+    load_command(["--version"])()
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"timesformer {timesformer_jax.__version__} (jax ")
+    assert f"flax {importlib.metadata.version('flax')}" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["predit", "a.mp4"], "did you mean 'predict'"),
+        (["benchmark", "atention"], "did you mean 'benchmark attention'"),
+        (["zzz"], "there are: prepare, check, train"),
+        (["predict", "a\0b.mp4", "--checkpoint=x"], "null byte"),
+        (["check", "x" * 100_000], "there is no folder xxx"),
+        (["convert", "y" * 5000, "z"], "yyy"),
+        (["check", "--videos=/dev/null"], "no folder /dev/null"),
+        (["prepare", "--videos=.", f"--output={'o' * 300}"], "holds no video file"),
+        (["evaluate", "--checkpoint=x", "--output=."], "."),
+    ],
+)
+def test_impossible_words_are_one_short_line(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["timesformer", *words])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert len(line) < 2100

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from timesformer_jax.cli import help as help_texts
 from timesformer_jax.cli import log
 from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.cli.flags import parse
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.tensorflow_messages import hide_tensorflow_messages
+
+# Reasons why a path that a person gave cannot be opened. Others are not theirs to put right.
+PATH_ERRORS = (
+    *(errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC),
+    *(errno.ENOTDIR, errno.ENXIO, errno.EPERM, errno.EROFS),
+)
+
+# Characters of an error that are printed: words of a command line can be very long.
+MAX_ERROR = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         of the output has closed it. After SIGTERM, training exits with 143.
     """
     argv = list(sys.argv if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     log.set_up(argv[0])
     try:
         run = load_command(argv[1:])
@@ -33,13 +46,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         run()
         sys.stdout.flush()
     except InputError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(e))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # as in `timesformer predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as e:
+        if e.errno not in PATH_ERRORS or e.filename is None:
+            raise
+        _fail(f"{e.filename}: {e.strerror}; give another path")
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    if len(line) > MAX_ERROR:
+        line = f"{line[: MAX_ERROR // 2]} ... {line[-MAX_ERROR // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 def load_command(words: Sequence[str]) -> Callable[[], None]:
@@ -56,6 +80,10 @@ def load_command(words: Sequence[str]) -> Callable[[], None]:
     """
     if not words or words[0] in ("-h", "--help", "help"):
         return functools.partial(print, help_texts.overview(COMMANDS))
+    if words[0] in ("-v", "--version", "version"):
+        return functools.partial(print, help_texts.version())
+    if any("\0" in word for word in words):
+        raise InputError("the command line has a null byte in it, which no path or value can have")
     name, rest = _split_name(words)
     command = COMMANDS[name]
     values = command.define_flags()
@@ -92,4 +120,7 @@ def _split_name(words: Sequence[str]) -> tuple[str, Sequence[str]]:
             return name, words[count:]
     group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     given = " ".join(words[: 2 if group else 1])
-    raise InputError(f"no command {given!r}; there are: {', '.join(group or COMMANDS)}")
+    # The name of a group alone is not misspelt.
+    hint = did_you_mean(given, group or COMMANDS) if len(words) > 1 or not group else ""
+    hint = hint or f"; there are: {', '.join(group or COMMANDS)}"
+    raise InputError(f"no command {given!r:.60}{hint}")
