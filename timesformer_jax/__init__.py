@@ -10,10 +10,11 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Features": "inference.predictor",
+    "AttentionMap": "inference.results",
+    "Features": "inference.results",
     "InputError": "errors",
     "PRESETS": "models.presets",
-    "Prediction": "inference.predictor",
+    "Prediction": "inference.results",
     "Predictor": "inference.predictor",
     "TimeSformer": "models.timesformer",
     "TimeSformerConfig": "models.config",

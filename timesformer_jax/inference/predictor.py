@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from timesformer_jax.checkpoints.load import load
 from timesformer_jax.data.decode import DecodedVideo, VideoError
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference import clips as clips_lib
+from timesformer_jax.inference.attention import class_index, trace
 from timesformer_jax.inference.clips import Clips, Video
 from timesformer_jax.inference.decoding import decode_ahead
+from timesformer_jax.inference.results import AttentionMap, Features, Prediction
 from timesformer_jax.models import tuning
 from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.timesformer import TimeSformer, class_probabilities, with_parameters
@@ -31,39 +33,6 @@ T = TypeVar("T")
 
 # What a program computes of clips: arrays whose first axis is the clip.
 Outputs = dict[str, np.ndarray]
-
-
-class Prediction(NamedTuple):
-    """A class of a video, and its probability in [0, 1]."""
-
-    label: str
-    probability: float
-
-    def __repr__(self) -> str:
-        return f"{self.label} {self.probability:.1%}"
-
-
-class Features(NamedTuple):
-    """What the model computes of a video before it classifies, float32. D is the model's width.
-
-    Attributes:
-      video: (D,), the mean of `clips`.
-      clips: (V, C, D), the classification token after the final norm, of each of V clips and C
-        crops. The head of the model is a linear layer on it.
-      frames: (V, C, T, D), the mean of the patches of every frame, after the final norm; None if
-        not asked for.
-      positions: (V, C, N, D), the mean of the patches of every position over the frames, row by
-        row; None if not asked for.
-    """
-
-    video: np.ndarray
-    clips: np.ndarray
-    frames: np.ndarray | None = None
-    positions: np.ndarray | None = None
-
-    def __repr__(self) -> str:
-        shapes = (f"{name}={x.shape}" for name, x in self._asdict().items() if x is not None)
-        return f"Features({', '.join(shapes)})"
 
 
 class Predictor:
@@ -212,6 +181,29 @@ class Predictor:
         found = [as_features(f) for f in self._of(encode, video, start, end, fps)]
         return found if isinstance(video, list) else found[0]
 
+    def attention(
+        self,
+        video: Video,
+        target: str | int | None = None,
+        *,
+        start: float | None = None,
+        end: float | None = None,
+        fps: float | None = None,
+    ) -> AttentionMap:
+        """What the model looks at in the middle clip of a video, or of its part [start, end).
+
+        Args:
+          video: as the class says, but no list. Of its frames the centre square is taken.
+          target: None for attention rollout, or a class, by name or number: attentions are then
+            weighted by their gradients for this class. See docs/explain.md.
+          start, end, fps: as for `predict`.
+
+        Raises:
+          VideoError, InputError: as `predict`; InputError if there is no such class.
+        """
+        clip = clips_lib.read(video, self.metadata.clip, 1, 1, start, end, fps=fps)
+        return self.look(clip, target)
+
     def top(self, probabilities: np.ndarray, count: int) -> list[Prediction]:
         """The `count` most probable classes of (classes,) probabilities, the first one first."""
         order = np.argsort(-probabilities, kind="stable")[:count]
@@ -258,6 +250,16 @@ class Predictor:
         """
         program = functools.partial(self._encode, frames=frames, positions=positions)
         return self._in_batches(program, clips)
+
+    def look(self, clip: Clips, target: str | int | None = None) -> AttentionMap:
+        """`attention` of one clip with one crop box, which is decoded already."""
+        index = None if target is None else class_index(self.labels, target)
+        video = self.inputs(clip.frames[0], clip.crop_boxes)
+        with self._lock, tuning.using(self.attention_kernels):
+            heat, probabilities = trace(self.model, video, index)
+        name = None if index is None else self.labels[index]
+        clip_of_it = clip.frames[0], clip.times[0], clip.crop_boxes[0]
+        return AttentionMap(heat, probabilities, name, *clip_of_it)
 
     def stream(
         self,
