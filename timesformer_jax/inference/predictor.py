@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from timesformer_jax import ranges
 from timesformer_jax.checkpoints.load import load
 from timesformer_jax.data.decode import DecodedVideo, VideoError
+from timesformer_jax.distributed.mesh import check_memory
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference import clips as clips_lib
 from timesformer_jax.inference.attention import class_index, trace
@@ -21,6 +23,7 @@ from timesformer_jax.inference.clips import Clips, Video
 from timesformer_jax.inference.decoding import decode_ahead
 from timesformer_jax.inference.results import AttentionMap, Features, Prediction
 from timesformer_jax.models import tuning
+from timesformer_jax.models.costs import least_memory
 from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.timesformer import TimeSformer, class_probabilities, with_parameters
 from timesformer_jax.transforms.preprocess import preprocess
@@ -82,10 +85,7 @@ class Predictor:
         labels: Sequence[str] | None = None,
         batch_size: int | None = None,
     ):
-        if views < 1 or crops not in (1, 3):
-            raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        ranges.check_given(views=views, crops=crops, batch_size=batch_size)
         select.check_name(attention_kernels)
         self.metadata, self._params = load(checkpoint)
         model = self.metadata.model
@@ -99,9 +99,14 @@ class Predictor:
         self.views, self.crops, self.attention_kernels = views, crops, attention_kernels
         on_cpu = jax.default_backend() == "cpu"
         self.batch_size = batch_size or (1 if on_cpu else BATCH_SIZE)
+        spec = self.metadata.clip
+        needed = least_memory(model, self.batch_size * crops, spec.frames, spec.crop)
+        check_memory(needed, "batch_size")
+        # The decoded clips of a video are in memory together.
+        decoded = views * spec.frames * 3 * spec.short_side**2
+        check_memory(decoded, "views")
         self._lock = threading.Lock()
         self._tuned: set[int] = set()  # sizes of batches that kernels are chosen for
-        spec = self.metadata.clip
         self._prepare = jax.jit(lambda frames, boxes: preprocess(frames, boxes, spec))
         self._classify = jax.jit(self._probabilities)
         self._encode = jax.jit(self._features, static_argnames=("frames", "positions"))
