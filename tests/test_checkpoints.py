@@ -63,7 +63,7 @@ def saved(directory, first, steps, **options):
     for step, top1 in steps.items():
         found.save(step, at(first, step), {"position": step}, METADATA)
         if top1 is not None:
-            found.record_validation(step, top1, 1.0)
+            found.record_validation(step, {"top1": top1, "top5": 1.0})
     found.wait()
     return found
 

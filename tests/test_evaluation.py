@@ -21,7 +21,12 @@ from timesformer_jax.data.input.pipeline import eval_batches
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.metrics import Results, average_pieces
+from timesformer_jax.evaluation.metrics import (
+    MultiLabelResults,
+    Results,
+    average_pieces,
+    average_precision,
+)
 from timesformer_jax.evaluation.multi_view import evaluate, match_labels
 from timesformer_jax.evaluation.output import check_outputs, write
 from timesformer_jax.evaluation.step import make_probabilities
@@ -148,3 +153,33 @@ def test_labels_are_matched_by_name(demo_data):
     assert [labels[i] for i in matched.label] == [split.label_names[i] for i in split.label]
     with pytest.raises(InputError, match="must have all of them"):
         match_labels(dataclasses.replace(metadata, labels=labels[:-1]), split)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=12))
+def test_average_precision_is_the_mean_precision_at_each_positive(rows):
+    """By its definition, with ties: of equal scores all count as found."""
+    truth, scores = np.array([t for t, _ in rows]), np.array([s / 4 for _, s in rows])
+    found = average_precision(truth, scores)
+    precisions = [truth[scores >= s].mean() for t, s in zip(truth, scores) if t]
+    assert found == pytest.approx(np.mean(precisions)) if precisions else np.isnan(found)
+
+
+def test_multi_label_outputs(tmp_path):
+    random = np.random.default_rng(0)
+    truth = random.random((30, 4)) < 0.3
+    truth[:, 3] = False  # no video has it
+    labels, ids = ("a", "b", "c", "d"), np.array([f"{i}.mp4" for i in range(30)])
+    results = MultiLabelResults(labels, ids, truth, random.random((30, 4)))
+    for name in ("x.json", "x.csv", "x.png"):
+        write(results, str(tmp_path / name), {})
+    found = json.loads((tmp_path / "x.json").read_text())
+    aps = [found["classes"][label]["AP"] for label in "abc"]
+    assert found["mAP"] == pytest.approx(np.mean(aps))
+    assert found["classes"]["d"] == {"AP": None, "videos": 0}
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
+    for row, also, true in zip(rows, found["predictions"], truth):
+        assert row["labels"] == "; ".join(also["labels"])
+        assert also["labels"] == [label for label, here in zip(labels, true) if here]
+    with PIL.Image.open(tmp_path / "x.png") as picture:
+        assert min(picture.size) > 300
+    assert f"mAP {found['mAP']:.2%}" in results.table().splitlines()[-1]

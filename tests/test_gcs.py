@@ -318,7 +318,7 @@ def use_checkpoints(folder):
         for step, top1 in enumerate((0.9, 0.1, 0.2), 1):
             state = walk.go_on(state)
             found.save(step, state, {"position": step}, walk.METADATA)
-            found.record_validation(step, top1, 1.0)
+            found.record_validation(step, {"top1": top1, "top5": 1.0})
     with contextlib.closing(Checkpoints(folder, keep=1, keep_best=1)) as found:
         seen += [found.steps(), found.best_step(), found.validation]
         step, (restored, progress) = found.read_newest(

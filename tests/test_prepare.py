@@ -666,3 +666,61 @@ def test_a_resplit_of_clips_that_are_not_prepared(unsplit, tmp_path):
     (tmp_path / "splits.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):
         read_reassigned(tmp_path)
+
+
+def test_several_labels_of_a_clip(unsplit, tmp_path):
+    folder, broken, _ = unsplit
+    names = [f"{label}/{i}.mp4" for i, label in enumerate("ababababab")]
+    labels = dict(zip(names, ["x", "", "x; y", "y;x", "z", "x", "z;x", "y", "", "y"]))
+    rows = [(path, label) for path, label in labels.items()]
+    annotations = tmp_path / "clips.csv"
+    with open(annotations, "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *rows])
+    output, videos = tmp_path / "out", folder / "videos"
+    with pytest.raises(InputError, match=r"has no label"):
+        prepare(videos, output, annotations, **OPTIONS)
+    prepare(videos, output, annotations, multilabel=";", validation_fraction=0.3, **OPTIONS)
+    found = {}
+    for name in ("train", "validation"):
+        split = open_split(output, name)
+        assert split.label_names == ("x", "y", "z")
+        for clip, row in zip(split.ids.tolist(), split.targets):
+            found[clip] = {"xyz"[i] for i in np.flatnonzero(row)}
+        assert {"xyz"[i] for i in np.flatnonzero(split.targets.any(axis=0))} == set("xyz")
+    assert found == {
+        path: {x.strip() for x in label.split(";")} - {""}
+        for path, label in labels.items()
+        if path != broken
+    }
+    assert not check_prepared(output, 1.0, 1)[1]
+    builder = tfds.builder_from_directory(output)
+    stored = {
+        example["id"].decode(): {"xyz"[i] for i in example["label"]}
+        for split in builder.info.splits
+        for example in builder.as_dataset(split=split).as_numpy_iterator()
+    }
+    assert stored == found
+
+    annotations.write_text(
+        annotations.read_text().replace("x; y", "w").replace("/0.mp4,x", "/0.mp4,w;z")
+    )
+    prepare(videos, output, annotations, multilabel=";", resplit=True, **OPTIONS)
+    splits = [open_split(output, name) for name in ("train", "validation")]
+    relabelled = {
+        clip: {split.label_names[i] for i in np.flatnonzero(row)}
+        for split in splits
+        for clip, row in zip(split.ids.tolist(), split.targets)
+    }
+    assert relabelled == found | {"a/0.mp4": {"w", "z"}, "a/2.mp4": {"w"}}
+
+
+def test_a_label_that_may_be_several_is_asked_about(unsplit, tmp_path):
+    folder, _, _ = unsplit
+    (tmp_path / "clips.csv").write_text("path,label\na/0.mp4,x;y\na/2.mp4,z\n")
+    arguments = folder / "videos", tmp_path / "out", tmp_path / "clips.csv"
+    with pytest.raises(InputError, match=r"one label or several.*--multilabel=';'"):
+        prepare(*arguments, **OPTIONS)
+    summary = prepare(*arguments, multilabel="none", **OPTIONS)
+    assert summary.classes == 2
+    with pytest.raises(InputError, match="without --multilabel"):
+        prepare(*arguments, multilabel=";", resplit=True, **OPTIONS)

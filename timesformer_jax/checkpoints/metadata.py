@@ -21,6 +21,8 @@ class CheckpointMetadata:
       labels: class names, in the order of the logits.
       config: the whole training config as nested dicts; empty for weights trained elsewhere.
       license: of the weights, "" if none is known; fine-tuned weights inherit it.
+      multilabel: whether a clip may have any number of the labels: probabilities are then the
+        sigmoid of each logit, not the softmax of all.
     """
 
     model: TimeSformerConfig
@@ -28,6 +30,7 @@ class CheckpointMetadata:
     labels: tuple[str, ...]
     config: dict[str, Any]
     license: str = ""
+    multilabel: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"labels": list(self.labels)}
@@ -45,6 +48,7 @@ class CheckpointMetadata:
             labels=tuple(fields["labels"]),
             config=fields["config"],
             license=fields["license"],
+            multilabel=fields.get("multilabel", False),
         )
 
 

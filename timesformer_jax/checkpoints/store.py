@@ -62,7 +62,8 @@ class Checkpoints:
       read_only: never write, and raise if the directory does not exist.
 
     Attributes:
-      validation: {step: {"top1": ..., "top5": ...}} of the evaluated steps, as fractions.
+      validation: {step: {"top1": ..., "top5": ...}} of the evaluated steps, as fractions; of
+        multi-label models {step: {"mAP": ...}}.
     """
 
     def __init__(
@@ -110,11 +111,11 @@ class Checkpoints:
     def _rank(self, steps: Sequence[int]) -> list[int]:
         """The steps that were evaluated, best first."""
         evaluated = [step for step in steps if step in self.validation]
-        return sorted(evaluated, key=lambda s: (self.validation[s]["top1"], s), reverse=True)
+        return sorted(evaluated, key=lambda s: (_score(self.validation[s]), s), reverse=True)
 
-    def record_validation(self, step: int, top1: float, top5: float) -> None:
+    def record_validation(self, step: int, accuracy: dict[str, float]) -> None:
         """Writes the accuracy of a step; every host calls it, with the same numbers."""
-        self.validation[step] = {"top1": top1, "top5": top5}
+        self.validation[step] = accuracy
         if jax.process_index() == 0:
             with _write_errors(self.directory):
                 content = json.dumps(self.validation, indent=2) + "\n"
@@ -305,12 +306,20 @@ def _array_items(state: Any) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if tree is not None}
 
 
+def _score(accuracy: dict[str, float]) -> float:
+    """By which the best checkpoint is chosen."""
+    return accuracy["mAP"] if "mAP" in accuracy else accuracy["top1"]
+
+
 def _read_validation(path: epath.Path) -> dict[int, dict[str, float]]:
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text()).items()
-        return {int(step): {k: float(v[k]) for k in ("top1", "top5")} for step, v in found}
+        accuracies = {int(step): {k: float(x) for k, x in v.items()} for step, v in found}
+        for accuracy in accuracies.values():
+            _score(accuracy)
+        return accuracies
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(
             f"{path} is damaged; remove it: training then continues, but does not know which "

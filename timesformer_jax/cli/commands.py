@@ -30,6 +30,12 @@ VIEWS = (
 ATTENTION_KERNELS = string(
     "attention_kernels", "auto", "auto for the fastest on the device, xla, or the name of a kernel"
 )
+MULTILABEL = string(
+    "multilabel",
+    None,
+    "what separates several labels in the column label of the csv, such as ';'; none if a label"
+    " holds such a character",
+)
 MEASURING = (
     ATTENTION_KERNELS,
     string("dtype", None, "float32 or bfloat16; by default float32 on a CPU, else bfloat16"),
@@ -68,6 +74,7 @@ COMMANDS = {
             string(
                 "labels", None, "file of class names, one per line; by default those that occur"
             ),
+            MULTILABEL,
             string("name", None, "name of the data set, used in file names"),
             integer("short_side", 256, "short side of the stored frames in pixels"),
             integer("quality", 90, "JPEG quality of the stored frames"),
@@ -111,6 +118,7 @@ COMMANDS = {
             string("annotations", None, "annotations of the videos, as for prepare"),
             string("dataset", None, "data set of the videos, as for prepare"),
             string("labels", None, "file of class names, as for prepare"),
+            MULTILABEL,
             number("decode_fraction", 0.05, "fraction of the clips whose frames are decoded"),
             integer("workers", 0, "number of threads, or processes for videos; 0: one per core"),
             string("output", None, "csv file to write unusable videos to, with the reason"),

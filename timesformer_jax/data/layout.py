@@ -26,6 +26,8 @@ INDEX_DTYPES = {
     "label": np.int32,
     "video": np.int32,
 }
+# (k, 2) int32: a row of the index and a class, for each label of multi-label data.
+TARGETS = "targets"
 
 
 def index_path(directory: str, split: str) -> str:

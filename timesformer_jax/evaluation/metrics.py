@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy, overall and by class; every video counts once."""
+"""Top-1 and top-5 accuracy, or average precision, in all and by class; a video counts once."""
 
 from __future__ import annotations
 
@@ -144,14 +144,92 @@ class Results:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class MultiLabelResults:
+    """As `Results`, of videos that have any number of the labels.
+
+    Attributes:
+      labels, ids, views, crops: as in `Results`.
+      truth: (m, C) bool, the labels of each video.
+      probabilities: (m, C), each in [0, 1].
+    """
+
+    labels: tuple[str, ...]
+    ids: np.ndarray
+    truth: np.ndarray
+    probabilities: np.ndarray
+    views: int = 1
+    crops: int = 1
+
+    @cached_property
+    def average_precision(self) -> np.ndarray:
+        """(C,) the average precision of each class; NaN for a class that no video has."""
+        return np.array(
+            [average_precision(t, p) for t, p in zip(self.truth.T, self.probabilities.T)]
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """mAP, the mean of the average precision over the classes that a video has."""
+        known = self.average_precision[self.truth.any(axis=0)]
+        return {"mAP": float(known.mean()) if len(known) else 0.0}
+
+    def to_json(self) -> dict[str, Any]:
+        """mAP and the number of videos; of every class its average precision and its videos."""
+        return self.scalars() | {
+            "videos": len(self.truth),
+            "views": self.views,
+            "crops": self.crops,
+            "classes": {
+                label: {"AP": float(ap) if videos else None, "videos": int(videos)}
+                for label, ap, videos in zip(
+                    self.labels, self.average_precision, self.truth.sum(axis=0)
+                )
+            },
+        }
+
+    def summary(self) -> str:
+        """One line: mAP, and the numbers of videos, views and crops."""
+        return accuracy_line(self.to_json())
+
+    def table(self) -> str:
+        """A line for each class that has videos, then the summary."""
+        width = max(len("class"), *(len(label) for label in self.labels))
+        lines = [f"{'class':<{width}}  {'videos':>6}  {'AP':>6}"]
+        for label, ap, videos in zip(self.labels, self.average_precision, self.truth.sum(axis=0)):
+            if videos:
+                lines.append(f"{label:<{width}}  {videos:>6}  {ap:>6.1%}")
+        return "\n".join([*lines, self.summary()])
+
+
+def average_precision(truth: np.ndarray, scores: np.ndarray) -> float:
+    """The mean, over the positives, of the precision among all that score at least as much.
+
+    Args:
+      truth: (m,) bool. scores: (m,).
+
+    Returns:
+      In (0, 1]; NaN without a positive.
+    """
+    if not truth.any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    found = truth[order].cumsum()
+    # Of equal scores all are taken together: the order in which they come must not matter.
+    last = np.searchsorted(-scores[order], -scores[order], side="right") - 1
+    precision = found[last] / (last + 1)
+    return float(precision[truth[order]].mean())
+
+
 def accuracy_line(results: dict[str, Any]) -> str:
-    """One line of `Results.to_json`: the accuracy, and the numbers of videos, views and crops."""
-    top5 = f"top-5 {results['top5']:.2%}  "
-    if len(results["classes"]) < LEAST_CLASSES_FOR_TOP5:
-        top5 = ""
+    """One line of `to_json`: the accuracy, and the numbers of videos, views and crops."""
+    if "mAP" in results:
+        accuracy = f"mAP {results['mAP']:.2%}"
+    else:
+        accuracy = f"top-1 {results['top1']:.2%}"
+        if len(results["classes"]) >= LEAST_CLASSES_FOR_TOP5:
+            accuracy += f"  top-5 {results['top5']:.2%}"
     return (
-        f"top-1 {results['top1']:.2%}  {top5}of {results['videos']} videos, "
-        f"{results['views']} x {results['crops']} views"
+        f"{accuracy}  of {results['videos']} videos, {results['views']} x {results['crops']} views"
     )
 
 

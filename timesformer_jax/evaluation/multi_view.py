@@ -34,7 +34,7 @@ from timesformer_jax.distributed.mesh import (
     smallest_batch,
 )
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.metrics import Results, average_pieces, by_name
+from timesformer_jax.evaluation.metrics import MultiLabelResults, Results, average_pieces, by_name
 from timesformer_jax.evaluation.output import check_outputs, write
 from timesformer_jax.evaluation.step import make_step
 from timesformer_jax.models import tuning
@@ -53,8 +53,8 @@ def evaluate(
     views: int = 1,
     crops: int = 3,
     after_batch: Callable[[], None] = lambda: None,
-) -> Results:
-    """Accuracy over a split.
+) -> Results | MultiLabelResults:
+    """Accuracy over a split; of a multi-label split the average precision.
 
     Args:
       params: parameters on `mesh`.
@@ -73,7 +73,7 @@ def evaluate(
     check_memory(needed / mesh.size, "--batch_size or --views (in a config, eval.batch_size)")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         tuning.choose_kernels(model, clips, clip.frames, clip.crop, gradients=False)
-    step = make_step(model, clip, mesh)
+    step = make_step(model, clip, mesh, split.targets is not None)
     rows = batch_rows(mesh, batch_size)
     batches = eval_batches(split, clip, batch_size=batch_size, views=views, crops=crops, rows=rows)
     progress = tqdm(
@@ -93,10 +93,10 @@ def evaluate(
         after_batch()
     rows = np.concatenate(records)
     averaged, first = average_pieces(np.concatenate(probabilities), split.video[rows])
-    videos = rows[first]
-    return Results(
-        split.label_names, split.ids[videos], split.label[videos], averaged, views, crops
-    )
+    videos = split.take(rows[first])
+    if videos.targets is None:
+        return Results(split.label_names, videos.ids, videos.label, averaged, views, crops)
+    return MultiLabelResults(split.label_names, videos.ids, videos.targets, averaged, views, crops)
 
 
 def evaluate_checkpoint(
@@ -175,6 +175,12 @@ def match_labels(metadata: CheckpointMetadata, split: Split) -> Split:
       InputError: if the checkpoint does not have every label of the data.
     """
     labels, names = split.label_names, metadata.labels
+    if metadata.multilabel != (split.targets is not None):
+        many = "any number of labels" if metadata.multilabel else "one label"
+        raise InputError(
+            f"the checkpoint is for {many} a video and the data is not;"
+            " prepare it with --multilabel as the training data was"
+        )
     if labels == names:
         return split
     if not names and len(labels) == metadata.model.num_classes:
@@ -192,7 +198,12 @@ def match_labels(metadata: CheckpointMetadata, split: Split) -> Split:
             "the data has %d of the checkpoint's %d labels; the others count as wrong predictions",
             len(labels), len(names),
         )  # fmt: skip
-    return dataclasses.replace(split, label=classes[split.label], label_names=names)
+    targets = split.targets
+    if targets is not None:
+        targets = np.zeros((len(split), len(names)), bool)
+        targets[:, classes] = split.targets
+    label = classes[split.label]
+    return dataclasses.replace(split, label=label, targets=targets, label_names=names)
 
 
 def _first_few(labels: tuple[str, ...]) -> str:

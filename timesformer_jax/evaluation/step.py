@@ -21,12 +21,14 @@ from timesformer_jax.transforms.preprocess import preprocess
 Probabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
-def make_probabilities(model: TimeSformerConfig, clip: ClipSpec) -> Probabilities:
+def make_probabilities(
+    model: TimeSformerConfig, clip: ClipSpec, multilabel: bool = False
+) -> Probabilities:
     """A function that predicts class probabilities, averaged over views.
 
     It takes parameters, frames (B, V, T, H, W, 3) uint8 and crop_boxes (B, V, 3). It returns
     (B, classes) float32: the mean over the V views of the softmax, as in the paper (the authors'
-    release sums logits).
+    release sums logits). Of multi-label models the mean of the sigmoids.
     """
 
     def probabilities(params: Any, frames: jax.Array, crop_boxes: jax.Array) -> jax.Array:
@@ -34,13 +36,15 @@ def make_probabilities(model: TimeSformerConfig, clip: ClipSpec) -> Probabilitie
         frames = frames.reshape(-1, *frames.shape[2:])  # b v ... -> (b v) ...
         video = preprocess(frames, crop_boxes.reshape(-1, 3), clip)
         logits = with_parameters(model, params)(video)
-        return class_probabilities(logits).reshape(*views, -1).mean(axis=1)
+        return class_probabilities(logits, multilabel).reshape(*views, -1).mean(axis=1)
 
     return probabilities
 
 
 @functools.lru_cache(maxsize=2)
-def make_step(model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh) -> jax.stages.Wrapped:
+def make_step(
+    model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh, multilabel: bool = False
+) -> jax.stages.Wrapped:
     """The jitted function from parameters and batch to probabilities, records and validity.
 
     Cached, so that a process compiles it once.
@@ -48,7 +52,8 @@ def make_step(model: TimeSformerConfig, clip: ClipSpec, mesh: Mesh) -> jax.stage
 
     def step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            p = make_probabilities(model, clip)(params, batch["frames"], batch["crop_boxes"])
+            probabilities = make_probabilities(model, clip, multilabel)
+            p = probabilities(params, batch["frames"], batch["crop_boxes"])
         return p, batch["record"], batch["valid"]
 
     # Replicated: every host computes the metrics of the whole split.

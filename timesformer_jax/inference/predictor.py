@@ -360,7 +360,8 @@ class Predictor:
 
     def _probabilities(self, params: dict, video: jax.Array) -> jax.Array:
         logits = with_parameters(self.metadata.model, params)(video)
-        return class_probabilities(logits).reshape(-1, self.crops, logits.shape[-1]).mean(axis=1)
+        probabilities = class_probabilities(logits, self.metadata.multilabel)
+        return probabilities.reshape(-1, self.crops, logits.shape[-1]).mean(axis=1)
 
     def _features(
         self, params: dict, video: jax.Array, frames: bool, positions: bool

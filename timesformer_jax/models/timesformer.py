@@ -330,9 +330,16 @@ class TimeSformer(nnx.Module):
 
 
 @no_type_check
-def class_probabilities(logits: Float[Array, "b c"]) -> Float[Array, "b c"]:
-    """Probabilities of the classes, of which a video has one; evaluation and prediction use it."""
-    return jax.nn.softmax(logits)
+def class_probabilities(
+    logits: Float[Array, "b c"], multilabel: bool = False
+) -> Float[Array, "b c"]:
+    """Probabilities of the classes; evaluation and prediction use it.
+
+    Args:
+      logits: (B, classes).
+      multilabel: whether a video has any number of the classes, and not one.
+    """
+    return jax.nn.sigmoid(logits) if multilabel else jax.nn.softmax(logits)
 
 
 def parameters(model: TimeSformer) -> dict:

@@ -31,7 +31,7 @@ from timesformer_jax.data.records.split import Split, take_fraction
 from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.metrics import Results
+from timesformer_jax.evaluation.metrics import MultiLabelResults, Results
 from timesformer_jax.evaluation.multi_view import evaluate
 from timesformer_jax.models import tuning
 from timesformer_jax.training import reporting, resume
@@ -172,7 +172,10 @@ def _make_run(config: ConfigDict) -> Run:
     short_side = int(min(train_split.height[0], train_split.width[0]))
     clip = ClipSpec(**config.clip, short_side=short_side)
     model = model_config(config, train_split.label_names)
-    metadata = CheckpointMetadata(model, clip, train_split.label_names, _to_json(config))
+    metadata = CheckpointMetadata(
+        model, clip, train_split.label_names, _to_json(config),
+        multilabel=train_split.targets is not None,
+    )  # fmt: skip
 
     mesh = make_mesh(**config.mesh)
     check_model(mesh, model, clip)
@@ -314,15 +317,14 @@ def _validate(run: Run, outputs: Outputs, state: TrainState, step: int, bar: tqd
     """Evaluates the centre crop of one clip a video, and records the accuracy."""
     results = _evaluate(run, outputs, state, step, views=1, crops=1)
     reporting.write_accuracy(outputs.writer, step, "validation", results)
-    accuracy = results.scalars()
-    outputs.checkpoints.record_validation(step, accuracy["top1"], accuracy["top5"])
+    outputs.checkpoints.record_validation(step, results.scalars())
     if jax.process_index() == 0:
         bar.write(f"epoch {step // run.steps_per_epoch}: {results.summary()}")
 
 
 def _evaluate(
     run: Run, outputs: Outputs, state: TrainState, step: int, views: int, crops: int
-) -> Results:
+) -> Results | MultiLabelResults:
     """Evaluates a state that is saved, so that a signal may end the run after any batch."""
     return evaluate(
         state.best_params,

@@ -19,7 +19,7 @@ from timesformer_jax.checkpoints import store
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.metrics import Results, accuracy_line
+from timesformer_jax.evaluation.metrics import MultiLabelResults, Results, accuracy_line
 from timesformer_jax.training.step import Metrics
 
 # In a workdir.
@@ -43,7 +43,7 @@ def write_recipe(workdir: epath.Path, metadata: CheckpointMetadata) -> None:
 
 
 def write_accuracy(
-    writer: metric_writers.MetricWriter, step: int, name: str, results: Results
+    writer: metric_writers.MetricWriter, step: int, name: str, results: Results | MultiLabelResults
 ) -> None:
     """Writes the accuracy of an evaluation, "validation" or "final", as scalars."""
     writer.write_scalars(step, {f"{name}/{k}": value for k, value in results.scalars().items()})

@@ -166,8 +166,8 @@ class Examples(NamedTuple):
 
     Attributes:
       video: (B, T, H, W, 3), normalised.
-      targets: (B, classes) float32 probabilities with augmentation, else (B,) int, the labels.
-      labels: (B,) int, the clips' own classes.
+      targets: (B, classes) float32 probabilities with augmentation, else the labels.
+      labels: the clips' own classes, (B,) int, or of multi-label data (B, classes) float32, 0 or 1.
     """
 
     video: jax.Array
@@ -205,15 +205,23 @@ def _make_gradient(model: TimeSformerConfig, accumulate_steps: int) -> Callable:
         trainable: Any, params: Any, examples: Examples, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         logits = with_parameters(model, params | trainable)(examples.video, key=key)
-        if examples.targets.ndim == 2:
-            losses = optax.softmax_cross_entropy(logits, examples.targets)
+        targets, labels = examples.targets, examples.labels
+        correct = logits.argmax(-1) == labels if labels.ndim == 1 else _hits(logits, labels)
+        if labels.ndim == 2:
+            losses = optax.sigmoid_binary_cross_entropy(logits, targets).mean(axis=-1)
+        elif targets.ndim == 2:
+            losses = optax.softmax_cross_entropy(logits, targets)
         else:
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.targets)
-        correct = logits.argmax(-1) == examples.labels
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return losses.mean(), correct.mean(dtype=jnp.float32)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
     return gradient if accumulate_steps == 1 else _accumulated(gradient, accumulate_steps)
+
+
+def _hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """(B,) bool, whether the most probable class of a clip is one of its labels (B, classes)."""
+    return jnp.take_along_axis(labels, logits.argmax(-1)[:, None], axis=1)[:, 0] > 0
 
 
 def _accumulated(gradient: Callable, steps: int) -> Callable:

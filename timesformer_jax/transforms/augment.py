@@ -33,7 +33,7 @@ Seed = UInt32[Array | np.ndarray, ""]
 
 def augment(
     clips: Clips,
-    labels: Int[Array, " b"],
+    labels: Int[Array, " b"] | Float[Array, "b classes"],
     seeds: Seeds,
     augmentation: Augmentation,
     *,
@@ -45,7 +45,7 @@ def augment(
 
     Args:
       clips: (B, T, S, S, 3) float32 RGB in [0, 1].
-      labels: (B,) int32.
+      labels: (B,) int32; of multi-label data (B, classes) float32, 0 or 1.
       seeds: (B,) uint32, one for each clip.
       augmentation: which augmentations.
       fill: colour of erased pixels and of those that come in from outside the frame. The mean of
@@ -54,7 +54,7 @@ def augment(
       mesh: the devices.
 
     Returns:
-      The clips, and soft labels (B, classes) float32 whose rows sum to 1.
+      The clips, and soft labels (B, classes) float32. Without multi-label data their rows sum to 1.
     """
     if augmentation.distorts:
         # Under vmap a switch over the operations would run all of them on every clip and hold all
@@ -65,7 +65,11 @@ def augment(
             )
 
         clips = _on_each_device(mesh, one_by_one)(clips, seeds)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), augmentation.label_smoothing)
+    if labels.ndim == 1:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), augmentation.label_smoothing)
+    else:  # each class is a choice between two
+        smoothing = augmentation.label_smoothing
+        targets = (1 - smoothing) * labels + smoothing / 2
     if augmentation.mixes:
         return mix(clips, targets, seeds, augmentation, mesh)
     return clips, targets

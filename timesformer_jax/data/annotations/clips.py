@@ -1,7 +1,7 @@
 """A clip of a video, and functions on lists of clips that depend only on the clips' ids."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -31,6 +31,7 @@ class Clip:
     frame_range: [first, last) frames of the video, counted from 0; None: all. For a folder of
       images, (0, the number it must hold); None if that number is unknown.
     name: the publisher's id of the clip; empty if there is none.
+    labels: of multi-label data, the names in `label`, sorted; may be empty. None: one label.
     drawn: the split is `assign_splits`'s choice, and not the annotations'.
     """
 
@@ -41,7 +42,13 @@ class Clip:
     split: str
     frame_range: tuple[int, int] | None = None
     name: str = ""
+    labels: tuple[str, ...] | None = None
     drawn: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels, of which multi-label data may have any number."""
+        return (self.label,) if self.labels is None else self.labels
 
     @property
     def id(self) -> str:
@@ -77,7 +84,7 @@ class ParsedAnnotations(NamedTuple):
 
 def label_names(clips: Sequence[Clip]) -> tuple[str, ...]:
     """The default label map: the distinct labels, sorted. The class is the position."""
-    return tuple(sorted({clip.label for clip in clips}))
+    return tuple(sorted({name for clip in clips for name in clip.names}))
 
 
 def name_classes(
@@ -109,14 +116,17 @@ def assign_splits(clips: Sequence[Clip], validation_fraction: float) -> list[Cli
 
     A split that this function drew before, of another list of clips, is drawn again.
 
-    The n clips of a label are sorted by a hash of their ids, and the first round(fraction * n) are
+    A clip with several labels counts for the one that the fewest clips have. The n clips of a label
+    are sorted by a hash of their ids, and the first round(fraction * n) are
     for validation: of two or more clips at least one, and not all. So the result is the same on
     every machine, and independent of the order of the names.
     """
+    count = Counter(name for clip in clips for name in clip.names)
     unassigned = defaultdict(list)
     for clip in clips:
         if not clip.split or clip.drawn:
-            unassigned[clip.label].append(clip.id)
+            rarest = min(clip.names, key=lambda name: (count[name], name), default="")
+            unassigned[rarest].append(clip.id)
     validation = set()
     for ids in unassigned.values():
         share = round(validation_fraction * len(ids))

@@ -13,6 +13,10 @@ from timesformer_jax.data.annotations.files import (
 from timesformer_jax.data.annotations.videos import VideoFolder
 from timesformer_jax.errors import InputError
 
+# Labels that hold one of these are probably several.
+SEPARATORS = (";", "|")
+ONE_LABEL = "none"
+
 # Of a csv.
 COLUMNS = ("path", "label", "start", "end", "split")
 
@@ -41,8 +45,14 @@ def read_folders(folder: VideoFolder) -> ParsedAnnotations:
     return ParsedAnnotations([(clip.path, clip) for clip in clips])
 
 
-def read_csv(annotations: AnnotationFiles) -> ParsedAnnotations:
-    """Reads a csv with a header and the columns path, label[, start, end (seconds)][, split]."""
+def read_csv(annotations: AnnotationFiles, multilabel: str | None = None) -> ParsedAnnotations:
+    """Reads a csv with a header and the columns path, label[, start, end (seconds)][, split].
+
+    Args:
+      annotations: the csv.
+      multilabel: what separates the labels of a clip; ONE_LABEL: a clip has one, whatever its name
+        holds; None: a clip has one, and a name that looks like several is an error.
+    """
     if len(annotations.given) != 1:
         raise InputError(
             f"{annotations.where} is not one csv of clips; give one, or name the published data"
@@ -56,7 +66,9 @@ def read_csv(annotations: AnnotationFiles) -> ParsedAnnotations:
     notes = ()
     if ignored := [column for column in table[0][1] if column not in COLUMNS]:
         notes = (f"columns of {path} that are not read: {', '.join(ignored)}",)
-    return ParsedAnnotations([(where, _csv_clip(where, row)) for where, row in table], notes=notes)
+    return ParsedAnnotations(
+        [(where, _csv_clip(where, row, multilabel)) for where, row in table], notes=notes
+    )
 
 
 def _folder_clip(path: str, label: str, split: str) -> Clip:
@@ -78,13 +90,26 @@ def _holds_splits(folder: VideoFolder) -> bool:
     return bool(splits)
 
 
-def _csv_clip(where: str, row: dict[str, str]) -> Clip:
-    for needed in ("path", "label"):
+def _csv_clip(where: str, row: dict[str, str], multilabel: str | None) -> Clip:
+    separator = None if multilabel == ONE_LABEL else multilabel
+    for needed in ("path",) if separator else ("path", "label"):
         if not row[needed]:
             raise InputError(f"{where} has no {needed}; fill it in or remove the line")
+    if multilabel is None and (found := [x for x in SEPARATORS if x in row["label"].strip(x)]):
+        raise InputError(
+            f"{where}: is '{row['label']}' one label or several? add --multilabel='{found[0]}' for"
+            f" several, or --multilabel={ONE_LABEL} for one"
+        )
     start, end = (parse_seconds(where, name, row.get(name, "")) for name in ("start", "end"))
     if end is not None and end <= (start or 0):
         raise InputError(f"{where}: the end, {end:g} s, is not after the start, {start or 0:g} s")
     split = row.get("split", "")
     path = posixpath.normpath(row["path"].replace("\\", "/"))
-    return Clip(path, row["label"], start, end, parse_split(where, split) if split else "")
+    labels = _split_labels(row["label"], separator) if separator else None
+    label = row["label"] if labels is None else (separator or "").join(labels)
+    split = parse_split(where, split) if split else ""
+    return Clip(path, label, start, end, split, labels=labels)
+
+
+def _split_labels(text: str, separator: str) -> tuple[str, ...]:
+    return tuple(sorted({name.strip() for name in text.split(separator)} - {""}))

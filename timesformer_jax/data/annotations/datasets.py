@@ -97,6 +97,7 @@ def read(
     validation_fraction: float = 0.1,
     dataset: str | None = None,
     follow: bool = False,
+    multilabel: str | None = None,
 ) -> Listing:
     """Lists the clips of a data set. Clips whose file is missing are listed too.
 
@@ -114,6 +115,7 @@ def read(
       dataset: one of DATASETS; None: custom data.
       follow: accept paths that lead out of the folder `videos`, absolute, by ".." or by symbolic
         links.
+      multilabel: for a csv, what separates several labels in its column; see `custom.read_csv`.
 
     Raises:
       InputError: a path that leads out of the folder, no clips, an invalid row, a label that is
@@ -123,10 +125,12 @@ def read(
     known = published_dataset(dataset)
     folder = walk(videos, follow)
     files = None if annotations is None else annotation_files(annotations)
+    if multilabel is not None and (known is not None or files is None):
+        raise InputError("--multilabel is for a csv of annotations; give one, or leave it out")
     if files is None and folder.outside:
         link, target = next(iter(folder.outside.items()))
         raise _outside_error(f"{videos}/{link}", target, videos)
-    parsed = _parse(dataset, known, folder, files, labels)
+    parsed = _parse(dataset, known, folder, files, labels, multilabel)
     if not follow:
         _require_inside(parsed.rows, folder, videos)
     order = parsed.labels if labels is None else tuple(labels)
@@ -185,9 +189,10 @@ def _parse(
     folder: VideoFolder,
     files: AnnotationFiles | None,
     labels: Sequence[str] | None,
+    multilabel: str | None,
 ) -> ParsedAnnotations:
     if known is None:
-        return custom.read_folders(folder) if files is None else custom.read_csv(files)
+        return custom.read_folders(folder) if files is None else custom.read_csv(files, multilabel)
     if files is None:
         raise InputError(f"{dataset} needs its annotations; give the folder of its files")
     parsed = known.read(folder, files, labels)
@@ -206,12 +211,11 @@ def _valid_clips(rows: Sequence[Row], labels: Sequence[str] | None) -> list[Clip
     allowed = None if labels is None else frozenset(labels)
     seen: dict[str, str] = {}
     for where, clip in rows:
-        if len(clip.label.splitlines()) != 1:
-            raise InputError(f"{where}: the label {clip.label!r} is not one line; rename it")
-        if allowed is not None and clip.label not in allowed:
-            raise InputError(
-                f"{where}: label '{clip.label}' is not in the label file; add it there"
-            )
+        for name in clip.names:
+            if len(name.splitlines()) != 1:
+                raise InputError(f"{where}: the label {name!r} is not one line; rename it")
+            if allowed is not None and name not in allowed:
+                raise InputError(f"{where}: label '{name}' is not in the label file; add it there")
         if clip.id in seen:
             raise InputError(f"{where}: {clip.id} is listed twice (first: {seen[clip.id]})")
         seen[clip.id] = where
@@ -220,10 +224,10 @@ def _valid_clips(rows: Sequence[Row], labels: Sequence[str] | None) -> list[Clip
 
 def _require_trained_labels(clips: Sequence[Clip]) -> None:
     """Refuses a label that occurs outside of train only: it is probably misspelt."""
-    trained = {clip.label for clip in clips if clip.split == "train"}
+    trained = {name for clip in clips if clip.split == "train" for name in clip.names}
     for clip in clips:
-        if trained and clip.label not in trained:
+        if trained and (unknown := [name for name in clip.names if name not in trained]):
             raise InputError(
-                f"unknown label '{clip.label}': {clip.id} is for {clip.split}, and no clip of"
+                f"unknown label '{unknown[0]}': {clip.id} is for {clip.split}, and no clip of"
                 " train has it; correct it, or name all labels in a label file"
             )

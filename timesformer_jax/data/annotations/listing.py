@@ -28,6 +28,11 @@ class Listing:
     published_counts: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def multilabel(self) -> bool:
+        """Whether a clip may have any number of labels."""
+        return any(clip.labels is not None for clip in self.clips)
+
     def report(self) -> str:
         """The available share of each split, and the missing and unlisted files, one line each."""
         listed = Counter(clip.split for clip in self.clips)

@@ -22,6 +22,7 @@ def check(
     annotations: str | os.PathLike | None = None,
     dataset: str | None = None,
     labels: str | os.PathLike | None = None,
+    multilabel: str | None = None,
     decode_fraction: float = 0.05,
     workers: int = 0,
     output: str | os.PathLike | None = None,
@@ -36,7 +37,7 @@ def check(
     Args:
       directories: prepared ones; none if `videos` is given.
       videos: the folder that holds the video files.
-      annotations, dataset, labels, follow: of the videos; see `prepare.prepare`.
+      annotations, dataset, labels, follow, multilabel: of the videos; see `prepare.prepare`.
       decode_fraction: fraction of the clips whose frames are decoded. Which ones follows from
         their ids.
       workers: threads, or for videos processes; 0: one for each processor.
@@ -54,7 +55,15 @@ def check(
         raise InputError("annotations, dataset, labels and output go with --videos only")
     if videos:
         result = check_videos(
-            videos, annotations, dataset, labels, decode_fraction, workers, output, follow
+            videos,
+            annotations,
+            dataset,
+            labels,
+            decode_fraction,
+            workers,
+            output,
+            follow,
+            multilabel,
         )
         counts = [_print(videos, *result)]
     else:

@@ -163,8 +163,13 @@ def _indexed_shards(root: epath.Path, split: Split) -> list[IndexedShard]:
     manifests = root / MANIFESTS if (root / MANIFESTS).is_dir() else None
     rows: list[list[dict]] = [[] for _ in split.files]
     columns = (getattr(split, column).tolist() for column in INDEX_DTYPES)
-    for clip, *values in zip(split.ids.tolist(), *columns):
-        row = {"id": clip, **dict(zip(INDEX_DTYPES, values))}
+    classes = (
+        [[label] for label in split.label.tolist()]
+        if split.targets is None
+        else [np.flatnonzero(targets).tolist() for targets in split.targets]
+    )
+    for clip, labels, *values in zip(split.ids.tolist(), classes, *columns):
+        row = {"id": clip, **dict(zip(INDEX_DTYPES, values)), "label": labels}
         if 0 <= row["shard"] < len(rows):
             rows[row["shard"]].append(row)
     return [
@@ -252,7 +257,8 @@ def _differences(
         "id": record["id"].numpy().decode(errors="replace"),
         "offset": position,
         "size": len(serialized.numpy()),
-        **{name: record[name].numpy() for name in ("label", "num_frames", "fps", "stride")},
+        "label": sorted(record["label"].numpy().tolist()),
+        **{name: record[name].numpy() for name in ("num_frames", "fps", "stride")},
         "stored frames": len(record["video"]),
     }
     for name, value in found.items():
@@ -305,7 +311,8 @@ def _check_description(
     """Compares what TFDS reads of the directory with the indices and with the shards' sizes."""
     try:
         info = tfds.builder_from_directory(root).info
-        label_names = tuple(info.features["label"].names)
+        label = info.features["label"]
+        label_names = tuple(getattr(label, "feature", label).names)
     except Exception as error:  # TFDS raises errors of many kinds
         yield f"TFDS cannot open {root} ({_reason(error)}); {REWRITE_INDEX}"
         return

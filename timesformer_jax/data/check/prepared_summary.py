@@ -63,9 +63,8 @@ def _range(values: np.ndarray) -> str:
 def class_histogram(split: Split) -> str:
     """The number of clips of each class in descending order; of many classes both ends."""
     counts = Counter({name: 0 for name in split.label_names})
-    counts.update(
-        split.label_names[label] for label in split.label if 0 <= label < len(split.label_names)
-    )
+    labels = split.label if split.targets is None else np.nonzero(split.targets)[1]
+    counts.update(split.label_names[label] for label in labels if label < len(split.label_names))
     ranked = counts.most_common()
     used = [(name, count) for name, count in ranked if count]
     unused = [name for name, count in ranked if not count]

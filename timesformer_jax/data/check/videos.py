@@ -44,11 +44,12 @@ def check_videos(
     workers: int,
     output: str | os.PathLike | None,
     follow: bool = False,
+    multilabel: str | None = None,
 ) -> tuple[str, list[str]]:
     """Checks the videos of a data set.
 
     Args:
-      videos, annotations, dataset, labels, follow: see `prepare.prepare`.
+      videos, annotations, dataset, labels, multilabel, follow: see `prepare.prepare`.
       decode_fraction: fraction of the clips that are decoded.
       workers: processes; 0: one for each processor.
       output: a csv for the clips that cannot be used, with the columns of failures.csv; None: none.
@@ -62,7 +63,9 @@ def check_videos(
         killed worker.
     """
     names = None if labels is None else annotations_lib.read_labels(labels)
-    listing = annotations_lib.read(videos, annotations, names, dataset=dataset, follow=follow)
+    listing = annotations_lib.read(
+        videos, annotations, names, dataset=dataset, follow=follow, multilabel=multilabel
+    )
     _write_output(output, {}, ())  # fails now rather than after hours if it cannot be written
     missing = frozenset(listing.missing)
     present = [clip for clip in listing.clips if clip.id not in missing]

@@ -71,7 +71,8 @@ def train_batches(
       A batch and the state after it. With b the number of `rows`, a batch has
         frames (b, T, S, S, 3) uint8,
         crop_boxes (b, 3) float32, top, left and side of the crop in pixels of `frames`,
-        flip (b,) bool, label (b,) int32, record (b,) int32 (the row in `split`),
+        flip (b,) bool, record (b,) int32 (the row in `split`),
+        label (b,) int32, or of multi-label data (b, classes) float32, 0 or 1,
         augment_seed (b,) uint32, the seed of the clip's augmentation on the device, and
         valid (b,) bool, all True.
       The last incomplete batch of an epoch is left out.
@@ -251,7 +252,11 @@ def _batch_request(
         crop_boxes=crop_boxes.astype(np.float32),
         flip=np.array([clip["flip"] for clip in clips], bool),
         augment_seed=np.array([clip["augment_seed"] for clip in clips], np.uint32),
-        label=split.label[records].astype(np.int32),
+        label=(
+            split.label[records].astype(np.int32)
+            if split.targets is None
+            else split.targets[records].astype(np.float32)
+        ),
         valid=np.ones(len(records), bool),
     )
 

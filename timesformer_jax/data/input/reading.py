@@ -48,7 +48,7 @@ class BatchRequest:
       crop_boxes: (b, C, 3) float32, the crops within these squares: top, left and side in pixels.
       flip: (b,) bool, whether the clip is mirrored.
       augment_seed: (b,) uint32, the seed of the clip's augmentation on the device.
-      label: (b,) int32.
+      label: (b,) int32; of multi-label data (b, classes) float32, 0 or 1.
       valid: (b,) bool, False for rows that only fill up the last batch.
     """
 

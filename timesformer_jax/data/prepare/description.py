@@ -80,7 +80,8 @@ def write_description(
     for split, manifests in by_split.items():
         lengths[split] = [len(manifest["records"]) for manifest in manifests.values()]
         sizes[split] = sum(manifest["bytes"] for manifest in manifests.values())
-    prepared.write_metadata(os.fspath(output), name, label_names, lengths, sizes)
+    multilabel = any(clip.labels is not None for shard in shards for clip in shard.clips)
+    prepared.write_metadata(os.fspath(output), name, label_names, lengths, sizes, multilabel)
 
 
 def _require_records(output: epath.Path, split: str, manifests: Sequence[Mapping]) -> None:

@@ -55,6 +55,7 @@ def prepare(
     annotations: str | os.PathLike | None = None,
     dataset: str | None = None,
     labels: str | os.PathLike | None = None,
+    multilabel: str | None = None,
     name: str | None = None,
     short_side: int = 256,
     quality: int = 90,
@@ -83,6 +84,8 @@ def prepare(
       annotations, dataset: of the clips; see `annotations.read`.
       labels: a file with one label name per line, in class order; None: the data set's order, or
         the labels that occur, sorted.
+      multilabel: what separates the labels of a clip in the csv's column `label`, such as ";", if a
+        clip may have any number of them; "none": each text is one label, whatever it holds.
       name: of the data set, at the start of the file names; None: `dataset`, or "videos".
       short_side: shorter side of the stored frames, in pixels.
       quality: of the stored JPEGs (4:2:0), 1 to 100.
@@ -128,7 +131,9 @@ def prepare(
     )
     _check_arguments(options, workers, max_failures, runner, beam_options)
     names = None if labels is None else annotations_lib.read_labels(labels)
-    listing = annotations_lib.read(videos, annotations, names, validation_fraction, dataset, follow)
+    listing = annotations_lib.read(
+        videos, annotations, names, validation_fraction, dataset, follow, multilabel
+    )
     print(listing.report(), flush=True)
     if resplit:
         summary = _resplit(absolute(output), listing, validation_fraction)

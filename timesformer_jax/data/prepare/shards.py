@@ -142,7 +142,8 @@ def write_shard(
       OSError: the shard cannot be written.
     """
     records = import_prepared()
-    features = records.features(label_names)
+    multilabel = any(clip.labels is not None for clip in shard.clips)
+    features = records.features(label_names, multilabel)
     classes = {name: i for i, name in enumerate(label_names)}
     rows, failures, undecodable = [], [], 0
     with atomic_path(epath.Path(shard.path)) as temporary:
@@ -164,7 +165,8 @@ def write_shard(
                 for example, size, record in encoded:
                     columns = {key: example[key] for key in ("id", "fps", "stride", "num_frames")}
                     place = writer.write(record)
-                    row = {"video": clip.id, "label": classes[clip.label]}
+                    numbers = [classes[name] for name in clip.names]
+                    row = {"video": clip.id, "label": numbers if multilabel else numbers[0]}
                     rows.append({**columns, **size, **place, **row})
         num_bytes = temporary.stat().length
     manifest = {"bytes": num_bytes, "records": rows, "failures": failures}
@@ -200,7 +202,7 @@ def encode_clip(
                     )
             example = {
                 "video": jpegs,
-                "label": clip.label,
+                "label": clip.label if clip.labels is None else list(clip.labels),
                 "id": clip.id if len(segments) == 1 else _segment_id(clip, timeline, first, last),
                 "fps": timeline.fps,
                 "stride": options.store_stride,

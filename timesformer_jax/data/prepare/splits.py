@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
@@ -49,6 +50,12 @@ def draw_splits(
     manifests = read_manifests(output)
     decoded = {row["video"] for manifest in manifests for row in manifest["records"]}
     failed = {row["id"] for manifest in manifests for row in manifest["failures"]}
+    kinds = {isinstance(row["label"], list) for m in manifests for row in m["records"]}
+    if kinds and kinds != {listing.multilabel}:
+        raise InputError(
+            f"{output} was prepared {'with' if True in kinds else 'without'} --multilabel; do the"
+            " same here, or choose another output"
+        )
     if unknown := [clip.id for clip in listing.clips if clip.id not in decoded | failed]:
         raise InputError(
             f"{len(unknown)} of {len(listing.clips)} clips are not in {output} (first:"
@@ -61,11 +68,12 @@ def draw_splits(
         path.unlink(missing_ok=True)
         return clips
     by_id = {clip.id: clip for clip in clips}
-    records: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    records: defaultdict[str, dict[str, str | list[str]]] = defaultdict(dict)
     for manifest in manifests:
         for row in manifest["records"]:
             if clip := by_id.get(row["video"]):
-                records[clip.split][row["id"]] = clip.label
+                label = clip.label if clip.labels is None else list(clip.labels)
+                records[clip.split][row["id"]] = label
     found = Reassigned(listing.labels, records, fingerprint(listing))
     write_atomically(path, found.to_json())
     return clips
@@ -73,9 +81,11 @@ def draw_splits(
 
 def class_table(clips: Sequence[Clip], labels: Sequence[str]) -> str:
     """The number of clips of each class in each split; of many classes those with the fewest."""
-    counts = Counter((clip.label, clip.split) for clip in clips)
+    counts = Counter((name, clip.split) for clip in clips for name in clip.names)
     splits = [split for split in SPLIT_ORDER if any(s == split for _, s in counts)]
-    rows = [(label, *(counts[label, split] for split in splits)) for label in labels]
+    rows: list[tuple[Any, ...]] = [
+        (label, *(counts[label, split] for split in splits)) for label in labels
+    ]
     fewest = sorted(rows, key=lambda row: row[1:])[:SHOWN_CLASSES]
     shown = rows if len(rows) <= MAX_CLASSES else fewest
     width = max(len("class"), *(len(label) for label in labels))

@@ -19,12 +19,19 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from timesformer_jax.data.layout import INDEX_DTYPES, INFO_FILE, LABELS_FILE, index_path
+from timesformer_jax.data.layout import (
+    INDEX_DTYPES,
+    INFO_FILE,
+    LABELS_FILE,
+    TARGETS,
+    index_path,
+)
 from timesformer_jax.data.records.reassigned import read_reassigned, select_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
@@ -34,18 +41,19 @@ from timesformer_jax.errors import InputError
 tf.config.set_visible_devices([], "GPU")
 
 
-def features(label_names: Sequence[str]) -> tfds.features.FeaturesDict:
+def features(label_names: Sequence[str], multilabel: bool = False) -> tfds.features.FeaturesDict:
     """The features of a record.
 
     video: the stored frames, each a JPEG. Stored frame i is frame i * stride of the clip, so there
       are ceil(num_frames / stride).
-    label: the class. id: Clip.id.
+    label: the class; of multi-label data a sequence of classes. id: Clip.id.
     fps: frame rate of the source. num_frames: frames of the clip in the source.
     """
+    one = tfds.features.ClassLabel(names=list(label_names))
     return tfds.features.FeaturesDict(
         {
             "video": tfds.features.Video(shape=(None, None, None, 3), encoding_format="jpeg"),
-            "label": tfds.features.ClassLabel(names=list(label_names)),
+            "label": tfds.features.Sequence(one) if multilabel else one,
             "id": tfds.features.Text(),
             "fps": np.float32,
             "stride": np.int64,
@@ -54,8 +62,8 @@ def features(label_names: Sequence[str]) -> tfds.features.FeaturesDict:
     )
 
 
-# Parsing does not depend on the label names.
-_EXAMPLE_SPEC = features(()).tf_example_spec
+# Parsing does not depend on the label names, nor on their number for a record.
+_EXAMPLE_SPEC = features((), multilabel=True).tf_example_spec
 
 
 def serialize(definition: tfds.features.FeaturesDict, example: Mapping) -> bytes:
@@ -63,7 +71,8 @@ def serialize(definition: tfds.features.FeaturesDict, example: Mapping) -> bytes
 
     Args:
       definition: from `features`.
-      example: a value per feature; `video` is a list of JPEG byte strings, `label` a name.
+      example: a value per feature; `video` is a list of JPEG byte strings, `label` a name or a
+        list of names.
     """
     proto = tf.train.Example.FromString(definition.serialize_example(example))
     # The entries of a protobuf map have no order of their own.
@@ -77,7 +86,7 @@ def parse(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
       serialized: () string.
 
     Returns:
-      video: (stored frames,) string, JPEGs; label, stride, num_frames: () int64;
+      video: (stored frames,) string, JPEGs; label: (labels,) int64; stride, num_frames: () int64;
       fps: () float32; id: () string.
     """
     return tf.io.parse_single_example(serialized, _EXAMPLE_SPEC)
@@ -118,13 +127,18 @@ def open_indexed(directory: str, split: str) -> Split:
             f"the index of {directory} has no column '{absent[0]}': another version made it;"
             " prepare it again, to another folder"
         )
-    return Split(
+    found = Split(
         name=split,
         files=tuple(os.path.join(directory, name) for name in index["files"].tolist()),
         label_names=_read_label_names(directory),
         ids=index["ids"],
         **{column: index[column] for column in INDEX_DTYPES},
     )
+    if TARGETS not in index:
+        return found
+    targets = np.zeros((len(found), len(found.label_names)), bool)
+    targets[tuple(index[TARGETS].T)] = True
+    return replace(found, targets=targets)
 
 
 def split_names(directory: str) -> list[str]:
@@ -172,15 +186,23 @@ def write_index(directory: str, split: str, files: Sequence[str], rows: Sequence
 
     Args:
       files: names of the shards, in order.
-      rows: `id` and the columns of INDEX_DTYPES for each record.
+      rows: `id` and the columns of INDEX_DTYPES for each record; `label` is a list of classes for
+        each record of multi-label data.
     """
+    targets = [
+        (i, x) for i, row in enumerate(rows) if isinstance(row["label"], list) for x in row["label"]
+    ]
+    more = {}
+    if rows and isinstance(rows[0]["label"], list):
+        more[TARGETS] = np.array(targets, np.int32).reshape(-1, 2)
+        rows = [{**row, "label": min(row["label"], default=0)} for row in rows]
     columns = {
         column: np.array([row[column] for row in rows], dtype)
         for column, dtype in INDEX_DTYPES.items()
     }
     ids = np.array([row["id"] for row in rows], np.str_)
     buffer = io.BytesIO()
-    np.savez(buffer, files=np.array(files, np.str_), ids=ids, **columns)  # type: ignore[arg-type]  # not allow_pickle
+    np.savez(buffer, files=np.array(files, np.str_), ids=ids, **columns, **more)  # type: ignore[arg-type]  # not allow_pickle
     with _write_errors(), tf.io.gfile.GFile(index_path(directory, split), "wb") as file:
         file.write(buffer.getvalue())
 
@@ -191,6 +213,7 @@ def write_metadata(
     label_names: Sequence[str],
     shard_lengths: Mapping[str, Sequence[int]],
     num_bytes: Mapping[str, int],
+    multilabel: bool = False,
 ) -> None:
     """Writes the label names and TFDS's description. dataset_info.json is the last of all files.
 
@@ -200,6 +223,7 @@ def write_metadata(
       label_names: the name of each class.
       shard_lengths: the number of records in each shard, for each split.
       num_bytes: the size of the shards, for each split.
+      multilabel: whether a record has any number of labels.
     """
     with _write_errors(), tf.io.gfile.GFile(os.path.join(directory, LABELS_FILE), "w") as file:
         file.write("".join(f"{label}\n" for label in label_names))
@@ -217,7 +241,7 @@ def write_metadata(
     with _write_errors(), _quiet_tfds():
         tfds.folder_dataset.write_metadata(
             data_dir=directory,
-            features=features(label_names),
+            features=features(label_names, multilabel),
             split_infos=splits,
             filename_template=None,
             # The check would decode a record with TensorFlow, and print about it.

@@ -8,12 +8,13 @@ and takes precedence over the indices. TFDS knows nothing of it.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from timesformer_jax.data.layout import INDEX_DTYPES, SPLITS_FILE
-from timesformer_jax.data.records.split import Split
+from timesformer_jax.data.records.split import Split, first_class
 from timesformer_jax.errors import InputError
 
 
@@ -22,12 +23,13 @@ class Reassigned:
     """The content of splits.json.
 
     labels: class names in order.
-    splits: for each split, the label of each of its records by the record's id.
+    splits: for each split, the label of each of its records by the record's id; of multi-label
+      data a list of labels.
     clips: a fingerprint of the list of clips that it follows from.
     """
 
     labels: tuple[str, ...]
-    splits: Mapping[str, Mapping[str, str]]
+    splits: Mapping[str, Mapping[str, str | list[str]]]
     clips: str
 
     def to_json(self) -> bytes:
@@ -61,24 +63,31 @@ def select_split(indexed: Sequence[Split], reassigned: Reassigned, name: str) ->
     """
     label_of = reassigned.splits[name]
     everything = join(indexed)
-    rows = np.flatnonzero([record in label_of for record in everything.ids.tolist()])
-    if len(rows) != len(label_of):
+    everything = everything.take(np.array([i in label_of for i in everything.ids.tolist()], bool))
+    if len(everything) != len(label_of):
         raise InputError(
-            f"{SPLITS_FILE} has {len(label_of)} records of {name}, and the indices {len(rows)} of"
-            " them; run `timesformer prepare --resplit` again"
+            f"{SPLITS_FILE} has {len(label_of)} records of {name}, and the indices"
+            f" {len(everything)} of them; run `timesformer prepare --resplit` again"
         )
     classes = {label: i for i, label in enumerate(reassigned.labels)}
-    columns = {column: getattr(everything, column)[rows] for column in ("ids", *INDEX_DTYPES)}
-    columns["label"] = np.array([classes[label_of[i]] for i in columns["ids"].tolist()], np.int32)
-    return replace(everything, name=name, label_names=reassigned.labels, **columns)
+    found = replace(everything, name=name, label_names=reassigned.labels)
+    named = [label_of[i] for i in found.ids.tolist()]
+    targets = np.zeros((len(named), len(classes)), bool)
+    for row, labels in enumerate(named):
+        targets[row, [classes[x] for x in ([labels] if isinstance(labels, str) else labels)]] = True
+    if everything.targets is None:
+        return replace(found, label=first_class(targets))
+    return replace(found, label=first_class(targets), targets=targets)
 
 
 def join(splits: Sequence[Split]) -> Split:
     """All records of several splits of one data set, as one."""
-    columns = {
+    columns: dict[str, Any] = {
         column: np.concatenate([getattr(split, column) for split in splits])
         for column in ("ids", *INDEX_DTYPES)
     }
+    if splits[0].targets is not None:
+        columns["targets"] = np.concatenate([split.targets for split in splits])
     # Shards and videos are numbered within each split.
     for column, counts in {
         "shard": [len(split.files) for split in splits],

@@ -1,5 +1,7 @@
 """A split of a data set: where its records are and what they contain."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,10 +30,11 @@ class Split:
       fps: float32, frame rate of the source.
       stride: int32, every stride-th frame of the source is stored.
       height, width: int32, pixels of the stored frames.
-      label: int32, the class.
+      label: int32, the class; of multi-label data the first of the classes, or 0.
       video: int32, the video that the record is from. The pieces of a long video share it.
       extract_frames: a function of a serialized record and indices of stored frames. It returns
         the bytes of each of these frames, a JPEG or PNG.
+      targets: (n, classes) bool, the classes of each record; None unless the data is multi-label.
     """
 
     name: str
@@ -49,9 +52,22 @@ class Split:
     label: np.ndarray
     video: np.ndarray
     extract_frames: Callable[[bytes, Sequence[int]], list[bytes]] = extract_frames
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def take(self, rows: np.ndarray) -> Split:
+        """The records of some rows: their numbers, or a mask."""
+        columns = {column: getattr(self, column)[rows] for column in ("ids", *INDEX_DTYPES)}
+        return replace(
+            self, **columns, targets=None if self.targets is None else self.targets[rows]
+        )
+
+
+def first_class(targets: np.ndarray) -> np.ndarray:
+    """(n,) int32, the first class of each row of (n, classes) bool; 0 where there is none."""
+    return targets.argmax(axis=1).astype(np.int32)
 
 
 def take_fraction(split: Split, fraction: float) -> Split:
@@ -79,6 +95,4 @@ def take_fraction(split: Split, fraction: float) -> Split:
         videos = np.flatnonzero(labels == label)
         ranked = sorted(videos, key=lambda v: clip_hash(str(split.ids[first[v]])))
         taken[ranked[: max(round(fraction * len(ranked)), 1)]] = True
-    rows = taken[video]
-    columns = {column: getattr(split, column)[rows] for column in ("ids", *INDEX_DTYPES)}
-    return replace(split, **columns)
+    return split.take(taken[video])
