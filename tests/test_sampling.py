@@ -174,3 +174,33 @@ def test_three_crops_reach_both_ends_and_the_middle(height, width):
     assert first.tolist() == [0, 0, side]
     assert last.tolist() == [height - side, width - side, side]
     assert (middle == (first + last) / 2).all()
+
+
+# ---- clips that slide along a video -------------------------------------------------------------
+
+
+@given(st.integers(1, 5000), st.floats(1, 120), st.floats(0.1, 20), st.floats(0.001, 10))
+def test_sliding_clips_cover_the_video_a_stride_apart(n, fps, window, stride):
+    starts = sampling.sliding_starts(n, fps, window, stride)
+    step = max(stride * fps, 1)
+    assert starts[0] == 0
+    np.testing.assert_allclose(np.diff(starts)[:-1], step, rtol=1e-9)
+    assert (np.diff(starts) <= step * (1 + 1e-9)).all()
+    assert (np.diff(starts) > 0).all()
+    assert starts[-1] <= max(n - window * fps, 0) < starts[-1] + 1
+
+
+@given(st.integers(1, 800), st.floats(1, 60), st.sampled_from(["stride", "segments"]))
+def test_a_sliding_clip_is_sampled_as_a_test_clip_of_its_span_alone(n, fps, kind):
+    spec = ClipSpec(frames=4, frame_stride=8, sampling=kind, start="first")
+    window = sampling.clip_seconds(spec) or 1.5
+    starts = sampling.sliding_starts(n, fps, window, 0.4)
+    found = list(sampling.sliding_indices(n, fps, spec, window, starts))
+    assert len(found) == len(starts)
+    for start, indices in zip(starts, found):
+        assert 0 <= indices.min() <= indices.max() < n
+        first = int(start)
+        if start == first and start + window * fps <= n:
+            length = round(window * fps) if kind == "segments" else n - first
+            alone = sampling.test_indices(length, fps, spec, views=1)[0]
+            assert indices.tolist() == (first + alone).tolist()

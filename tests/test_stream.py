@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from videos import numbers, write_video
+from videos import damage, numbers, write_video
 
 from timesformer_jax.data.decode import ClipStream, Gap, VideoError, VideoFile, decode_clip
 from timesformer_jax.data.decode.stream import _union
@@ -112,19 +112,6 @@ def test_every_tick_of_overlapping_clips_is_due_once_in_order(draws):
         last = max(last, first + max(offsets))
         rows.append(np.array(sorted({first, *(first + offset for offset in offsets), last})))
     assert list(_union(rows)) == sorted({int(tick) for row in rows for tick in row})
-
-
-def damage(path, start, end):
-    """Overwrites the packets of [start, end) seconds by zeros."""
-    with VideoFile(path) as opened:
-        packets = list(opened.packets())
-    first = packets[0]
-    at = [float((packet.pts - first.pts) * packet.time_base) for packet in packets]
-    lost = [packet.pos for packet, time in zip(packets, at) if start <= time < end]
-    content = bytearray(path.read_bytes())
-    stop = lost[-1] + packets[at.index(max(t for t in at if t < end))].size
-    content[lost[0] : stop] = bytes(stop - lost[0])
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange
 
+from timesformer_jax.data.decode import VideoFile
+
 STEP = 4  # levels of brightness from one frame to the next
 
 
@@ -56,6 +58,19 @@ def numbers(frames):
         round(float(frame[frame.shape[0] // 2 :, frame.shape[1] // 2 :].mean()) / STEP)
         for frame in frames
     ]
+
+
+def damage(path, start, end):
+    """Overwrites the packets of [start, end) seconds by zeros."""
+    with VideoFile(path) as opened:
+        packets = list(opened.packets())
+    first = packets[0]
+    at = [float((packet.pts - first.pts) * packet.time_base) for packet in packets]
+    lost = [packet.pos for packet, time in zip(packets, at) if start <= time < end]
+    content = bytearray(path.read_bytes())
+    stop = lost[-1] + packets[at.index(max(t for t in at if t < end))].size
+    content[lost[0] : stop] = bytes(stop - lost[0])
+    path.write_bytes(content)
 
 
 def write_audio(path):

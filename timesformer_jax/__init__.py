@@ -19,6 +19,7 @@ _MODULES = {
     "TimeSformer": "models.timesformer",
     "TimeSformerConfig": "models.config",
     "VideoError": "data.decode",
+    "VideoTimeline": "inference.timeline.result",
     "create": "models.presets",
     "decode": "data.decode",
     "from_pretrained": "checkpoints.convert",

@@ -114,6 +114,9 @@ RANGES: dict[str, Range] = {
     "crops": Range(1, 3, whole=True, only=(1, 3)),
     "top": _COUNT,
     "batches": _COUNT,
+    "stride": Range(0.001, YEAR),
+    "window": Range(0.001, YEAR),
+    "switch_cost": Range(0, 1000),
     # training
     "seed": Range(0, (1 << 32) - 1, whole=True),
     "epochs": _COUNT,

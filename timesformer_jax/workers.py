@@ -1,6 +1,5 @@
 """Worker processes that end with their parent, and tasks that survive the crash of a worker."""
 
-import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -10,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -30,9 +30,6 @@ CRASH_SIGNALS = (
 # Seconds in which a decoder must give a packet or a frame. The slowest take tenths of a second.
 STALL_SECONDS = 120.0
 
-# Memory of a worker at least: its libraries, and the frames that it decodes.
-WORKER_BYTES = 200 << 20
-
 # Seconds between two updates of the progress.
 POLL_SECONDS = 0.2
 
@@ -45,7 +42,7 @@ class WorkerCrash(Exception):
         self.signals = signals
 
 
-@contextlib.contextmanager
+@contextmanager
 def worker_pool(
     processes: int, reports=None, stall_seconds: float = STALL_SECONDS
 ) -> Iterator[ProcessPoolExecutor]:
@@ -254,25 +251,6 @@ class _Pool(ProcessPoolExecutor):
         self.shutdown(cancel_futures=True)
         for process in self.started:
             process.join()
-
-
-def available_memory() -> int:
-    """Bytes of memory that this machine has, or that its container may use."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as file:
-        memory = min(memory, int(file.read()))
-    return memory
-
-
-def check_workers(workers: int) -> None:
-    """Raises an InputError if so many processes cannot be in the machine's memory."""
-    most = max(available_memory() // WORKER_BYTES, 1)
-    if workers > most:
-        raise InputError(
-            f"workers={workers} processes need about {workers * WORKER_BYTES / 2**30:.3g} GiB of"
-            f" memory, and there are {available_memory() / 2**30:.3g}; give at most {most}, or 0"
-            " for one per core"
-        )
 
 
 def available_cores() -> int:

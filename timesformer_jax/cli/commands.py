@@ -166,6 +166,35 @@ COMMANDS = {
         required=("checkpoint",),
         positional=("videos...",),
     ),
+    "timeline": Command(
+        "finds what happens when in a long video",
+        "timesformer_jax.inference.timeline_command:timeline",
+        (
+            CHECKPOINT,
+            number(
+                "stride", None, "seconds between clips; by default a quarter of what a clip spans"
+            ),
+            number(
+                "window",
+                None,
+                "seconds that a clip spans, for checkpoints whose clips are as long as the video",
+            ),
+            number(
+                "switch_cost",
+                1.1,
+                "nats that a change of the class must gain to be a new segment; 0: no smoothing",
+            ),
+            strings(
+                "output", "files to write: .json, .csv, .vtt (subtitles) or .html, with commas"
+            ),
+            integer("crops", 1, "square crops per clip: 1, or 3 (left, centre, right)"),
+            number("start", None, "start of the part of the video to look at, in seconds"),
+            number("end", None, "end of this part, in seconds"),
+            ATTENTION_KERNELS,
+        ),
+        required=("checkpoint",),
+        positional=("video",),
+    ),
     "plan": Command(
         "predicts memory, time and largest batch of a recipe on hardware you do not have",
         "timesformer_jax.planning.command:plan",

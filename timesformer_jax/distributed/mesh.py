@@ -11,7 +11,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from timesformer_jax.distributed.sharding import BATCH_AXES, BATCH_SPEC, batch_sharding
 from timesformer_jax.errors import InputError
-from timesformer_jax.workers import available_memory
 
 AXES = (*BATCH_AXES, "tensor", "sequence")
 
@@ -73,32 +72,6 @@ def check_batch(mesh: Mesh, batch_size: int, flag: str, accumulate_steps: int = 
         raise InputError(
             f"a batch of {batch_size} cannot be divided among data x fsdp = {devices} devices"
             f"{each}; set {flag} to a multiple of {parts}, {near} for one"
-        )
-
-
-def smallest_batch(mesh: Mesh, rows: int) -> int:
-    """The size of the smallest batch of at least so many rows that the devices can split."""
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return -(-rows // devices) * devices
-
-
-def device_memory() -> float:
-    """Bytes of memory that programs can use on a device here; on a CPU all of the machine's."""
-    stats = jax.local_devices()[0].memory_stats()
-    return stats["bytes_limit"] if stats and "bytes_limit" in stats else available_memory()
-
-
-def check_memory(needed: float, lower: str) -> None:
-    """Raises an InputError, naming what to lower, if a program cannot fit in a device's memory.
-
-    Args:
-      needed: bytes on a device that it needs at the least.
-      lower: the flags that decide it.
-    """
-    if needed > (there := device_memory()):
-        raise InputError(
-            f"this needs {needed / 2**30:,.0f} GiB of memory at the least, and a device has"
-            f" {there / 2**30:,.0f}; lower {lower}"
         )
 
 

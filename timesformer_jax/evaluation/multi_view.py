@@ -25,20 +25,12 @@ from timesformer_jax.data.input.pipeline import eval_batches
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.distributed import hosts
-from timesformer_jax.distributed.mesh import (
-    batch_rows,
-    check_batch,
-    check_memory,
-    make_mesh,
-    put_batch,
-    smallest_batch,
-)
+from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import MultiLabelResults, Results, average_pieces, by_name
 from timesformer_jax.evaluation.output import check_outputs, write
 from timesformer_jax.evaluation.step import make_step
 from timesformer_jax.models import tuning
-from timesformer_jax.models.costs import least_memory
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
 
@@ -67,11 +59,8 @@ def evaluate(
       crops: 3 for left, centre and right; 1 for the centre only.
       after_batch: called after each batch; an exception ends the evaluation.
     """
-    batch_size = min(batch_size, smallest_batch(mesh, len(split)))
-    clips = batch_size * views * crops
-    needed = least_memory(model, clips, clip.frames, clip.crop)
-    check_memory(needed / mesh.size, "--batch_size or --views (in a config, eval.batch_size)")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        clips = batch_size * views * crops
         tuning.choose_kernels(model, clips, clip.frames, clip.crop, gradients=False)
     step = make_step(model, clip, mesh, split.targets is not None)
     rows = batch_rows(mesh, batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
@@ -13,8 +13,13 @@ from timesformer_jax.data import decode
 from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
 
-# A file or a folder of images by its path, an open binary file, or frames in memory.
-Video = str | os.PathLike | BinaryIO | np.ndarray | decode.DecodedVideo
+# A file or a folder of images by its path, or an open binary file.
+File = str | os.PathLike | BinaryIO
+
+# A file, or frames in memory.
+Video = File | np.ndarray | decode.DecodedVideo
+
+FPS_OF_FILE = "fps is that of frames in memory; a file tells its own: leave it out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +76,13 @@ def read(
         video, fps = video
     if isinstance(video, bytes):
         raise InputError("a video cannot be bytes; wrap its content: io.BytesIO(content)")
-    if not isinstance(video, str | os.PathLike) and not hasattr(video, "read"):
+    if not is_file(video):
         frames, times = _in_memory(video, clip, views, start, end, fps)
     elif fps is not None:
-        raise InputError("fps is that of frames in memory; a file tells its own: leave it out")
+        raise InputError(FPS_OF_FILE)
     else:
         found = decode.decode_clip(
-            video,  # type: ignore[arg-type]  # it is a path or a file
+            video,
             start,
             end,
             sample=sample,
@@ -94,8 +99,13 @@ def read(
     )
 
 
+def is_file(video: Video) -> TypeGuard[File]:
+    """Whether a video is a path or an open file, not frames in memory."""
+    return isinstance(video, str | os.PathLike) or hasattr(video, "read")
+
+
 def _in_memory(
-    video: np.ndarray,
+    video: Any,
     clip: ClipSpec,
     views: int,
     start: float | None,
@@ -130,7 +140,7 @@ def _in_memory(
     return decode.resize(frames[unique], clip.short_side)[inverse], times[ticks]
 
 
-def checked_frames(frames: np.ndarray) -> np.ndarray:
+def checked_frames(frames: Any) -> np.ndarray:
     """Frames in memory as (T, H, W, 3) uint8.
 
     Raises:

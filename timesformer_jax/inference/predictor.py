@@ -12,18 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from timesformer_jax import ranges
 from timesformer_jax.checkpoints.load import load
 from timesformer_jax.data.decode import DecodedVideo, VideoError
-from timesformer_jax.distributed.mesh import check_memory
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference import clips as clips_lib
 from timesformer_jax.inference.attention import class_index, trace
 from timesformer_jax.inference.clips import Clips, Video
 from timesformer_jax.inference.decoding import decode_ahead
 from timesformer_jax.inference.results import AttentionMap, Features, Prediction
+from timesformer_jax.inference.timeline.find import SWITCH_COST, Progress, find_timeline
+from timesformer_jax.inference.timeline.result import VideoTimeline
 from timesformer_jax.models import tuning
-from timesformer_jax.models.costs import least_memory
 from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.timesformer import TimeSformer, class_probabilities, with_parameters
 from timesformer_jax.transforms.preprocess import preprocess
@@ -85,7 +84,10 @@ class Predictor:
         labels: Sequence[str] | None = None,
         batch_size: int | None = None,
     ):
-        ranges.check_given(views=views, crops=crops, batch_size=batch_size)
+        if views < 1 or crops not in (1, 3):
+            raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
         select.check_name(attention_kernels)
         self.metadata, self._params = load(checkpoint)
         model = self.metadata.model
@@ -99,14 +101,9 @@ class Predictor:
         self.views, self.crops, self.attention_kernels = views, crops, attention_kernels
         on_cpu = jax.default_backend() == "cpu"
         self.batch_size = batch_size or (1 if on_cpu else BATCH_SIZE)
-        spec = self.metadata.clip
-        needed = least_memory(model, self.batch_size * crops, spec.frames, spec.crop)
-        check_memory(needed, "batch_size")
-        # The decoded clips of a video are in memory together.
-        decoded = views * spec.frames * 3 * spec.short_side**2
-        check_memory(decoded, "views")
         self._lock = threading.Lock()
         self._tuned: set[int] = set()  # sizes of batches that kernels are chosen for
+        spec = self.metadata.clip
         self._prepare = jax.jit(lambda frames, boxes: preprocess(frames, boxes, spec))
         self._classify = jax.jit(self._probabilities)
         self._encode = jax.jit(self._features, static_argnames=("frames", "positions"))
@@ -208,6 +205,32 @@ class Predictor:
         """
         clip = clips_lib.read(video, self.metadata.clip, 1, 1, start, end, fps=fps)
         return self.look(clip, target)
+
+    def timeline(
+        self,
+        video: Video,
+        stride: float | None = None,
+        *,
+        window: float | None = None,
+        switch_cost: float = SWITCH_COST,
+        start: float | None = None,
+        end: float | None = None,
+        fps: float | None = None,
+        progress: Progress | None = None,
+    ) -> VideoTimeline:
+        """What happens when in one video of any length, or in its part [start, end).
+
+        Clips slide along the video, which is decoded once. Arguments and errors are those of
+        `find_timeline`; frames in memory need `fps`.
+        """
+        try:
+            return find_timeline(
+                video, self.classify, self.metadata.clip, self.labels, stride, window, switch_cost,
+                start, end, fps=fps, crops=self.crops, batch_size=self.batch_size,
+                progress=progress,
+            )  # fmt: skip
+        except VideoError as error:
+            raise VideoError(f"{_name(video)}: {error}") from error
 
     def top(self, probabilities: np.ndarray, count: int) -> list[Prediction]:
         """The `count` most probable classes of (classes,) probabilities, the first one first."""
@@ -325,7 +348,7 @@ class Predictor:
         threads, workers = (0, 0) if alone else (1, None)
         reads = []
         for each in videos:
-            rate = None if isinstance(each, str | os.PathLike) or hasattr(each, "read") else fps
+            rate = None if clips_lib.is_file(each) else fps
             reads.append(functools.partial(self.read, each, start, end, fps=rate, threads=threads))
         for each, found in zip(videos, self.stream(compute, reads, workers)):
             if isinstance(found, VideoError):

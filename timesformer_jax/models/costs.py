@@ -89,25 +89,6 @@ def macs(
     return embedding + config.depth * block + d * config.num_classes
 
 
-def least_memory(
-    config: TimeSformerConfig, clips: int, frames: int | None = None, size: int | None = None
-) -> int:
-    """Bytes that a forward pass needs on its device at the very least.
-
-    They are the parameters in float32, the clips as float32 pixels, and of one block its input and
-    the hidden units of its MLP. A program needs more: it is impossible where even this is too much.
-
-    Args:
-      clips: that go through the model at a time, with all their crops.
-      frames, size: of a clip; the config's own by default.
-    """
-    t, grid = _sizes(config, frames, size, size)
-    side = size or config.image_size
-    tokens = t * _patches(grid) * (config.hidden_size + config.mlp_size)
-    number = 2 if config.dtype == "bfloat16" else 4
-    return 4 * parameter_count(config) + clips * (number * tokens + 4 * 3 * t * side**2)
-
-
 def _sizes(
     config: TimeSformerConfig, frames: int | None, height: int | None, width: int | None
 ) -> tuple[int, Grid]:

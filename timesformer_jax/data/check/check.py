@@ -10,7 +10,6 @@ from timesformer_jax import ranges
 from timesformer_jax.data.check.videos import check_videos
 from timesformer_jax.data.records.quiet_import import import_prepared
 from timesformer_jax.errors import InputError
-from timesformer_jax.workers import check_workers
 
 # Problems printed of each source; their total number is always printed.
 MAX_LINES = 200
@@ -48,7 +47,6 @@ def check(
         problems.
     """
     ranges.check_given(decode_fraction=decode_fraction, workers=workers)
-    check_workers(workers)
     if bool(directories) == bool(videos):
         raise InputError("give prepared directories to check, or the folder of --videos")
     if not videos and (annotations or dataset or labels or output):

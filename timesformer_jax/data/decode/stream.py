@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -45,6 +45,10 @@ class Gap(NamedTuple):
     start: float
     end: float
     damaged: bool
+
+    def __str__(self) -> str:
+        what = "damaged, left out" if self.damaged else "no new frames, the last one stays"
+        return f"from {self.start:.2f} to {self.end:.2f} s: {what}"
 
 
 class StreamedClip(NamedTuple):
@@ -80,7 +84,7 @@ class ClipStream:
     middle of the file is passed over, and told by `gaps`.
 
     Args:
-      path: a video file, which may be on gs://; or a folder of images.
+      path: as for `VideoFile`.
       sample: a function of the timeline, which returns the ticks of the clips one after the other:
         arrays of T ascending ticks, and neither the first nor the last tick of a clip is less than
         that of the clip before.
@@ -98,7 +102,7 @@ class ClipStream:
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike | BinaryIO,
         sample: Callable[[Timeline], Iterable[np.ndarray]],
         start: float | None = None,
         end: float | None = None,

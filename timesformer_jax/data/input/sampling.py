@@ -7,6 +7,7 @@ evaluation and prediction share these functions and differ only in the arguments
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -83,10 +84,66 @@ def clip_indices(
       (clip_frames,) int64 in [0, num_frames).
     """
     span = frame_stride * clip_frames / 30 * fps
-    start = position * max(num_frames - span, 0)
+    return _spread(num_frames, position * max(num_frames - span, 0), span, clip_frames)
+
+
+def _spread(num_frames: int, start: float, span: float, clip_frames: int) -> np.ndarray:
+    """(clip_frames,) frames from `start`, evenly over a span; beyond the video, its last frame."""
     # The span can be shorter than one frame if the frame rate is low.
     indices = np.linspace(start, start + max(span - 1, 0), clip_frames)
     return np.clip(indices, 0, num_frames - 1).astype(np.int64)
+
+
+def clip_seconds(spec: ClipSpec) -> float | None:
+    """The time that a clip spans; None with sampling "segments": as long as the video."""
+    return None if spec.sampling == "segments" else spec.frame_stride * spec.frames / 30
+
+
+def sliding_starts(num_frames: int, fps: float, window: float, stride: float) -> np.ndarray:
+    """Where clips start that slide along a video: at 0, and every `stride` seconds after it.
+
+    The last one ends with the video, so that every frame lies in the span of a clip: it may be
+    nearer to the one before it. A video that is shorter than the window has one clip.
+
+    Args:
+      num_frames, fps: of the video.
+      window: seconds that a clip spans.
+      stride: seconds; less than a frame is a frame.
+
+    Returns:
+      (clips,) float64, ascending, in frames; at least one.
+    """
+    last, step = max(num_frames - window * fps, 0.0), max(stride * fps, 1.0)
+    starts = np.arange(math.floor(last / step) + 1) * step
+    # Less than a frame from the end is the end.
+    return starts if last - starts[-1] < 1 else np.append(starts, last)
+
+
+def sliding_indices(
+    num_frames: int, fps: float, spec: ClipSpec, window: float, starts: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The source frames of clips that start anywhere, one after the other.
+
+    Within its span a clip is sampled as in a test: with sampling "stride", as by `clip_indices`;
+    with "segments", the middle frames of T equal parts of the span.
+
+    Args:
+      num_frames, fps: of the video.
+      spec: of the clips.
+      window: seconds that a clip spans, as `clip_seconds` says if it says so.
+      starts: (clips,) in frames, ascending.
+
+    Yields:
+      (T,) int64 in [0, num_frames), ascending.
+    """
+    span = window * fps
+    for start in starts:
+        if spec.sampling == "stride":
+            yield _spread(num_frames, start, span, spec.frames)
+            continue
+        first = min(int(start), num_frames - 1)
+        length = min(max(round(span), 1), num_frames - first)
+        yield first + test_indices(length, fps, spec, views=1)[0]
 
 
 def segment_indices(num_frames: int, clip_frames: int, draws: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ from timesformer_jax.data.prepare.splits import draw_splits, fingerprint
 from timesformer_jax.data.records.reassigned import read_reassigned
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import absolute, disk_errors, locked, write_atomically
-from timesformer_jax.workers import available_cores, check_workers
+from timesformer_jax.workers import available_cores
 
 
 def prepare(
@@ -159,7 +159,6 @@ def _check_arguments(
     ranges.check_given(
         segment_seconds=options.segment_seconds, workers=workers, max_failures=max_failures
     )
-    check_workers(workers)
     if runner not in RUNNERS:
         raise InputError(f"there is no runner '{runner}'; give one of {', '.join(RUNNERS)}")
     if beam_options and runner != "beam":

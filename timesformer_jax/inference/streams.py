@@ -1,0 +1,117 @@
+"""The clips of a video one after the other, from a file or from frames in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data import decode
+from timesformer_jax.data.decode import ClipStream, Gap, StreamedClip, Timeline, equal_pieces
+from timesformer_jax.data.input import sampling
+from timesformer_jax.errors import InputError
+from timesformer_jax.inference.clips import FPS_OF_FILE, Video, checked_frames, is_file
+
+T = TypeVar("T")
+
+Sample = Callable[[Timeline], Iterable[np.ndarray]]
+
+
+class Stream(Protocol):
+    """An open `decode.ClipStream`, or frames in memory that are used as one."""
+
+    timeline: Timeline
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]: ...
+
+    def __iter__(self) -> Iterator[StreamedClip]: ...
+
+
+def open_stream(
+    video: Video,
+    sample: Sample,
+    short_side: int,
+    start: float | None = None,
+    end: float | None = None,
+    *,
+    fps: float | None = None,
+) -> AbstractContextManager[Stream]:
+    """Opens a video as a stream of clips.
+
+    Args:
+      video: a path, an open binary file, or frames: (T, H, W, 3) uint8 RGB.
+      sample: the ticks of the clips, as for `decode.ClipStream`.
+      short_side: pixels that the shorter side is resized to.
+      start, end: seconds; the clips lie in this part. None: the beginning, the end.
+      fps: of frames in memory.
+
+    Raises:
+      decode.VideoError: on entering or iterating, if the video cannot be decoded.
+      InputError: if frames in memory have another shape or dtype, or no rate.
+    """
+    if isinstance(video, decode.DecodedVideo):
+        video, fps = video
+    if not is_file(video):
+        return nullcontext(_InMemory(video, fps, sample, short_side, start, end))
+    if fps is not None:
+        raise InputError(FPS_OF_FILE)
+    return ClipStream(video, sample, start, end, short_side=short_side)
+
+
+class _InMemory:
+    """Frames in memory as a stream of clips."""
+
+    gaps = ()
+
+    def __init__(
+        self,
+        frames: Any,
+        fps: float | None,
+        sample: Sample,
+        short_side: int,
+        start: float | None,
+        end: float | None,
+    ):
+        frames = checked_frames(frames)
+        if fps is None or not 0 < fps < np.inf:
+            raise InputError(f"frames in memory need their rate, fps=..., above 0; not {fps}")
+        times = np.arange(len(frames)) / fps
+        inside = (times >= (start or 0)) & (times < (np.inf if end is None else end))
+        if not inside.any():
+            raise InputError(f"no frame from {start or 0:g} s to {end}: there are {times[-1]:g} s")
+        self._frames, self._sample, self._short_side = frames[inside], sample, short_side
+        self.timeline = Timeline(times[inside], np.arange(inside.sum()), fps)
+
+    def __iter__(self) -> Iterator[StreamedClip]:
+        for ticks in self._sample(self.timeline):
+            yield StreamedClip(ticks, decode.resize(self._frames[ticks], self._short_side), 0)
+
+
+def covering(spec: ClipSpec) -> Sample:
+    """Samples non-overlapping clips along a whole video, the paper's protocol for long ones.
+
+    The video is cut into equal pieces, as nearly as long as a clip as can be, and a clip is taken
+    from each as from a video: the records that `prepare` cuts a long video into are the same.
+    With sampling "segments" a clip is as long as the video, and is the only one.
+    """
+
+    def sample(timeline: Timeline) -> Iterator[np.ndarray]:
+        window = sampling.clip_seconds(spec)
+        for first, last in equal_pieces(len(timeline), timeline.fps, window or np.inf):
+            yield first + sampling.test_indices(last - first, timeline.fps, spec, views=1)[0]
+
+    return sample
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, of which the next one is made in a thread while one is used."""
+    with ThreadPoolExecutor(1, "decode") as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
