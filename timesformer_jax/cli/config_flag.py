@@ -22,6 +22,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
 from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.recipes.fields import check_fields
 
 
 def parse(name: str, source: str, words: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -41,6 +42,10 @@ def parse(name: str, source: str, words: Sequence[str], values: flags.FlagValues
       flags.Error: if a value cannot be parsed as the field's type.
     """
     config = load(source)
+    try:
+        check_fields(config)
+    except InputError as e:
+        raise InputError(f"{source}: {e}") from e
     before = _fields(config)
     changed = [m[1] for word in words if (m := re.match(rf"--?(?:no)?{name}\.([^=]*)", word))]
     for field in changed:
@@ -54,6 +59,7 @@ def parse(name: str, source: str, words: Sequence[str], values: flags.FlagValues
     delattr(values, name)
     config_flags.DEFINE_config_dict(name, config, flag_values=values, sys_argv=list(words))
     rest = values(words)
+    check_fields(config)
     after = _fields(config)
     for field in changed:
         if not _same_type(before[field], after[field]):
@@ -80,23 +86,23 @@ def load(source: str) -> ConfigDict:
         raise InputError(f"there is no config file {path}{did_you_mean(path, files)}")
     try:
         get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
+        if not callable(get_config):
             raise InputError("it defines no get_config; see configs/k400_base.py")
         if arguments and not inspect.signature(get_config).parameters:
             raise InputError(f"it takes no arguments; leave out :{arguments}")
         config = get_config(*([arguments] if arguments else []))
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
-    except Exception as e:  # a user's file can raise anything
+    except (Exception, SystemExit) as e:  # a user's file can raise anything
         raise InputError(f"{path}{_line(e, path)}: {type(e).__name__}: {e}") from e
     if not isinstance(config, ConfigDict):
         raise InputError(f"{path}: get_config must return a ConfigDict, not {config!r}")
     return config
 
 
-def _line(error: Exception, path: str) -> str:
+def _line(error: BaseException, path: str) -> str:
     """The line of the file in which an error was raised, for a message; "" if unknown."""
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.lineno is not None:
         return f", line {error.lineno}"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     return f", line {lines[-1]}" if lines else ""

@@ -20,8 +20,8 @@ from timesformer_jax.tensorflow_messages import hide_tensorflow_messages
 
 # Reasons why a path that a person gave cannot be opened. Others are not theirs to put right.
 PATH_ERRORS = (
-    *(errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC),
-    *(errno.ENOTDIR, errno.ENXIO, errno.EPERM, errno.EROFS),
+    *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.ENOTDIR, errno.ENXIO, errno.EPERM, errno.EROFS),
 )
 
 # Characters of an error that are printed: words of a command line can be very long.

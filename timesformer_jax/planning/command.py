@@ -5,6 +5,7 @@ timesformer plan --config=configs/k400_l.py --topology=v5e:4x4
 
 from __future__ import annotations
 
+import os
 import sys
 from json import dumps
 from typing import TYPE_CHECKING
@@ -37,6 +38,9 @@ def plan(
       InputError: as `make_plan`, if a file cannot be written, or if there is no compiled program to
         write.
     """
+    for flag, path in {"json": json, "hlo": hlo}.items():
+        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+            raise InputError(f"--{flag}={path} cannot be written: give a file in a folder that is")
     result = make_plan(
         config, topology, work=work, find_batch=find_batch, quick=quick, memory=memory
     )

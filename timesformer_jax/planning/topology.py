@@ -15,6 +15,9 @@ from timesformer_jax.distributed.hardware import CHIPS, Chip, Torus
 from timesformer_jax.errors import InputError, did_you_mean
 
 # The chips of a TPU host. For a smaller slice the compiler is told that the host has fewer.
+# Beyond the largest slices; each virtual device of a CPU takes threads of its own.
+MAX_DEVICES = 16_384
+
 _HOST = (2, 2, 1)
 
 # The TPU compiler assumes that it runs on a TPU host. Without these it would ask the network for
@@ -69,6 +72,8 @@ def open_topology(name: str) -> Topology:
             "the sides of the slice, for example 4x4" if torus else "their number, for example 8"
         )
         raise InputError(f"--topology={name}: after {kind}: give {shape}")
+    if math.prod(int(side[:9]) for side in size.split("x")) > MAX_DEVICES:
+        raise InputError(f"--topology={name:.60}: at most {MAX_DEVICES:,} devices are planned")
     if torus:
         return Topology(name, CHIPS[kind], _tpus(name, size), compiles=True)
     _ask_for_hosts(int(size))  # before any device is created

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
-from timesformer_jax import ranges
 from timesformer_jax.checkpoints.metadata import flatten_config
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops.kernels.select import check_name
+from timesformer_jax.recipes.fields import check_fields
 
 if TYPE_CHECKING:  # planning runs where ml_collections is not installed
     from ml_collections import ConfigDict
@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # planning runs where ml_collections is not installed
 
 def check_config(config: ConfigDict) -> None:
     """Raises InputError, naming the flag to change, if a value of a training config is invalid."""
+    check_fields(config)
     values = flatten_config(config.to_dict())
-    ranges.check_fields(values, "--config.")
     check_name(values["attention_kernels"])
     sampling.check_short_side_range(tuple(values["data.short_side_range"]), values["clip.crop"])
     if not values["data.directory"]:

@@ -1,9 +1,11 @@
 """Finds and reads annotation files, local or on gs://. Errors name the file and the line."""
 
+import contextlib
 import csv
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,10 @@ from etils import epath
 from timesformer_jax.data.annotations.clips import SPLIT_NAMES
 from timesformer_jax.errors import InputError
 from timesformer_jax.ranges import RANGES
+from timesformer_jax.storage import is_remote
+
+# Bytes of a line; those of annotations have hundreds.
+MAX_LINE = 1 << 20
 
 Location = str | os.PathLike
 
@@ -83,8 +89,11 @@ def annotation_files(annotations: Location | Sequence[Location]) -> AnnotationFi
 def lines(path: epath.Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 file. It is not read whole: frame lists have 10^7 lines."""
     encoding = "utf-8-sig"
+    require_no_device(path)
     with read_errors(path), path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
+            if len(line) == MAX_LINE:
+                raise InputError(f"{path} line {number} has over {MAX_LINE} bytes: it is no text")
             try:
                 yield line.decode(encoding)
             except UnicodeDecodeError as error:
@@ -166,6 +175,7 @@ def read_json(path: epath.Path, kind: type, content: str) -> Any:
       content: what the file holds, for the message.
     """
     try:
+        require_no_device(path)
         with read_errors(path):
             value = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
@@ -177,6 +187,15 @@ def read_json(path: epath.Path, kind: type, content: str) -> Any:
     if not isinstance(value, kind):
         raise InputError(f"{path} is not {content}; download it again")
     return value
+
+
+def require_no_device(path: epath.Path) -> None:
+    """Raises an InputError for a device, which may have no end. A pipe is as good as a file."""
+    mode = 0
+    with contextlib.suppress(OSError, ValueError):  # it is told when it is opened
+        mode = 0 if is_remote(path) else os.stat(path).st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise InputError(f"{path} is a device; give a file")
 
 
 def text_field(where: str, entry: Any, name: str) -> str:
