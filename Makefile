@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal
 SLOW := processes or compiles or training or decodes
 
-.PHONY: train check test fast-tests format lint layers types rooms plan-table tpu-test benchmarks device clean
+.PHONY: train check test fast-tests format lint layers types rooms plan-table tpu-test fuzz benchmarks device clean
 
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
@@ -49,6 +49,10 @@ plan-table: .venv-tpu/installed
 tpu-test: .venv-tpu/installed
 	.venv-tpu/bin/python -m pytest -q -c /dev/null -o markers=compiles --rootdir=. --noconftest \
 		tests/test_tpu.py
+
+# Hundreds of hostile videos, checkpoints and command lines, others each time; each night.
+fuzz: .venv/test
+	cd tests && PYTHONPATH=.. ../$(BIN)/python -m fuzz $(KINDS)
 
 # What a GPU does, into benchmarks/results/$(DEVICE); an hour, or some of
 # PARTS="attention schemes model inference training flags", each of 9 minutes at most.

@@ -106,6 +106,8 @@ def test_links_in_circles_and_in_great_numbers_end(tmp_path):
     for name in ("one", "two"):
         (tmp_path / "v/cat" / name).symlink_to(tmp_path / "v")
     assert [clip.path for clip in read(tmp_path / "v").clips] == ["cat/a.mp4", "cat/b.mp4"]
+    (tmp_path / "v/cat/itself.mp4").symlink_to("itself.mp4")
+    assert "cat/itself.mp4" in [clip.path for clip in read(tmp_path / "v").clips]
     for level in range(40):  # 2^40 paths
         (tmp_path / f"v/level{level}").mkdir()
         for name in ("one", "two"):

@@ -30,7 +30,8 @@ def write_video(
     times: of each frame, in 1000ths of a second; by default they come at `fps`. full_range: says
     so, of pixels that `reformat` makes such (grey). aspect: of a pixel, a Fraction.
     """
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+    container_options = {"movflags": "faststart"} if str(path).endswith((".mp4", ".mov")) else {}
+    with av.open(str(path), "w", options=container_options) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         if rotation is not None:

@@ -156,7 +156,7 @@ def _walk_disk(root: str, follow: bool, found: _Found) -> None:
             if entry.is_symlink():
                 target = os.path.realpath(entry.path)
                 is_outside = not follow and not _is_inside(target, real_root)
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 found.add(inside, entry.name, target if is_outside else None)
             elif is_outside:
                 found.outside[path] = str(target)
@@ -167,6 +167,13 @@ def _walk_disk(root: str, follow: bool, found: _Found) -> None:
                     raise InputError(f"links in {root} lead to {real} again and again; remove them")
                 if real not in above:
                     waiting.append((path, (*above, real)))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _join(inside: str, name: str) -> str:
