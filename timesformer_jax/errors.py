@@ -1,4 +1,4 @@
-"""The error for wrong input, and suggestions for misspelt names."""
+"""The errors that a person can put right, and suggestions for misspelt names."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,13 @@ class InputError(ValueError):
 
     The message is one line that says what is wrong and what to do. The command line prints it
     without a traceback and exits with status 2. In a library it is an ordinary ValueError.
+    """
+
+
+class PartlyDone(Exception):
+    """A command did its work, but not for all inputs; it has named those on the standard error.
+
+    The command line prints the message, one line, and exits with status 1.
     """
 
 

@@ -36,6 +36,14 @@ MULTILABEL = string(
     "what separates several labels in the column label of the csv, such as ';'; none if a label"
     " holds such a character",
 )
+PART = (
+    number("start", None, "start of the part of each video to look at, in seconds"),
+    number("end", None, "end of this part, in seconds"),
+)
+MANY_VIDEOS = (
+    integer("batch_size", None, "clips at a time; by default 8, or 1 on a CPU"),
+    integer("workers", 0, "threads that decode videos; 0: one per core"),
+)
 MEASURING = (
     ATTENTION_KERNELS,
     string("dtype", None, "float32 or bfloat16; by default float32 on a CPU, else bfloat16"),
@@ -158,9 +166,18 @@ COMMANDS = {
         (
             CHECKPOINT,
             *VIEWS,
-            number("start", None, "start of the part of each video to classify, in seconds"),
-            number("end", None, "end of this part, in seconds"),
+            *PART,
             integer("top", 5, "number of classes to print"),
+            string("labels", None, "file of class names, one per line, for checkpoints without"),
+            boolean("json", "print JSON Lines: one JSON object per video"),
+            boolean("csv", "print CSV: one row per video"),
+            string(
+                "output",
+                None,
+                "file to write to, .jsonl or .csv; run again with the same file to go on after a"
+                " run that was stopped",
+            ),
+            *MANY_VIDEOS,
             ATTENTION_KERNELS,
         ),
         required=("checkpoint",),

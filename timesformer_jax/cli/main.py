@@ -15,7 +15,7 @@ from timesformer_jax.cli import help as help_texts
 from timesformer_jax.cli import log
 from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.cli.flags import parse
-from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.errors import InputError, PartlyDone, did_you_mean
 from timesformer_jax.tensorflow_messages import hide_tensorflow_messages
 
 # Reasons why a path that a person gave cannot be opened. Others are not theirs to put right.
@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that `argv` names, by default the program's own arguments.
 
     Raises:
-      SystemExit: with status 2 for an error in the input, 130 after Ctrl-C, and 141 if the reader
-        of the output has closed it. After SIGTERM, training exits with 143.
+      SystemExit: with status 2 for an error in the input, 1 if the work was done except for some
+        inputs, 130 after Ctrl-C, and 141 if the reader of the output has closed it. After SIGTERM,
+        training exits with 143.
     """
     argv = list(sys.argv if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except InputError as e:
         _fail(str(e))
+    except PartlyDone as e:
+        _fail(str(e), status=1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # as in `timesformer predict ... | head`
@@ -58,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"{e.filename}: {e.strerror}; give another path")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     line = " ".join(message.split())
     if len(line) > MAX_ERROR:
         line = f"{line[: MAX_ERROR // 2]} ... {line[-MAX_ERROR // 2 :]}"
     print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def load_command(words: Sequence[str]) -> Callable[[], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -111,6 +112,12 @@ class Predictor:
     @functools.cached_property
     def model(self) -> TimeSformer:
         return with_parameters(self.metadata.model, self._params)
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits that tell checkpoints apart: a CRC-32 of final norm and head."""
+        arrays = jax.tree.leaves([self._params[name] for name in ("norm", "head")])
+        return f"{functools.reduce(lambda sum, x: zlib.crc32(np.asarray(x), sum), arrays, 0):08x}"
 
     def predict(
         self,

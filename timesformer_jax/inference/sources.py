@@ -1,0 +1,139 @@
+"""The videos that a command line names: files, folders, quoted globs, lists of clips."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import os
+from collections.abc import Sequence
+
+from timesformer_jax.data import annotations as annotations_lib
+from timesformer_jax.data.annotations.custom import read_folders
+from timesformer_jax.data.annotations.videos import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    is_video,
+    walk,
+)
+from timesformer_jax.errors import InputError
+from timesformer_jax.storage import is_remote
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A video, or a part of one.
+
+    Attributes:
+      id: its name in the results.
+      path: of the file, or of a folder of images.
+      label, split: its class and split, "" if unknown.
+      start, end: seconds; None: no bound.
+      frame_range: [first, last) of its frames instead of start and end.
+    """
+
+    id: str
+    path: str
+    label: str = ""
+    split: str = ""
+    start: float | None = None
+    end: float | None = None
+    frame_range: tuple[int, int] | None = None
+
+
+def find(
+    given: Sequence[str], start: float | None = None, end: float | None = None
+) -> list[Source]:
+    """The videos that paths and globs name, each once, in order.
+
+    Args:
+      given: files, taken whatever their names; folders, whose video files are found in all
+        subfolders (or whose folders of images, if they hold no video file); and globs, in which **
+        is any number of folders. A folder that directly holds images is one video.
+      start, end: of every video.
+
+    Returns:
+      The videos. Those of a folder with one folder per class (or `train/CLASS` and so on) have its
+      name as their label.
+
+    Raises:
+      InputError: a folder without videos, or a glob that fits no path.
+    """
+    found: dict[str, Source] = {}
+    for each in given:
+        is_glob = not is_remote(each) and not os.path.exists(each) and glob.has_magic(each)
+        for source in _expanded(each) if is_glob else _listed(each):
+            found.setdefault(source.id, dataclasses.replace(source, start=start, end=end))
+    return list(found.values())
+
+
+def of_annotations(
+    folder: str,
+    annotations: str,
+    dataset: str | None = None,
+    labels: str | None = None,
+) -> list[Source]:
+    """The clips of a data set, as `prepare` lists them, missing files too.
+
+    Args:
+      folder: of the videos.
+      annotations: the csv file, or the publisher's files; see `annotations.read`.
+      dataset: name of a published data set.
+      labels: file of class names.
+    """
+    names = None if labels is None else annotations_lib.read_labels(labels)
+    listing = annotations_lib.read(folder, annotations, names, dataset=dataset)
+    return [
+        Source(
+            clip.id,
+            os.path.join(folder, clip.path),
+            clip.label,
+            clip.split,
+            clip.start,
+            clip.end,
+            clip.frame_range,
+        )
+        for clip in listing.clips
+    ]
+
+
+def _expanded(pattern: str) -> list[Source]:
+    """The videos that fit a glob."""
+    matches = sorted(glob.glob(pattern, recursive=True))
+    # Of `a/**` every folder in `a` is a match too; its files are matches themselves.
+    if files := [path for path in matches if os.path.isfile(path) and is_video(path)]:
+        return [Source(path, path) for path in files]
+    folders = [path for path in matches if os.path.isdir(path)]
+    if not folders:
+        raise InputError(f"no video fits {pattern}; in a glob, ** is any number of folders")
+    return [source for folder in folders for source in _listed(folder)]
+
+
+def _listed(path: str) -> list[Source]:
+    """The videos in a folder; of a file, or of a folder that holds images, itself."""
+    if is_remote(path):
+        is_folder = not is_video(path)
+    else:
+        is_folder = os.path.isdir(path) and not _is_video_of_images(path)
+    if not is_folder:
+        return [Source(path, path)]
+    folder = walk(path)
+    if not folder.videos and not folder.frame_folders:
+        raise InputError(
+            f"{path} holds no video; give files, or a folder of {', '.join(VIDEO_EXTENSIONS)}"
+        )
+    clips = {}
+    if folder.videos:
+        with contextlib.suppress(InputError):  # it has no folder per class, and so no labels
+            clips = {clip.path: clip for _, clip in read_folders(folder).rows}
+    found = []
+    for name in folder.videos or sorted(folder.frame_folders):
+        inside, clip = os.path.join(path, name), clips.get(name)
+        found.append(Source(inside, inside, *((clip.label, clip.split) if clip else ())))
+    return found
+
+
+def _is_video_of_images(path: str) -> bool:
+    """Whether a local folder holds images, and no video file beside them."""
+    names = [entry.name.lower() for entry in os.scandir(path) if entry.is_file()]
+    return any(n.endswith(IMAGE_EXTENSIONS) for n in names) and not any(map(is_video, names))
