@@ -33,8 +33,8 @@ def load(
       revision: a branch, tag or commit of a name on the Hugging Face Hub; `NAME@REVISION` as the
         source says the same.
       sharding: of every parameter; by default, the first device of this process.
-      needs_head: refuse a file without a classifier, whose classes would be random. Features need
-        none.
+      needs_head: refuse a file without a classifier, whose classes would be random, and an image
+        model, whose classes are not those of videos. Features need none.
       allow_nonfinite: load parameters that are infinite or not a number.
       **overrides: fields of `TimeSformerConfig`, as for `from_pretrained`.
 
@@ -48,9 +48,11 @@ def load(
     if found.is_native and not overrides:
         return store.load_parameters(found.path, sharding, allow_nonfinite=allow_nonfinite)
     checkpoint = read(found, allow_nonfinite=allow_nonfinite, **overrides)
-    if needs_head and not checkpoint.has_head and "num_classes" not in overrides:
+    is_headless = checkpoint.is_image_model or not checkpoint.has_head
+    if needs_head and is_headless and "num_classes" not in overrides:
+        what = "is an image model, and knows no classes of videos" * checkpoint.is_image_model
         raise InputError(
-            f"{source} has no classifier, so it cannot tell classes: train one with "
+            f"{source} {what or 'has no classifier, so it cannot tell classes'}: train one with "
             f"timesformer train --config.pretrained={source}"
         )
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])

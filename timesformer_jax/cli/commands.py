@@ -183,6 +183,30 @@ COMMANDS = {
         required=("checkpoint",),
         positional=("videos...",),
     ),
+    "features": Command(
+        "writes the feature vectors of video files to a table",
+        "timesformer_jax.inference.features:features",
+        (
+            CHECKPOINT,
+            string(
+                "output",
+                None,
+                "table to write, .parquet or .npz; run again with the same file to go on after a"
+                " run that was stopped",
+            ),
+            *VIEWS,
+            *PART,
+            boolean("frames", "also the mean of the patches of every frame"),
+            boolean("positions", "also the mean of the patches of every position over the frames"),
+            string("annotations", None, "clips of the folder and their labels, as for prepare"),
+            string("dataset", None, "data set of the annotations, as for prepare"),
+            string("labels", None, "file of class names of the annotations, as for prepare"),
+            *MANY_VIDEOS,
+            ATTENTION_KERNELS,
+        ),
+        required=("checkpoint", "output"),
+        positional=("videos...",),
+    ),
     "timeline": Command(
         "finds what happens when in a long video",
         "timesformer_jax.inference.timeline_command:timeline",

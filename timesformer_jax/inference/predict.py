@@ -67,7 +67,7 @@ def predict(
     with _opened(writer, output) as (write, done):
         left = [source for source in sources if source.id not in done]
         if len(left) < len(sources):
-            _say(f"{output} has {len(sources) - len(left)} of {len(sources)} videos already")
+            say(f"{output} has {len(sources) - len(left)} of {len(sources)} videos already")
 
         def take(source: Source, probabilities: Any) -> None:
             best = predictor.top(probabilities.mean(axis=0), top)
@@ -109,7 +109,7 @@ def compute_all(
         for source, found in zip(sources, outputs, strict=True):
             if isinstance(found, VideoError):
                 failed += 1
-                _say(f"{source.id}: {found}")
+                say(f"{source.id}: {found}")
             else:
                 take(source, found)
             bar.update()
@@ -139,6 +139,7 @@ def _is_watched(output: str | None) -> bool:
     return output is None and sys.stdout.isatty()
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Prints a line to the standard error, beside a progress bar."""
     with tqdm.external_write_mode(file=sys.stderr):
         print(line, file=sys.stderr)

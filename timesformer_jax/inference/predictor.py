@@ -63,6 +63,8 @@ class Predictor:
       labels: class names in the order of the logits, in place of the checkpoint's.
       batch_size: clips that go through the model at a time, each with all its crops; None: 8, or 1
         on a CPU, where more would not be faster.
+      needs_head: refuse a checkpoint without a classifier of videos, such as an image ViT. False:
+        accept it; only its features mean anything.
 
     Attributes:
       metadata: what the checkpoint says about itself: `metadata.model`, `.clip`, `.labels`,
@@ -84,13 +86,14 @@ class Predictor:
         *,
         labels: Sequence[str] | None = None,
         batch_size: int | None = None,
+        needs_head: bool = True,
     ):
         if views < 1 or crops not in (1, 3):
             raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
         select.check_name(attention_kernels)
-        self.metadata, self._params = load(checkpoint)
+        self.metadata, self._params = load(checkpoint, needs_head=needs_head)
         model = self.metadata.model
         if labels is not None and len(labels) != model.num_classes:
             raise InputError(
@@ -117,7 +120,7 @@ class Predictor:
     def fingerprint(self) -> str:
         """Eight hexadecimal digits that tell checkpoints apart: a CRC-32 of final norm and head."""
         arrays = jax.tree.leaves([self._params[name] for name in ("norm", "head")])
-        return f"{functools.reduce(lambda sum, x: zlib.crc32(np.asarray(x), sum), arrays, 0):08x}"
+        return f"{zlib.crc32(b''.join(np.asarray(x).tobytes() for x in arrays)):08x}"
 
     def predict(
         self,
