@@ -42,6 +42,9 @@ BENCHMARK = [
     "simplejpeg>=1.9",
 ]
 GCS = ["google-cloud-storage>=3.17"]  # Orbax asks it of a bucket
+# Not in DATA, which brings TensorFlow: who writes features need not train.
+PARQUET = ["pyarrow>=25.0"]
+EXPERIMENTS = ["scikit-learn>=1.9"]  # probes of experiments/, beside the extra data
 CONVERT = ["safetensors>=0.8", "torch>=2.13"]
 
 setuptools.setup(
@@ -63,12 +66,16 @@ setuptools.setup(
         "convert": CONVERT,
         "benchmark": BENCHMARK,
         "gcs": GCS,
+        "parquet": PARQUET,
+        "experiments": EXPERIMENTS,
         "beam": ["apache-beam>=2.77"],
         "test": [
             *DATA,
             *GCS,
             *BENCHMARK,
             *CONVERT,
+            *PARQUET,
+            *EXPERIMENTS,
             "apache-beam>=2.77",
             "beartype>=0.22",
             "hypothesis>=6.150",

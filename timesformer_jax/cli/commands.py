@@ -42,7 +42,8 @@ PART = (
 )
 MANY_VIDEOS = (
     integer("batch_size", None, "clips at a time; by default 8, or 1 on a CPU"),
-    integer("workers", 0, "threads that decode videos; 0: one per core"),
+    integer("workers", 0, "videos that are decoded at the same time; 0: one per core"),
+    boolean("follow", "accept videos outside of a folder: paths with .., links"),
 )
 MEASURING = (
     ATTENTION_KERNELS,

@@ -28,6 +28,7 @@ def features(
     attention_kernels: str = "auto",
     batch_size: int | None = None,
     workers: int = 0,
+    follow: bool = False,
 ) -> None:
     """Writes the features of videos to a table, a row a video.
 
@@ -43,13 +44,14 @@ def features(
       frames, positions: as for `Predictor.features`.
       annotations, dataset, labels: which clips of the folder, with their labels, as for `prepare`.
       workers: threads that decode; 0: one per core.
+      follow: accept links and paths that lead out of a folder.
 
     Raises:
       InputError: if there is no video, or something cannot be used.
       PartlyDone: after all videos, if some could not be read; each was named before.
     """
     feature_table.check_output(output)
-    sources = _sources(videos, start, end, annotations, dataset, labels)
+    sources = _sources(videos, start, end, annotations, dataset, labels, follow)
     predictor = Predictor(
         checkpoint, views, crops, attention_kernels, batch_size=batch_size, needs_head=False
     )
@@ -89,18 +91,19 @@ def _sources(
     annotations: str | None,
     dataset: str | None,
     labels: str | None,
+    follow: bool,
 ) -> list[Source]:
     if not videos:
         raise InputError("no video given: timesformer features VIDEO... --checkpoint=DIR")
     if annotations is None:
         if dataset or labels:
             raise InputError("--dataset and --labels are those of --annotations, which is missing")
-        return find(videos, start, end)
+        return find(videos, start, end, follow)
     if len(videos) != 1:
         raise InputError("with --annotations give one folder, which their paths are relative to")
     if start is not None or end is not None:
         raise InputError("with --annotations, the start and end of clips are theirs")
-    return of_annotations(videos[0], annotations, dataset, labels)
+    return of_annotations(videos[0], annotations, dataset, labels, follow)
 
 
 def _shapes(predictor: Predictor, frames: bool, positions: bool) -> feature_table.Shapes:

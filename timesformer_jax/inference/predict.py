@@ -34,6 +34,7 @@ def predict(
     output: str | None = None,
     batch_size: int | None = None,
     workers: int = 0,
+    follow: bool = False,
 ) -> None:
     """Prints the most probable classes of each video, or of its part [start, end) seconds.
 
@@ -41,7 +42,7 @@ def predict(
     that it has are passed over.
 
     Args:
-      videos: files, folders and globs, as for `sources.find`.
+      videos, follow: files, folders and globs, as for `sources.find`.
       checkpoint, views, crops, attention_kernels, batch_size: as for `Predictor`.
       start, end: seconds.
       top: classes of a video.
@@ -57,7 +58,7 @@ def predict(
     if not videos:
         raise InputError("no video given: timesformer predict VIDEO... --checkpoint=DIR")
     form = choose_format(json, csv, output)
-    sources = find(videos, start, end)
+    sources = find(videos, start, end, follow)
     names = None if labels is None else read_labels(labels)
     predictor = Predictor(
         checkpoint, views, crops, attention_kernels, labels=names, batch_size=batch_size

@@ -42,27 +42,36 @@ class Source:
 
 
 def find(
-    given: Sequence[str], start: float | None = None, end: float | None = None
+    given: Sequence[str],
+    start: float | None = None,
+    end: float | None = None,
+    follow: bool = False,
 ) -> list[Source]:
     """The videos that paths and globs name, each once, in order.
 
     Args:
       given: files, taken whatever their names; folders, whose video files are found in all
-        subfolders (or whose folders of images, if they hold no video file); and globs, in which **
-        is any number of folders. A folder that directly holds images is one video.
+        subfolders; and globs, in which ** is any number of folders. A folder that holds images
+        itself is one video; other folders of images count where no video file is found.
       start, end: of every video.
+      follow: accept symbolic links that lead out of a folder.
 
     Returns:
       The videos. Those of a folder with one folder per class (or `train/CLASS` and so on) have its
       name as their label.
 
     Raises:
-      InputError: a folder without videos, or a glob that fits no path.
+      InputError: a folder without videos, a link that leads out of it, or a glob that fits no path.
     """
     found: dict[str, Source] = {}
     for each in given:
         is_glob = not is_remote(each) and not os.path.exists(each) and glob.has_magic(each)
-        for source in _expanded(each) if is_glob else _listed(each):
+        sources = _expanded(each, follow) if is_glob else _listed(each, follow)
+        if not sources:
+            kinds = ", ".join(VIDEO_EXTENSIONS)
+            hint = "in a glob, ** is any number of folders" if is_glob else "give files or folders"
+            raise InputError(f"{each} holds no video ({kinds}); {hint}")
+        for source in sources:
             found.setdefault(source.id, dataclasses.replace(source, start=start, end=end))
     return list(found.values())
 
@@ -72,6 +81,7 @@ def of_annotations(
     annotations: str,
     dataset: str | None = None,
     labels: str | None = None,
+    follow: bool = False,
 ) -> list[Source]:
     """The clips of a data set, as `prepare` lists them, missing files too.
 
@@ -80,9 +90,10 @@ def of_annotations(
       annotations: the csv file, or the publisher's files; see `annotations.read`.
       dataset: name of a published data set.
       labels: file of class names.
+      follow: accept clips that lie outside of the folder.
     """
     names = None if labels is None else annotations_lib.read_labels(labels)
-    listing = annotations_lib.read(folder, annotations, names, dataset=dataset)
+    listing = annotations_lib.read(folder, annotations, names, dataset=dataset, follow=follow)
     return [
         Source(
             clip.id,
@@ -97,19 +108,19 @@ def of_annotations(
     ]
 
 
-def _expanded(pattern: str) -> list[Source]:
-    """The videos that fit a glob."""
-    matches = sorted(glob.glob(pattern, recursive=True))
-    # Of `a/**` every folder in `a` is a match too; its files are matches themselves.
-    if files := [path for path in matches if os.path.isfile(path) and is_video(path)]:
-        return [Source(path, path) for path in files]
-    folders = [path for path in matches if os.path.isdir(path)]
-    if not folders:
-        raise InputError(f"no video fits {pattern}; in a glob, ** is any number of folders")
-    return [source for folder in folders for source in _listed(folder)]
+def _expanded(pattern: str, follow: bool) -> list[Source]:
+    """The videos that fit a glob, and those in the folders that fit."""
+    found = []
+    for path in sorted(glob.glob(pattern, recursive=True)):
+        if os.path.isdir(path):
+            found += _listed(path, follow)
+        elif is_video(path):
+            found.append(Source(path, path))
+    files = [source for source in found if not os.path.isdir(source.path)]
+    return files or found
 
 
-def _listed(path: str) -> list[Source]:
+def _listed(path: str, follow: bool) -> list[Source]:
     """The videos in a folder; of a file, or of a folder that holds images, itself."""
     if is_remote(path):
         is_folder = not is_video(path)
@@ -117,10 +128,11 @@ def _listed(path: str) -> list[Source]:
         is_folder = os.path.isdir(path) and not _is_video_of_images(path)
     if not is_folder:
         return [Source(path, path)]
-    folder = walk(path)
-    if not folder.videos and not folder.frame_folders:
+    folder = walk(path, follow)
+    for link, target in folder.outside.items():
         raise InputError(
-            f"{path} holds no video; give files, or a folder of {', '.join(VIDEO_EXTENSIONS)}"
+            f"{os.path.join(path, link)} leads out of {path}, to {target}; add --follow if that is "
+            "meant"
         )
     clips = {}
     if folder.videos:
