@@ -95,8 +95,8 @@ def draw(
         axis.set(
             xticks=[],
             yticks=[],
-            title=f"{scheme} attention: {found['knn']:.1%} of {NEIGHBOURS} nearest neighbours, "
-            f"{found['linear']:.1%} linear",
+            title=f"{scheme} attention: nearest neighbours {found['knn']:.1%}, "
+            f"linear probe {found['linear']:.1%}",
         )
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     return figure
