@@ -88,7 +88,7 @@ def test_model_and_clip_are_held_to_the_table(kind):
      "batch_size=7777777777777777777",
      "eval.views=7777777", "data.fps=-1", "clip.frame_stride=0", "optimizer.weight_decay=inf",
      "optimizer.decay_epochs=1.0,nan", "model.drop_path=1", "mesh.tensor=0", "epochs=0",
-     "eval.crops=2"],
+     "eval.crops=2", "name=../../x", "name=a/b"],
 )  # fmt: skip
 def test_a_field_outside_is_refused_before_work_begins(change, refusal, tmp_path):
     name, _, _ = change.partition("=")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
       config: a ConfigDict, or nested dicts.
 
     Raises:
-      InputError: a field of `recipe` is missing, or its value is of another kind or out of range.
+      InputError: a field of `recipe` is missing, or its value is of another kind or out of range;
+        the name is one of another folder.
     """
     known, given = (
         traverse_util.flatten_dict(fields.to_dict(), sep=".") for fields in (recipe(), config)
@@ -32,6 +34,10 @@ def check_fields(config: Mapping[str, Any]) -> None:
             )
         if _kind(given[name]) != _kind(example):
             raise InputError(f"config.{name} must be like {example!r}, not {given[name]!r:.60}")
+    if not re.fullmatch(r"[\w-][\w.-]{0,99}", given["name"]):
+        raise InputError(
+            f"config.name {given['name']!r:.60} must be letters and digits, with _ . - in between"
+        )
     ranges.check_fields(given, "--config.")
 
 
