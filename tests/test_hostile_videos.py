@@ -1,9 +1,11 @@
 """Decoding opens nothing but the file it was given, and ends with frames or with a reason."""
 
+import csv
 import os
 
 import av
 import pytest
+from fuzz import commands
 from fuzz import videos as hostile
 from fuzz.canary import Canary
 from videos import write_video
@@ -127,3 +129,29 @@ def test_damaged_videos_end_with_frames_or_a_reason(tmp_path, canary, capfd):
     assert canary.opened == []
     said = capfd.readouterr()
     assert "Traceback" not in said.out + said.err
+
+
+@pytest.mark.processes
+def test_check_names_each_with_its_reason(tmp_path, canary):
+    label = tmp_path / "videos" / "label"
+    label.mkdir(parents=True)
+    listed = [*hostile.playlists(label, canary), *hostile.no_files(label, canary)]
+    write_video(label / "good.mp4")
+    words = ["check", f"--videos={tmp_path / 'videos'}", f"--output={tmp_path / 'bad.csv'}"]
+    status, _, errors = commands.run([*words, "--workers=1"])
+    assert status == 2
+    assert "memory.mp4 leads out of" in errors  # a link
+    status, _, errors = commands.run([*words, "--workers=1", "--follow"])
+    assert status == 2
+    with open(tmp_path / "bad.csv", newline="") as file:
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    named = {path.removeprefix(f"{tmp_path / 'videos'}/") for path, _ in listed}
+    assert set(reasons) == {path for path in named if path.endswith((".mp4", ".avi", ".mkv", ".ts",
+            ".mov", ".gif"))} - NOT_LISTED  # fmt: skip
+    assert all(reasons.values())
+    assert reasons["label/fifo.mp4"] == "no regular file: a FIFO, a device or a socket"
+    assert canary.opened == []
+
+
+# No file has such a name, or a folder has it.
+NOT_LISTED = {"label/missing.mp4", "label/null\0byte.mp4", "label/empty_folder.mp4"}

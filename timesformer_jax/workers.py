@@ -28,7 +28,7 @@ CRASH_SIGNALS = (
 )
 
 # Seconds in which a decoder must give a packet or a frame. The slowest take tenths of a second.
-STALL_SECONDS = 120.0
+STALL_SECONDS = 300.0
 
 # Seconds between two updates of the progress.
 POLL_SECONDS = 0.2

@@ -19,9 +19,9 @@ def numbers(flag: str, words: Sequence[str]) -> list[int]:
     """Parses the values of a flag that takes a list of numbers.
 
     Raises:
-      InputError: if one is not a whole number of at least 1.
+      InputError: if one is not a whole number from 1 to a million.
     """
-    if not all(word.isdecimal() and int(word) for word in words):
+    if not all(word.isdecimal() and len(word) < 7 and int(word) for word in words):
         raise InputError(
             f"--{flag}={','.join(words)} must be whole numbers from 1, for example 8,16,32"
         )
