@@ -103,6 +103,14 @@ def test_a_finished_run_says_it_is_done(demo_data, whole, timesformer):
     assert sorted(scalars(whole, "train/loss")) == list(range(1, LAST + 1))
 
 
+def test_files_have_the_mode_that_the_person_asked_for(whole):
+    """Libraries that write through temporary files make them readable for their owner only."""
+    os.umask(mask := os.umask(0))
+    for path in whole.rglob("*"):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~mask
+        assert path.stat().st_mode & 0o777 == wanted, path
+
+
 def test_what_a_run_leaves(whole, demo_data):
     results = json.loads((whole / "results.json").read_text())
     assert results["videos"] == 21
