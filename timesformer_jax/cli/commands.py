@@ -237,6 +237,26 @@ COMMANDS = {
         required=("checkpoint",),
         positional=("video",),
     ),
+    "explain": Command(
+        "writes a page that shows what a prediction looks at, in space and time",
+        "timesformer_jax.inference.explain:explain",
+        (
+            CHECKPOINT,
+            string("output", None, "the page; by default the video's name with .html"),
+            string("video", None, "MP4 file to write the clip to, with the heat over it"),
+            string(
+                "class",
+                None,
+                "name or number of the class to show first; by default rollout, for any class",
+            ),
+            number("start", None, "start of the part of the video to look at, in seconds"),
+            number("end", None, "end of this part, in seconds"),
+            integer("top", 5, "number of classes to show, each with a map of its own"),
+            ATTENTION_KERNELS,
+        ),
+        required=("checkpoint",),
+        positional=("file",),
+    ),
     "plan": Command(
         "predicts memory, time and largest batch of a recipe on hardware you do not have",
         "timesformer_jax.planning.command:plan",
