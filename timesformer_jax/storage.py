@@ -134,6 +134,16 @@ def locked(directory: epath.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_folder(flag: str, path: str) -> None:
+    """Raises InputError if there is no folder for a file that is to be written.
+
+    Args:
+      flag: that gave the path, such as "--output".
+    """
+    if not is_remote(path) and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise InputError(f"the folder of {flag}={path} does not exist")
+
+
 @contextmanager
 def disk_errors(output: str | os.PathLike) -> Iterator[None]:
     """Raises an OSError of writing as an InputError."""

@@ -14,6 +14,7 @@ from etils import epath
 from timesformer_jax import storage
 from timesformer_jax.data import decode
 from timesformer_jax.data.encode import encode_jpeg, encode_mp4
+from timesformer_jax.errors import InputError
 from timesformer_jax.inference import clips, overlay, page
 from timesformer_jax.inference.attention import class_index
 from timesformer_jax.inference.predictor import Predictor
@@ -74,13 +75,19 @@ def explain(
     Raises:
       InputError: if there is no such class, or a file cannot be read or written.
     """
+    for flag, path in (("--output", output), ("--video", video)):
+        if path is not None:
+            storage.check_folder(flag, path)
     clock = Clock()
     predictor = Predictor(checkpoint, 1, 1, attention_kernels)
     chosen = named.get("class")
     chosen = None if chosen is None else predictor.labels[class_index(predictor.labels, chosen)]
     clock.lap("checkpoint read")
     spec = predictor.metadata.clip
-    clip = clips.read(file, spec, 1, 1, start, end)
+    try:
+        clip = clips.read(file, spec, 1, 1, start, end)
+    except decode.VideoError as error:
+        raise InputError(f"{file}: {error}") from error
     clock.lap("clip decoded")
     maps = [predictor.look(clip)]
     clock.lap("prediction and rollout, with compilation")

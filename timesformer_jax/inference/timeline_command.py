@@ -75,9 +75,7 @@ def timeline(
 def _check_output(path: str) -> None:
     if os.path.splitext(path)[1].lower() not in FORMATS:
         raise InputError(f"--output={path}: its ending must be one of {', '.join(FORMATS)}")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not storage.is_remote(path) and not os.path.isdir(folder):
-        raise InputError(f"the folder of --output={path} does not exist")
+    storage.check_folder("--output", path)
 
 
 def _as_text(

@@ -57,7 +57,6 @@
     context.rect(left, top, side, side);
     context.clip();
     context.globalAlpha = Number(strength.value);
-    context.imageSmoothingQuality = "high";
     const [x, y] = [side / columns, side / rows];
     context.drawImage(pictures[chosen][frame], left - x, top - y, side + 2 * x, side + 2 * y);
     context.restore();

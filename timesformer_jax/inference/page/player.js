@@ -8,7 +8,7 @@ function createPlayer(root, { stops = [], show = () => {} } = {}) {
   const [play, scrub, time, speed] = ["play", "scrub", "time", "speed"].map((name) =>
     root.querySelector(`[data-${name}]`),
   );
-  const tolerance = 1e-3;
+  const tolerance = 0.02; // less than a frame: the times of stops lie within their frames
   if (video.src.startsWith("data:")) video.src = blobAddress(video.src);
 
   function duration() {
