@@ -45,7 +45,7 @@ GCS = ["google-cloud-storage>=3.17"]  # Orbax asks it of a bucket
 # Not in DATA, which brings TensorFlow: who writes features need not train.
 PARQUET = ["pyarrow>=25.0"]
 EXPERIMENTS = ["scikit-learn>=1.9"]  # probes of experiments/, beside the extra data
-CONVERT = ["safetensors>=0.8", "torch>=2.13"]
+CONVERT = ["huggingface_hub>=1.0", "safetensors>=0.8", "torch>=2.13"]
 
 setuptools.setup(
     name="timesformer_jax",

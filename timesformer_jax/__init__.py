@@ -23,6 +23,7 @@ _MODULES = {
     "create": "models.presets",
     "decode": "data.decode",
     "from_pretrained": "checkpoints.convert",
+    "list_pretrained": "checkpoints.catalogue",
     "preset": "models.presets",
     "register_scheme": "models.schemes",
 }

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from timesformer_jax.errors import InputError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a directory; with .index.json if sharded
 _CONTAINERS = ("model_state", "state_dict", "model")
+# The Hub's names of licenses are SPDX's in lower case.
+_SPDX = {x.lower(): x for x in ("CC-BY-NC-4.0", "CC-BY-4.0", "Apache-2.0", "MIT", "BSD-3-Clause")}
 _PREFIXES = ("module.", "model.")
 
 
@@ -179,7 +182,9 @@ def _read_npz(path: str) -> WeightsFile:
 
 
 def _read_directory(path: str) -> WeightsFile:
-    metadata = {}
+    metadata: dict[str, Any] = {}
+    if license := _readme_license(os.path.join(path, "README.md")):
+        metadata["license"] = license
     for key, name in {"config": "config.json", "preprocessor": "preprocessor_config.json"}.items():
         if os.path.isfile(os.path.join(path, name)):
             metadata[key] = _read_json(os.path.join(path, name))
@@ -187,7 +192,7 @@ def _read_directory(path: str) -> WeightsFile:
         whole, index = os.path.join(path, name), os.path.join(path, f"{name}.index.json")
         if os.path.isfile(whole):
             file = read_file(whole)
-            return WeightsFile(file.arrays, file.metadata | metadata)
+            return WeightsFile(file.arrays, metadata | file.metadata)
         if os.path.isfile(index):
             return _read_shards(path, index, metadata)
     raise InputError(
@@ -209,13 +214,26 @@ def _read_shards(path: str, index: str, metadata: dict[str, Any]) -> WeightsFile
             )
         file = read_file(shard_path)
         arrays |= file.arrays
-        metadata = file.metadata | metadata
+        metadata = metadata | file.metadata
     for name, shard in shard_of.items():
         if name not in arrays:
             raise InputError(
                 f"{path}: {name} is not in {shard}, though the index says so; download both again"
             )
     return WeightsFile(arrays, metadata)
+
+
+def _readme_license(path: str) -> str | None:
+    """The license in the head of a model card, as repositories of the Hugging Face Hub have it."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8", errors="replace") as f:
+        head = f.read(1 << 16)
+    match = re.match(r"---\s*\n(.*?)\n---", head, re.DOTALL)
+    found = match and re.search(r"^license:\s*[\"']?([\w.+-]+)", match[1], re.MULTILINE)
+    if not found or found[1].lower() in ("other", "unknown"):
+        return None
+    return _SPDX.get(found[1].lower(), found[1])
 
 
 def _read_json(path: str) -> dict[str, Any]:

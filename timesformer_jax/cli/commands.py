@@ -297,6 +297,11 @@ COMMANDS = {
         ),
         positional=("src", "dst"),
     ),
+    "checkpoints": Command(
+        "lists the published checkpoints that are known by name",
+        "timesformer_jax.checkpoints.catalogue:print_pretrained",
+        (),
+    ),
     "benchmark input": Command(
         "measures the input's clips per second and where the time goes",
         "timesformer_jax.benchmark.input:benchmark_input",

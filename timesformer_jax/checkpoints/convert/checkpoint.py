@@ -13,8 +13,6 @@ from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
-NON_COMMERCIAL = "CC-BY-NC-4.0"  # the license of the authors' weights
-
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:

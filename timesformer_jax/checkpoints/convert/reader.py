@@ -11,7 +11,8 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from timesformer_jax.checkpoints import files, store
+from timesformer_jax.checkpoints import catalogue, files, store
+from timesformer_jax.checkpoints.catalogue import Pretrained
 from timesformer_jax.checkpoints.checksums import check_finite
 from timesformer_jax.checkpoints.convert.adapt import (
     RESIZES,
@@ -20,7 +21,7 @@ from timesformer_jax.checkpoints.convert.adapt import (
     lazy_new_head,
     parameter_shapes,
 )
-from timesformer_jax.checkpoints.convert.checkpoint import NON_COMMERCIAL, Checkpoint
+from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
 from timesformer_jax.checkpoints.convert.formats import FORMATS, Format
 from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
 from timesformer_jax.checkpoints.sources import Located, locate
@@ -72,7 +73,7 @@ def read(
     if found.is_native:
         checkpoint = _read_native(found.path, allow_nonfinite)
     else:
-        checkpoint = _read_external(found.path, overrides.get("num_heads"), allow_nonfinite)
+        checkpoint = _read_external(found, overrides.get("num_heads"), allow_nonfinite)
     try:
         return adapt(checkpoint, _target(checkpoint, overrides), resize)
     except InputError as e:
@@ -117,8 +118,9 @@ def _read_native(path: str, allow_nonfinite: bool) -> Checkpoint:
     )
 
 
-def _read_external(path: str, num_heads: int | None, allow_nonfinite: bool) -> Checkpoint:
-    file = files.read_file(path)
+def _read_external(found: Located, num_heads: int | None, allow_nonfinite: bool) -> Checkpoint:
+    path = found.source
+    file = files.read_file(found.path)
     try:
         format = _detect(file)
         file = file._replace(arrays=format.normalise(file.arrays))
@@ -140,16 +142,15 @@ def _read_external(path: str, num_heads: int | None, allow_nonfinite: bool) -> C
     if "num_classes" not in fields:
         logging.warning("%s has no head: a new one of %d classes", path, config.num_classes)
         params |= lazy_new_head(config)
-    # A video model with these names derives from the authors' weights unless the file has another
-    # license.
-    default_license = "" if is_image_model else NON_COMMERCIAL
+    known = found.known or (None if is_image_model else catalogue.authors_model(config))
+    license = file.metadata.get("license", known.license if known else "")
     return Checkpoint(
         path=path,
         config=config,
         params=params,
-        clip=_default_clip(config, file.metadata.get("preprocessor", {})),
+        clip=_clip(path, config, format.normalisation(file), known, certain=bool(found.known)),
         labels=labels,
-        license=file.metadata.get("license", default_license),
+        license=license,
         is_image_model=is_image_model,
         has_head="num_classes" in fields,
     )
@@ -227,17 +228,38 @@ def _checked(file: str, name: str, array: LazyArray) -> LazyArray:
     return LazyArray(array.shape, load)
 
 
-def _default_clip(config: TimeSformerConfig, preprocessor: dict[str, Any]) -> ClipSpec:
-    """The release's clips for as many frames; external files do not tell how to sample frames."""
-    normalisation = {
-        field: preprocessor[key]
-        for field, key in {"mean": "image_mean", "std": "image_std"}.items()
-        if key in preprocessor
-    }
-    return ClipSpec(
-        frames=config.num_frames,
-        frame_stride=frame_stride(config.num_frames),
-        crop=config.image_size,
-        short_side=max(ClipSpec.short_side, config.image_size),
-        **normalisation,
-    )
+def _clip(
+    path: str,
+    config: TimeSformerConfig,
+    normalisation: dict[str, Any],
+    known: Pretrained | None,
+    certain: bool,
+) -> ClipSpec:
+    """The clips that a model expects; external files do not tell how frames are sampled.
+
+    Args:
+      path: of the checkpoint, for messages.
+      config: of the model.
+      normalisation: "mean" and "std" as the file tells them; {} if it does not.
+      known: the published model that this is; None for another.
+      certain: whether it is known by its name, not only by its shape.
+    """
+    if known is not None and known.clip is not None:
+        clip = known.clip
+    else:
+        clip = ClipSpec(
+            frames=config.num_frames,
+            frame_stride=frame_stride(config.num_frames),
+            crop=config.image_size,
+            short_side=max(ClipSpec.short_side, config.image_size),
+        )
+        return dataclasses.replace(clip, **normalisation)
+    told = dataclasses.replace(clip, **normalisation)
+    if told != clip:
+        logging.warning(
+            "%s: its preprocessor says mean %s and std %s; the authors trained with mean %s and "
+            "std %s; %s is taken",
+            path, told.mean, told.std, clip.mean, clip.std,
+            "the authors'" if certain else "the file's",
+        )  # fmt: skip
+    return clip if certain else told

@@ -17,8 +17,9 @@ from flax import traverse_util
 from tqdm import tqdm
 
 from timesformer_jax.checkpoints import store
+from timesformer_jax.checkpoints.catalogue import NON_COMMERCIAL
 from timesformer_jax.checkpoints.convert.adapt import adapt
-from timesformer_jax.checkpoints.convert.checkpoint import NON_COMMERCIAL, Checkpoint
+from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
 from timesformer_jax.checkpoints.convert.formats import Format, HuggingFace, Release, hf, release
 from timesformer_jax.checkpoints.convert.reader import read
 from timesformer_jax.data.annotations import read_labels

@@ -83,6 +83,17 @@ class Format(abc.ABC):
     def module_parameters(self, path: str, name: str) -> dict[str, str]:
         """The weight and the bias of a module: paths to names."""
 
+    def normalisation(self, file: WeightsFile) -> dict[str, Any]:
+        """ "mean" and "std" of the frames as fields of `ClipSpec`; {} if nothing is known."""
+        found = {}
+        # transformers' file, or timm's config.json of a repository on the Hub.
+        told = file.metadata.get("preprocessor") or {}
+        timm = file.metadata.get("config", {}).get("pretrained_cfg") or {}
+        for field in ("mean", "std"):
+            if (value := told.get(f"image_{field}", timm.get(field))) is not None:
+                found[field] = value
+        return found
+
     def labels(self, file: WeightsFile) -> tuple[str, ...]:
         """The class names; () if the file does not tell them."""
         return ()

@@ -73,6 +73,8 @@ class Release(TorchFormat):
     def config_fields(self, file: WeightsFile) -> dict[str, Any]:
         arrays, cfg = file.arrays, str(file.metadata.get("cfg", ""))
         fields = super().config_fields(file)
+        if heads := _timm_heads(file.metadata.get("config", {}).get("architecture")):
+            fields["num_heads"] = heads
         if "num_heads" in file.metadata:
             fields["num_heads"] = int(file.metadata["num_heads"])
         if "time_embed" in arrays:
@@ -85,6 +87,12 @@ class Release(TorchFormat):
             if frames := re.search(r"\bNUM_FRAMES: (\d+)", cfg):
                 fields["num_frames"] = int(frames[1])
         return fields
+
+
+def _timm_heads(architecture: Any) -> int | None:
+    """The heads of timm's ViTs whose heads do not have 64 channels."""
+    large = isinstance(architecture, str) and re.match(r"vit_(huge|giant|gigantic)_", architecture)
+    return 16 if large else None
 
 
 def cfg_text(config: TimeSformerConfig) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from timesformer_jax.checkpoints.convert.formats.base import Naming, without_pre_logits
 from timesformer_jax.checkpoints.convert.formats.torch_layout import TorchFormat
-from timesformer_jax.checkpoints.files import LazyArray
+from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
 
 
 class Torchvision(TorchFormat):
@@ -34,6 +35,10 @@ class Torchvision(TorchFormat):
         if path.endswith("/qkv"):  # parameters of the attention module, not of a linear layer
             return {f"{path}/kernel": f"{name}_weight", f"{path}/bias": f"{name}_bias"}
         return super().module_parameters(path, name)
+
+    def normalisation(self, file: WeightsFile) -> dict[str, Any]:
+        """The mean and standard deviation of ImageNet."""
+        return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
     def normalise(self, arrays: dict[str, LazyArray]) -> dict[str, LazyArray]:
         """With the MLP's names of torchvision 0.14 and later, without a layer before the head."""

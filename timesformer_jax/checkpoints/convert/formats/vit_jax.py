@@ -102,6 +102,10 @@ class JaxViT(Format):
                 out[name.replace("/query/", "/qkv/")] = _stack([arrays[part] for part in parts])
         return without_pre_logits(out, "pre_logits/", "head/")
 
+    def normalisation(self, file: WeightsFile) -> dict[str, Any]:
+        """To [-1, 1], as these models were trained."""
+        return {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
     def config_fields(self, file: WeightsFile) -> dict[str, Any]:
         arrays, block = file.arrays, self.naming.block.format(0)
         height, across, channels, width = shape_of(arrays, "embedding/kernel", 4)
