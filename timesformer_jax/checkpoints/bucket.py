@@ -56,27 +56,29 @@ def download(name: str) -> str:
             storage.atomic_path(path) as temporary,
             open(temporary, "wb") as file,
         ):
-            _copy(response, file, url)
+            _copy(response, file, f"gs://vit_models/{name}")
     except urllib.error.HTTPError as e:
         e.close()
         what = "has no such file" if e.code == 404 else f"answers {e.code}"
-        raise InputError(f"{name}: no file or folder here, and {address} {what}") from None
+        raise InputError(
+            f"gs://vit_models/{name}: no file or folder here, and {address} {what}"
+        ) from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
         reason = getattr(e, "reason", None) or e
         raise InputError(
-            f"{name}: cannot be downloaded from {address} ({reason}); run again with the network, "
-            f"or put the file to {path}"
+            f"gs://vit_models/{name}: cannot be downloaded from {address} ({reason}); run again "
+            f"with the network, or put the file to {path}"
         ) from None
     return os.fspath(path)
 
 
-def _copy(response: http.client.HTTPResponse, file: BinaryIO, url: str) -> None:
+def _copy(response: http.client.HTTPResponse, file: BinaryIO, name: str) -> None:
     """Writes what is downloaded, and checks its length and the sum that the bucket tells."""
     told = response.headers.get("Content-Length") or ""
     length = int(told) if told.isdecimal() else None
     digest = hashlib.md5(usedforsecurity=False)
     size = 0
-    with tqdm(desc=url.rpartition("/")[2], total=length, unit="B", unit_scale=True) as progress:
+    with tqdm(desc=name.rpartition("/")[2], total=length, unit="B", unit_scale=True) as progress:
         while piece := response.read(1 << 20):
             file.write(piece)
             digest.update(piece)
@@ -86,4 +88,4 @@ def _copy(response: http.client.HTTPResponse, file: BinaryIO, url: str) -> None:
     expected = re.search(r"md5=([\w+/=]+)", sums)
     found = base64.b64encode(digest.digest()).decode()
     if (length is not None and size != length) or (expected and expected[1] != found):
-        raise InputError(f"{url}: what came is not what was announced; run again to download it")
+        raise InputError(f"{name}: what came is not what was announced; run again to download it")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import pickle
 import re
@@ -19,10 +20,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from timesformer_jax.checkpoints import schema
 from timesformer_jax.errors import InputError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a directory; with .index.json if sharded
 _CONTAINERS = ("model_state", "state_dict", "model")
+_MAX_JSON = 64 << 20
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+# Floating numbers do not become smaller by much; a file that does is made to fill a disk or memory.
+_MOST_COMPRESSED = 32
 # The Hub's names of licenses are SPDX's in lower case.
 _SPDX = {x.lower(): x for x in ("CC-BY-NC-4.0", "CC-BY-4.0", "Apache-2.0", "MIT", "BSD-3-Clause")}
 _PREFIXES = ("module.", "model.")
@@ -94,7 +103,9 @@ def _read_errors(path: str) -> Iterator[None]:
             f"{path}: holds more than tensors ({_reason(e)}) and is not loaded, as that could run "
             "any code; save it again as torch.save(model.state_dict(), path)"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, zipfile.BadZipFile) as e:
+    except InputError:
+        raise
+    except Exception as e:  # a damaged file makes the libraries raise anything
         raise InputError(
             f"{path}: damaged, or no checkpoint: {_reason(e)}; download or save it again"
         ) from None
@@ -106,7 +117,8 @@ def _reason(error: Exception) -> str:
         # torch explains at length how to load the file anyway; the cause follows this text.
         text = text.partition("WeightsUnpickler error:")[2].strip() or "a pickle of other software"
     lines = text.strip().splitlines()
-    return lines[0].split(". ")[0] if lines else type(error).__name__
+    reason = lines[0].split(". ")[0] if lines else type(error).__name__
+    return ascii(reason)[1:-1] if not reason.isprintable() else reason[:300]
 
 
 def _read_torch(path: str) -> WeightsFile:
@@ -124,12 +136,16 @@ def _read_torch(path: str) -> WeightsFile:
     container = next((key for key in _CONTAINERS if isinstance(content.get(key), dict)), None)
     if container:
         state_dict = content[container]
-        metadata = {k: content[k] for k in ("cfg", "license", "num_heads") if k in content}
+        metadata = _torch_metadata(content)
+    for name, value in state_dict.items():
+        if not isinstance(name, str):
+            raise ValueError(f"a name in it is {schema.shown(name)}, not a text")
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{schema.shown(name)} is a {type(value).__name__}, not a tensor")
+        _check_tensor(name, value)
+    if container:
         prefixed = all(name.startswith("model.") for name in state_dict)
         metadata["is_release"] = container == "model_state" and prefixed
-    for name, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
 
     def load(tensor):
         return tensor.detach().float().numpy()
@@ -139,6 +155,33 @@ def _read_torch(path: str) -> WeightsFile:
         for name, tensor in state_dict.items()
     }
     return WeightsFile(_without_prefixes(arrays), metadata)
+
+
+def _torch_metadata(content: dict[Any, Any]) -> dict[str, Any]:
+    """What a torch file says beside its tensors; without what is None."""
+    checks = {
+        "cfg": schema.text, "license": schema.text, "license_note": schema.text,
+        "num_heads": schema.whole_number, "labels": schema.label_names,
+    }  # fmt: skip
+    return {
+        key: check(content[key], key)
+        for key, check in checks.items()
+        if content.get(key) is not None
+    }
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    """Raises a ValueError unless a tensor is one of floating numbers that are all in the file."""
+    import torch
+
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise ValueError(f"{schema.shown(name)} is a sparse, quantized or empty kind of tensor")
+    if not tensor.is_floating_point() and tensor.numel() > 1:
+        raise ValueError(f"{schema.shown(name)} holds {tensor.dtype}, not floating numbers")
+    # Strides of 0 make a tensor of any size from one number.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{schema.shown(name)} has shape {tuple(tensor.shape)}, which is more "
+                         "numbers than the file holds of it")  # fmt: skip
 
 
 def _without_prefixes(arrays: dict[str, LazyArray]) -> dict[str, LazyArray]:
@@ -168,10 +211,14 @@ def _read_safetensors(path: str) -> WeightsFile:
 
 
 def _read_npz(path: str) -> WeightsFile:
-    # Read at once: an npz tells shapes in its arrays only, and they may be compressed.
+    _check_npz(path)
+    # Read at once: the arrays may be compressed.
     # Opened here, because np.load does not close a damaged file that it opened.
     with open(path, "rb") as f, np.load(f) as content:
         arrays = {name: np.asarray(content[name]) for name in content.files}
+    for name, array in arrays.items():
+        if array.dtype.kind != "f" and array.size > 1:
+            raise ValueError(f"{schema.shown(name)} holds {array.dtype}, not floating numbers")
 
     def load(array):
         return array.astype(np.float32, copy=False)
@@ -179,6 +226,25 @@ def _read_npz(path: str) -> WeightsFile:
     return WeightsFile(
         {k: LazyArray(v.shape, functools.partial(load, v)) for k, v in arrays.items()}, {}
     )
+
+
+def _check_npz(path: str) -> None:
+    """Raises a ValueError if the arrays of an npz are larger than what the file holds."""
+    total = 0
+    with zipfile.ZipFile(path) as content:
+        for entry in content.infolist():
+            total += entry.file_size
+            with content.open(entry) as member:
+                version = np.lib.format.read_magic(member)
+                shape, _, dtype = _NPY_HEADERS[version](member)
+                declared = math.prod(shape) * dtype.itemsize
+                if declared > entry.file_size:
+                    raise ValueError(
+                        f"{schema.shown(entry.filename)} is said to have shape {shape}, which is "
+                        "more numbers than the file holds of it"
+                    )
+    if total > _MOST_COMPRESSED * os.path.getsize(path) + (1 << 20):
+        raise ValueError(f"its arrays are said to unpack to {total / 2**30:.1f} GiB")
 
 
 def _read_directory(path: str) -> WeightsFile:
@@ -205,6 +271,8 @@ def _read_shards(path: str, index: str, metadata: dict[str, Any]) -> WeightsFile
     shard_of = _read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise InputError(f"{index}: damaged: it has no weight_map; download or save it again")
+    if not all(isinstance(shard, str) and "\0" not in shard for shard in shard_of.values()):
+        raise InputError(f"{index}: damaged: its weight_map must map names to files' names")
     arrays: dict[str, LazyArray] = {}
     for shard in sorted(set(shard_of.values())):
         shard_path = os.path.join(path, os.path.basename(shard))
@@ -238,7 +306,10 @@ def _readme_license(path: str) -> str | None:
 
 def _read_json(path: str) -> dict[str, Any]:
     with _read_errors(path), open(path, encoding="utf-8") as f:
-        content = json.load(f)
+        text = f.read(_MAX_JSON + 1)
+        if len(text) > _MAX_JSON:
+            raise ValueError("it is no description, but larger than 64 MiB")
+        content = json.loads(text)
     if not isinstance(content, dict):
         raise InputError(f"{path}: damaged: it holds no JSON object; download or save it again")
     return content

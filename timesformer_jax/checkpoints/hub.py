@@ -66,7 +66,7 @@ def _listing(name: str, revision: str | None) -> list[str] | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        files = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
+        info = huggingface_hub.HfApi().model_info(name, revision=revision)
     except HFValidationError:
         raise
     except Exception as e:  # of the network libraries, which differ by version
@@ -79,6 +79,7 @@ def _listing(name: str, revision: str | None) -> list[str] | None:
             logging.warning("%s: the Hub cannot be reached: taken from the cache", name)
             return None
         raise
+    files = [sibling.rfilename for sibling in info.siblings or ()]
     weights = _weights(files)
     if not weights:
         raise InputError(

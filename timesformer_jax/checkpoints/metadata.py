@@ -7,7 +7,10 @@ from typing import Any
 
 from flax import traverse_util
 
+from timesformer_jax.checkpoints import schema
 from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.errors import InputError
+from timesformer_jax.models import schemes
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
 
@@ -33,7 +36,9 @@ class CheckpointMetadata:
     multilabel: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"labels": list(self.labels)}
+        """JSON values; "scheme_module" is the module that registered the attention scheme."""
+        module = schemes.MODULES.get(self.model.attention, "")
+        return dataclasses.asdict(self) | {"labels": list(self.labels), "scheme_module": module}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> CheckpointMetadata:
@@ -41,14 +46,41 @@ class CheckpointMetadata:
 
         Raises:
           KeyError, TypeError: if a field is missing or unknown.
+          InputError: if a field has another type or is out of range, or the attention scheme is not
+            registered.
         """
-        return cls(
-            model=TimeSformerConfig(**fields["model"]),
-            clip=ClipSpec(**fields["clip"]),
-            labels=tuple(fields["labels"]),
-            config=fields["config"],
-            license=fields["license"],
-            multilabel=fields.get("multilabel", False),
+        fields = schema.json_object(fields, "metadata")
+        scheme_module = schema.text(fields.get("scheme_module", ""), "scheme_module")
+        _check_scheme(fields["model"], scheme_module)
+        found = cls(
+            model=schema.model_config(fields["model"]),
+            clip=schema.clip_spec(fields["clip"]),
+            labels=schema.label_names(fields["labels"]),
+            config=schema.training_config(fields["config"]),
+            license=schema.text(fields["license"], "license"),
+            multilabel=schema.boolean(fields.get("multilabel", False), "multilabel"),
+        )
+        if found.labels and len(found.labels) != found.model.num_classes:
+            raise InputError(
+                f"it has {len(found.labels)} labels for {found.model.num_classes} classes"
+            )
+        return found
+
+
+def _check_scheme(model: Any, module: str) -> None:
+    """Raises an InputError that names the module if a scheme of somebody's own is not registered.
+
+    The module is not imported: that would run code because a file says so.
+    """
+    name = model.get("attention") if isinstance(model, dict) else None
+    if not isinstance(name, str) or not module:
+        return
+    schemes.import_asked_for(name)
+    if name not in schemes.SCHEMES:
+        raise InputError(
+            f"its attention scheme {name!r} is registered by {module}, which was not imported: "
+            f"import it before the checkpoint is read (on the command line, "
+            f"{schemes.IMPORT_VARIABLE}={module})"
         )
 
 

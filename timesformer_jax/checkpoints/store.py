@@ -320,7 +320,7 @@ def _read_validation(path: epath.Path) -> dict[int, dict[str, float]]:
         for accuracy in accuracies.values():
             _score(accuracy)
         return accuracies
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(
             f"{path} is damaged; remove it: training then continues, but does not know which "
             "checkpoint was best so far"
@@ -387,7 +387,8 @@ def _open(path: str | os.PathLike) -> tuple[Checkpoints, int | None]:
     best = path.name == BEST and not path.is_dir()
     path = path.parent if best else path
     path = path / FOLDER if (path / FOLDER).is_dir() else path
-    if (path / "metadata").is_dir() or (path / _OLD_METADATA).is_dir():
+    is_step = (path / "metadata").is_dir() or (path / _OLD_METADATA).is_dir()
+    if is_step and path.name.isdecimal():
         return Checkpoints(path.parent, read_only=True), int(path.name)
     checkpoints = Checkpoints(path, read_only=True)
     if not checkpoints.steps():

@@ -8,7 +8,7 @@ from timesformer_jax import ranges
 from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.models.attention import Grid
 from timesformer_jax.models.remat import REMATS
-from timesformer_jax.models.schemes import SCHEMES, Scheme
+from timesformer_jax.models.schemes import SCHEMES, Scheme, import_asked_for
 
 POSITION_EMBEDDINGS = ("none", "space", "space_time")
 POSITION_RESIZES = ("nearest", "bicubic")
@@ -70,6 +70,7 @@ class TimeSformerConfig:
     scan_layers: bool = False
 
     def __post_init__(self):
+        import_asked_for(self.attention)
         for field, known in {
             "attention": SCHEMES,
             "position_embedding": POSITION_EMBEDDINGS,

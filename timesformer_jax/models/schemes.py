@@ -8,6 +8,10 @@ what the paper leaves open.
 
 from __future__ import annotations
 
+import importlib
+import os
+import runpy
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -146,11 +150,17 @@ SCHEMES = {
 }
 
 
+# The modules, or files, that registered the schemes that are not ours. Checkpoints tell them.
+MODULES: dict[str, str] = {}
+IMPORT_VARIABLE = "TIMESFORMER_IMPORT"
+
+
 def register_scheme(name: str, scheme: Scheme) -> Scheme:
     """Adds a scheme: `TimeSformerConfig(attention=name)` has it from then on.
 
     Call it when the module that defines the scheme is imported, before a config or checkpoint that
-    names it is read.
+    names it is read. Commands import the modules, or .py files, that the environment variable
+    TIMESFORMER_IMPORT lists with commas.
 
     Raises:
       InputError: if the name is taken, a layer's name is used twice, no layer joins the
@@ -169,7 +179,33 @@ def register_scheme(name: str, scheme: Scheme) -> Scheme:
     for layer in scheme.layers:
         _check_partition(name, layer)
     SCHEMES[name] = scheme
+    caller = sys._getframe(1).f_globals
+    module = str(caller.get("__name__", ""))
+    is_script = module == "__main__" or module.startswith("<")
+    MODULES[name] = str(caller.get("__file__", "") if is_script else module)
     return scheme
+
+
+def import_asked_for(name: str) -> None:
+    """Imports what TIMESFORMER_IMPORT lists, if no scheme of this name is registered yet.
+
+    Raises:
+      InputError: if one of the modules cannot be imported.
+    """
+    for module in filter(None, os.environ.get(IMPORT_VARIABLE, "").split(",")):
+        if name in SCHEMES:
+            return
+        try:
+            if module.endswith(".py"):
+                runpy.run_path(module)
+            else:
+                importlib.import_module(module)
+        except Exception as e:  # a user's file can raise anything
+            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            raise InputError(
+                f"{IMPORT_VARIABLE}={module} cannot be imported ({reason}); give a module that "
+                "Python finds, or the path of a .py file"
+            ) from e
 
 
 def _check_partition(scheme: str, layer: AttentionLayer) -> None:

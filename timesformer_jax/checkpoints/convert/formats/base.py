@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from timesformer_jax.checkpoints import schema
 from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig
@@ -89,9 +90,10 @@ class Format(abc.ABC):
         # transformers' file, or timm's config.json of a repository on the Hub.
         told = file.metadata.get("preprocessor") or {}
         timm = file.metadata.get("config", {}).get("pretrained_cfg") or {}
+        timm = schema.json_object(timm, "pretrained_cfg in config.json")
         for field in ("mean", "std"):
             if (value := told.get(f"image_{field}", timm.get(field))) is not None:
-                found[field] = value
+                found[field] = schema.three_numbers(value, f"image_{field}")
         return found
 
     def labels(self, file: WeightsFile) -> tuple[str, ...]:
@@ -126,8 +128,16 @@ class Format(abc.ABC):
 
     def depth(self, names: Collection[str]) -> int:
         """The number of blocks that the names of the arrays count."""
-        pattern = re.escape(self.naming.block).replace(re.escape("{}"), r"(\d+)")
-        return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
+        pattern = re.escape(self.naming.block).replace(re.escape("{}"), r"([0-9]{1,9})")
+        blocks = {int(m[1]) for name in names if (m := re.match(pattern, name))}
+        depth = 1 + max(blocks, default=-1)
+        if missing := set(range(min(depth, len(names)))) - blocks:
+            raise InputError(
+                f"{self.naming.block.format(min(missing))}* is missing, though there is a block "
+                f"{depth - 1}; the file is incomplete"
+            )
+        schema.check_depth(depth)
+        return depth
 
 
 def weight_name(path: str) -> str:

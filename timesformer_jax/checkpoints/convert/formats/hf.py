@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from timesformer_jax import ranges
+from timesformer_jax.checkpoints import schema
 from timesformer_jax.checkpoints.convert.formats.base import Naming, shape_of
 from timesformer_jax.checkpoints.convert.formats.release import ATTENTION_TYPES
 from timesformer_jax.checkpoints.convert.formats.torch_layout import TorchFormat
@@ -81,16 +83,18 @@ class HuggingFace(TorchFormat):
         if _TIME in arrays:
             fields["num_frames"] = shape_of(arrays, _TIME, 3)[1]
         elif "num_frames" in config:
-            fields["num_frames"] = config["num_frames"]
+            fields["num_frames"] = schema.whole_number(config["num_frames"], "num_frames")
         if "num_attention_heads" in config:
-            fields["num_heads"] = config["num_attention_heads"]
+            heads = config["num_attention_heads"]
+            ranges.check("num_heads", heads, "num_attention_heads in config.json")
+            fields["num_heads"] = heads
+        _check_shapes(config, fields)
         return fields
 
     def labels(self, file: WeightsFile) -> tuple[str, ...]:
         """The class names in config.json; () if they are the placeholders LABEL_0, LABEL_1, ..."""
-        id2label = file.metadata.get("config", {}).get("id2label", {})
-        by_index = {int(index): str(label) for index, label in id2label.items()}
-        labels = tuple(by_index[i] for i in sorted(by_index))
+        id2label = file.metadata.get("config", {}).get("id2label")
+        labels = schema.labels_by_index(id2label, "id2label in config.json")
         return () if labels == _placeholders(len(labels)) else labels
 
 
@@ -100,6 +104,23 @@ def _check_arithmetic(config: dict[str, Any]) -> None:
             raise InputError(
                 f"config.json says {key} = {config[key]!r}; this TimeSformer computes with "
                 f"{expected!r} only, so the weights would give other numbers"
+            )
+
+
+def _check_shapes(config: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Raises an InputError if config.json tells another shape than the arrays have.
+
+    transformers builds the model from config.json and could not load the arrays.
+    """
+    told = {
+        "image_size": "image_size", "patch_size": "patch_size", "hidden_size": "hidden_size",
+        "depth": "num_hidden_layers", "num_frames": "num_frames",
+    }  # fmt: skip
+    for field, key in told.items():
+        if key in config and field in fields and config[key] != fields[field]:
+            raise InputError(
+                f"config.json says {key} = {schema.shown(config[key])}, and the arrays "
+                f"{fields[field]}; correct config.json"
             )
 
 

@@ -76,7 +76,7 @@ class Release(TorchFormat):
         if heads := _timm_heads(file.metadata.get("config", {}).get("architecture")):
             fields["num_heads"] = heads
         if "num_heads" in file.metadata:
-            fields["num_heads"] = int(file.metadata["num_heads"])
+            fields["num_heads"] = file.metadata["num_heads"]
         if "time_embed" in arrays:
             fields["num_frames"] = shape_of(arrays, "time_embed", 3)[1]
             divided = any(".temporal_attn." in name for name in arrays)
@@ -84,7 +84,7 @@ class Release(TorchFormat):
         elif file.metadata.get("is_release") or "space_only" in cfg:
             # The names of a space-only TimeSformer are those of an image ViT.
             fields["attention"] = "space"
-            if frames := re.search(r"\bNUM_FRAMES: (\d+)", cfg):
+            if frames := re.search(r"\bNUM_FRAMES: ([0-9]{1,9})\b", cfg):
                 fields["num_frames"] = int(frames[1])
         return fields
 
