@@ -1,5 +1,6 @@
 """`convert`: what it writes, under which license; and one clear error for every wrong input."""
 
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -14,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timesformer_jax as tsf
+from timesformer_jax.checkpoints import catalogue
 from timesformer_jax.checkpoints import store as checkpoints
-from timesformer_jax.checkpoints.convert import convert
+from timesformer_jax.checkpoints.convert import convert, read
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.schemes import SCHEMES
@@ -111,9 +113,17 @@ def test_metadata_of_our_own_checkpoints_is_kept(tmp_path):
     assert (metadata.model.num_frames, metadata.model.num_classes) == (16, 2)
 
 
-def test_license_of_the_release_stays_with_its_weights(tmp_path, caplog):
+def test_license_of_the_authors_stays_with_their_weights(tmp_path, caplog, monkeypatch):
+    """Theirs are known by their names and shapes, here those of a tiny model."""
+    known = catalogue.by_name("TimeSformer_divST_8x32_224_K400.pyth")
+    known = dataclasses.replace(known, clip=ClipSpec(frames=4, crop=32))
+    shape = read(DIVIDED).config
+    monkeypatch.setattr(catalogue, "authors_model", lambda config: config == shape and known)
     convert(DIVIDED, tmp_path / "ours")
-    assert "CC-BY-NC-4.0: no commercial use" in caplog.text
+    monkeypatch.undo()
+    assert "its license is CC-BY-NC-4.0: no commercial use" in caplog.text
+    note = checkpoints.load_parameters(tmp_path / "ours")[0].license_note
+    assert note.startswith("its names and shapes are those of TimeSformer_divST_8x32_224_K400")
     convert(tmp_path / "ours", tmp_path / "hf", to="hf")
     convert(tmp_path / "hf", tmp_path / "r.pyth", to="release")
     assert checkpoints.load_parameters(tmp_path / "ours")[0].license == "CC-BY-NC-4.0"
@@ -121,7 +131,22 @@ def test_license_of_the_release_stays_with_its_weights(tmp_path, caplog):
     with safe_open(tmp_path / "hf" / "model.safetensors", "np") as f:
         assert f.metadata()["license"] == "CC-BY-NC-4.0"
     for folder in ("ours", "hf"):
-        assert "NonCommercial" in (tmp_path / folder / "LICENSE").read_text()
+        text = (tmp_path / folder / "LICENSE").read_text()
+        assert "NonCommercial" in text
+        assert note in text
+
+
+def test_a_license_that_is_given_is_written_down_with_what_was_there_before(tmp_path):
+    labels = [f"é {i}" for i in range(10)]
+    convert(DIVIDED, tmp_path / "a", license="CC-BY-NC-4.0")
+    convert(tmp_path / "a", tmp_path / "hf", to="hf", license="MIT")
+    convert(tmp_path / "hf", tmp_path / "r.pyth", to="release", labels=labels)
+    convert(tmp_path / "r.pyth", tmp_path / "b")
+    metadata = checkpoints.load_parameters(tmp_path / "b")[0]
+    assert metadata.license == "MIT"
+    assert metadata.license_note == "as given when a was converted; before: CC-BY-NC-4.0"
+    assert metadata.labels == tuple(labels)
+    assert metadata.license_note in (tmp_path / "b" / "LICENSE").read_text()
 
 
 def test_weights_of_ones_own_and_of_image_models_get_no_license(tmp_path, caplog):
@@ -129,6 +154,7 @@ def test_weights_of_ones_own_and_of_image_models_get_no_license(tmp_path, caplog
     convert(tmp_path / "hf", tmp_path / "r.pyth", to="release")
     convert(tmp_path / "r.pyth", tmp_path / "b")
     convert(VIT, tmp_path / "vit", num_heads=4)
+    convert(DIVIDED, tmp_path / "of_the_authors_names_alone")
     assert not list(tmp_path.rglob("LICENSE"))
     assert "CC-BY-NC" not in caplog.text
 

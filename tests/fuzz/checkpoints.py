@@ -219,7 +219,6 @@ def hugging_face(folder, _):
         "labels_lines": {"id2label": names | {"3": "a\nerror: b"}},
         "label_of_a_megabyte": {"id2label": names | {"3": "x" * (1 << 20)}},
         "timm_text": {"pretrained_cfg": "mean"},
-        "timm_mean_text": {"pretrained_cfg": {"mean": "0.5"}},
     }
     for name, content in fields.items():
         yield changed(name, **content), False
@@ -376,7 +375,7 @@ def our_own(folder, _):
         ("clip", "std", [0, 0, 0]), ("clip", "std", [float("nan")] * 3), ("clip", "start", 3),
         ("clip", "sampling", None), ("clip", "short_side", 10**9),
     ):  # fmt: skip
-        text = "".join(c if c.isalnum() else "_" for c in str(value))[:20]
+        text = "".join(c if c.isalnum() else "_" for c in str(value))[:30]
         yield changed(f"{group}_{field}_{text}", setter(group, field, value)), False
     for field, value in (
         ("labels", "text"), ("labels", 3), ("labels", [1] * 10), ("labels", ["a\x1b[2J"] * 10),
@@ -385,7 +384,7 @@ def our_own(folder, _):
         ("config", {"data": {"directory": 3}}), ("license", 3), ("license", None), ("model", []),
         ("model", None), ("clip", "clip"), ("scheme_module", 3),
     ):  # fmt: skip
-        text = "".join(c if c.isalnum() else "_" for c in str(value))[:20]
+        text = "".join(c if c.isalnum() else "_" for c in str(value))[:30]
         yield changed(f"{field}_{text}", setter(None, field, value)), False
 
     def of_somebody(fields):

@@ -67,7 +67,7 @@ def read_file(path: str) -> WeightsFile:
     if os.path.isdir(path):
         return _read_directory(path)
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such checkpoint")
+        raise InputError(f"{path}: no file; copy it here if it is on remote storage")
     readers = {"safetensors": _read_safetensors, "npz": _read_npz, "torch": _read_torch}
     with _read_errors(path):
         file = readers[_kind(path)](path)
@@ -103,8 +103,9 @@ def _read_errors(path: str) -> Iterator[None]:
             f"{path}: holds more than tensors ({_reason(e)}) and is not loaded, as that could run "
             "any code; save it again as torch.save(model.state_dict(), path)"
         ) from None
-    except InputError:
-        raise
+    except InputError as e:
+        text = str(e)
+        raise InputError(text if path in text else f"{path}: {text}") from None
     except Exception as e:  # a damaged file makes the libraries raise anything
         raise InputError(
             f"{path}: damaged, or no checkpoint: {_reason(e)}; download or save it again"
@@ -118,7 +119,7 @@ def _reason(error: Exception) -> str:
         text = text.partition("WeightsUnpickler error:")[2].strip() or "a pickle of other software"
     lines = text.strip().splitlines()
     reason = lines[0].split(". ")[0] if lines else type(error).__name__
-    return ascii(reason)[1:-1] if not reason.isprintable() else reason[:300]
+    return schema.printable(reason)
 
 
 def _read_torch(path: str) -> WeightsFile:
@@ -204,7 +205,9 @@ def _read_safetensors(path: str) -> WeightsFile:
                 name: LazyArray(tuple(f.get_slice(name).get_shape()), functools.partial(load, name))
                 for name in f.keys()  # noqa: SIM118 (not a mapping)
             }
-            metadata = {k: v for k, v in (f.metadata() or {}).items() if k == "license"}
+            metadata = {
+                k: v for k, v in (f.metadata() or {}).items() if k in ("license", "license_note")
+            }
     except safetensors.SafetensorError as e:
         raise ValueError(str(e)) from None
     return WeightsFile(_without_prefixes(arrays), metadata)

@@ -26,6 +26,7 @@ class CheckpointMetadata:
       license: of the weights, "" if none is known; fine-tuned weights inherit it.
       multilabel: whether a clip may have any number of the labels: probabilities are then the
         sigmoid of each logit, not the softmax of all.
+      license_note: how the license is known.
     """
 
     model: TimeSformerConfig
@@ -34,6 +35,7 @@ class CheckpointMetadata:
     config: dict[str, Any]
     license: str = ""
     multilabel: bool = False
+    license_note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; "scheme_module" is the module that registered the attention scheme."""
@@ -59,6 +61,7 @@ class CheckpointMetadata:
             config=schema.training_config(fields["config"]),
             license=schema.text(fields["license"], "license"),
             multilabel=schema.boolean(fields.get("multilabel", False), "multilabel"),
+            license_note=schema.text(fields.get("license_note", ""), "license_note"),
         )
         if found.labels and len(found.labels) != found.model.num_classes:
             raise InputError(

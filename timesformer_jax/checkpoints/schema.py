@@ -118,8 +118,10 @@ def text(value: Any, name: str) -> str:
 
 
 def whole_number(value: Any, name: str) -> int:
-    """A whole number in the range of its name; `name` may have groups, as "config.num_frames"."""
-    ranges.check(name.rpartition(".")[2], value, name)
+    """A whole number in the range of its name, of which more words may follow."""
+    if isinstance(value, list | tuple):
+        raise InputError(f"{name} must be a whole number, not {shown(value)}")
+    ranges.check(name.partition(" ")[0], value, name)
     return int(value)
 
 
@@ -143,6 +145,12 @@ def _same_type(name: str, value: Any, example: Any) -> None:
     if not isinstance(value, types) or isinstance(value, bool) != isinstance(example, bool):
         kind = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
         raise InputError(f"{name} must be {kind[type(example)]}, not {shown(value)}")
+
+
+def printable(message: str) -> str:
+    """A message that quotes a checkpoint: one line, not too long, without control characters."""
+    message = message if len(message) <= 500 else f"{message[:300]} ... {message[-100:]}"
+    return message if message.isprintable() else ascii(message)[1:-1]
 
 
 def shown(value: Any) -> str:

@@ -287,6 +287,8 @@ COMMANDS = {
             ),
             string("resize", "bicubic", "how position embeddings are resized: bicubic or official"),
             string("labels", None, "file of class names, one per line, in the order of the logits"),
+            string("license", None, "license of the weights, to be written down"),
+            boolean("allow_nonfinite", "convert numbers that are infinite or not a number, too"),
             string("attention", None, "attention scheme, if the checkpoint is an image ViT"),
             integer("num_heads", None, "number of heads, if the file does not store it"),
             integer(

@@ -48,7 +48,7 @@ def restore(
     for name, (now, before) in _changes(metadata, saved).items():
         logging.warning("this run goes on with another %s: %s, it was %s", name, now, before)
     state = state._replace(step=jax.device_put(np.int32(step), target.step.sharding))
-    metadata = dataclasses.replace(metadata, license=saved.license)
+    metadata = dataclasses.replace(metadata, license=saved.license, license_note=saved.license_note)
     return state, pipeline.IteratorState(**saved_progress["position"]), metadata
 
 
@@ -112,4 +112,6 @@ def initial_parameters(
         flags = " ".join(f"--config.model.{name}={value}" for name, value in e.found.items())
         raise InputError(f"{e}: pass {flags}") from None
     logging.info("starting from %s", config.pretrained)
-    return source.load(), dataclasses.replace(metadata, license=source.license)
+    return source.load(), dataclasses.replace(
+        metadata, license=source.license, license_note=source.license_note
+    )

@@ -25,6 +25,7 @@ class Checkpoint:
       clip: the clips that the model expects.
       labels: class names, () if unknown.
       license: of the weights, "" if none is known.
+      license_note: how the license is known.
       training_config: the config of our own training run; empty for other checkpoints.
       is_image_model: whether the file holds an image model, which has no temporal parameters.
       has_head: whether the file has a classifier; otherwise a new one was drawn.
@@ -36,6 +37,7 @@ class Checkpoint:
     clip: ClipSpec
     labels: tuple[str, ...] = ()
     license: str = ""
+    license_note: str = ""
     training_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     is_image_model: bool = False
     has_head: bool = True
@@ -49,6 +51,7 @@ class Checkpoint:
             labels=self.labels,
             config=self.training_config,
             license=self.license,
+            license_note=self.license_note,
         )
 
     def load(self) -> dict:

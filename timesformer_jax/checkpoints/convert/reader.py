@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from timesformer_jax.checkpoints import catalogue, files, store
+from timesformer_jax.checkpoints import catalogue, files, schema, store
 from timesformer_jax.checkpoints.catalogue import Pretrained
 from timesformer_jax.checkpoints.checksums import check_finite
 from timesformer_jax.checkpoints.convert.adapt import (
@@ -114,6 +114,7 @@ def _read_native(path: str, allow_nonfinite: bool) -> Checkpoint:
         clip=metadata.clip,
         labels=metadata.labels,
         license=metadata.license,
+        license_note=metadata.license_note,
         training_config=metadata.config,
     )
 
@@ -132,28 +133,40 @@ def _read_external(found: Located, num_heads: int | None, allow_nonfinite: bool)
         if not allow_nonfinite:
             params = {name: _checked(path, name, array) for name, array in params.items()}
         labels = format.labels(file)
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from None
-    if labels and len(labels) != config.num_classes:
-        raise InputError(
-            f"{path}: config.json has {len(labels)} labels and the head {config.num_classes} "
-            "classes; correct its id2label"
-        )
+        told = format.clip_fields(file)
+        if labels and len(labels) != config.num_classes:
+            raise InputError(
+                f"it has {len(labels)} labels for a head of {config.num_classes} classes; correct "
+                "them (id2label in config.json)"
+            )
+    except InputError as e:  # its text may quote names of the file
+        raise InputError(f"{path}: {schema.printable(str(e))}") from None
     if "num_classes" not in fields:
         logging.warning("%s has no head: a new one of %d classes", path, config.num_classes)
         params |= lazy_new_head(config)
     known = found.known or (None if is_image_model else catalogue.authors_model(config))
-    license = file.metadata.get("license", known.license if known else "")
+    license, note = _license(file, known)
     return Checkpoint(
         path=path,
         config=config,
         params=params,
-        clip=_clip(path, config, format.normalisation(file), known, certain=bool(found.known)),
+        clip=_clip(path, config, told, known, certain=bool(found.known)),
         labels=labels,
         license=license,
+        license_note=note,
         is_image_model=is_image_model,
         has_head="num_classes" in fields,
     )
+
+
+def _license(file: WeightsFile, known: Pretrained | None) -> tuple[str, str]:
+    """The license of the weights, and how it is known; "" and "" if it is not."""
+    if license := file.metadata.get("license"):
+        note = file.metadata.get("license_note") or "the file that was read says so"
+        return schema.text(license, "license"), schema.text(note, "license_note")
+    if known is None or not known.license:
+        return "", ""
+    return known.license, f"its names and shapes are those of {known.name} ({known.page})"
 
 
 def _detect(file: WeightsFile) -> Format:
@@ -231,35 +244,33 @@ def _checked(file: str, name: str, array: LazyArray) -> LazyArray:
 def _clip(
     path: str,
     config: TimeSformerConfig,
-    normalisation: dict[str, Any],
+    told: dict[str, Any],
     known: Pretrained | None,
     certain: bool,
 ) -> ClipSpec:
-    """The clips that a model expects; external files do not tell how frames are sampled.
+    """The clips that a model expects.
 
     Args:
       path: of the checkpoint, for messages.
       config: of the model.
-      normalisation: "mean" and "std" as the file tells them; {} if it does not.
+      told: fields of the clip that the file tells.
       known: the published model that this is; None for another.
       certain: whether it is known by its name, not only by its shape.
     """
-    if known is not None and known.clip is not None:
-        clip = known.clip
-    else:
+    if known is None or known.clip is None:
         clip = ClipSpec(
             frames=config.num_frames,
             frame_stride=frame_stride(config.num_frames),
             crop=config.image_size,
             short_side=max(ClipSpec.short_side, config.image_size),
         )
-        return dataclasses.replace(clip, **normalisation)
-    told = dataclasses.replace(clip, **normalisation)
-    if told != clip:
+        return dataclasses.replace(clip, **told)
+    clip, theirs = dataclasses.replace(known.clip, **told), known.clip
+    if (clip.mean, clip.std) != (theirs.mean, theirs.std):
         logging.warning(
             "%s: its preprocessor says mean %s and std %s; the authors trained with mean %s and "
-            "std %s; %s is taken",
-            path, told.mean, told.std, clip.mean, clip.std,
+            "std %s; %s are taken",
+            path, clip.mean, clip.std, theirs.mean, theirs.std,
             "the authors'" if certain else "the file's",
         )  # fmt: skip
-    return clip if certain else told
+    return theirs if certain else clip

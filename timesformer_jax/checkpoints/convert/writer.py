@@ -16,7 +16,7 @@ from absl import logging
 from flax import traverse_util
 from tqdm import tqdm
 
-from timesformer_jax.checkpoints import store
+from timesformer_jax.checkpoints import schema, store
 from timesformer_jax.checkpoints.catalogue import NON_COMMERCIAL
 from timesformer_jax.checkpoints.convert.adapt import adapt
 from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
@@ -44,12 +44,15 @@ def convert(
     to: str = "native",
     resize: str = "bicubic",
     labels: str | Sequence[str] | None = None,
+    license: str | None = None,
+    revision: str | None = None,
+    allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> None:
     """Reads a checkpoint of any format that `from_pretrained` reads, and writes it in another.
 
     Args:
-      src: a file or directory.
+      src: a file or directory, or a name.
       dst: the file or directory to write; it must not exist.
       to: "native", a directory that `from_pretrained`, training and prediction read; "hf", a
         directory that transformers' `TimesformerForVideoClassification.from_pretrained` reads; or
@@ -57,6 +60,10 @@ def convert(
       resize: how position embeddings are resized, as in `from_pretrained`.
       labels: class names in the order of the logits, or a file with one of them a line; by default
         those of src.
+      license: of the weights, such as "MIT"; by default as src says, or the authors' license for
+        their own weights. The output says which of these it was.
+      revision: of a name on the Hugging Face Hub.
+      allow_nonfinite: write parameters that are infinite or not a number, too.
       **overrides: fields of `TimeSformerConfig`, as in `from_pretrained`.
 
     Raises:
@@ -67,16 +74,27 @@ def convert(
         raise InputError(f"to must be one of {', '.join(_WRITERS)}, not {to!r}")
     if os.path.exists(dst):
         raise InputError(f"{dst} exists; remove it or choose another destination")
-    checkpoint = _with_labels(read(src, resize, **overrides), labels)
+    checkpoint = read(src, resize, revision=revision, allow_nonfinite=allow_nonfinite, **overrides)
+    checkpoint = _with_license(_with_labels(checkpoint, labels), license)
     with _atomic_path(dst) as partial:
         _WRITERS[to](partial, checkpoint)
     logging.info("%s: %s written to %s", src, checkpoint.config.attention, dst)
     if checkpoint.license == NON_COMMERCIAL:
         logging.warning(
-            "%s: weights in this layout are the authors' or derive from them; their license %s: no "
-            "commercial use; the output says so",
-            src, checkpoint.license,
+            "%s: its license is %s: no commercial use; the output says so (%s)",
+            src, checkpoint.license, checkpoint.license_note,
         )  # fmt: skip
+    elif not checkpoint.license and not checkpoint.is_image_model:
+        logging.info("%s: no license is known; --license=... writes one down", src)
+
+
+def _with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
+    if license is None:
+        return checkpoint
+    license = schema.text(license, "license")
+    said = checkpoint.license or "none"
+    note = f"as given when {os.path.basename(checkpoint.path)} was converted; before: {said}"
+    return dataclasses.replace(checkpoint, license=license, license_note=note)
 
 
 def _with_labels(checkpoint: Checkpoint, labels: str | Sequence[str] | None) -> Checkpoint:
@@ -132,6 +150,7 @@ def _write_hf(path: str, checkpoint: Checkpoint) -> None:
     os.makedirs(path)
     # transformers needs "format"; an empty license says that none is known.
     metadata = {"format": "pt", "license": checkpoint.license}
+    metadata["license_note"] = checkpoint.license_note
     save_file(arrays, os.path.join(path, "model.safetensors"), metadata=metadata)
     _write_json(path, "config.json", hf.config_json(checkpoint.config, checkpoint.labels))
     _write_json(path, "preprocessor_config.json", hf.preprocessor_json(checkpoint.clip))
@@ -150,9 +169,11 @@ def _write_release(path: str, checkpoint: Checkpoint) -> None:
             for name, value in arrays.items()
         },
         "optimizer_state": {},
-        "cfg": release.cfg_text(checkpoint.config),
+        "cfg": release.cfg_text(checkpoint.config, checkpoint.clip),
         "num_heads": checkpoint.config.num_heads,  # the arrays do not tell it
         "license": checkpoint.license,
+        "license_note": checkpoint.license_note,
+        "labels": list(checkpoint.labels),
     }
     torch.save(content, path)
 
@@ -192,6 +213,9 @@ def _write_json(path: str, name: str, content: dict[str, Any]) -> None:
 
 
 def _write_license(path: str, checkpoint: Checkpoint) -> None:
-    if checkpoint.license == NON_COMMERCIAL:
-        with open(os.path.join(path, "LICENSE"), "w", encoding="utf-8") as f:
-            f.write(LICENSE_TEXT)
+    if not checkpoint.license:
+        return
+    text = LICENSE_TEXT if checkpoint.license == NON_COMMERCIAL else ""
+    with open(os.path.join(path, "LICENSE"), "w", encoding="utf-8") as f:
+        f.write(f"{text}License: {checkpoint.license}\n")
+        f.write(f"Source of this statement: {checkpoint.license_note or 'not known'}\n")

@@ -84,9 +84,9 @@ class Format(abc.ABC):
     def module_parameters(self, path: str, name: str) -> dict[str, str]:
         """The weight and the bias of a module: paths to names."""
 
-    def normalisation(self, file: WeightsFile) -> dict[str, Any]:
-        """ "mean" and "std" of the frames as fields of `ClipSpec`; {} if nothing is known."""
-        found = {}
+    def clip_fields(self, file: WeightsFile) -> dict[str, Any]:
+        """The fields of `ClipSpec` that a file tells: mean and std, in some files the stride."""
+        found: dict[str, Any] = {}
         # transformers' file, or timm's config.json of a repository on the Hub.
         told = file.metadata.get("preprocessor") or {}
         timm = file.metadata.get("config", {}).get("pretrained_cfg") or {}
@@ -149,13 +149,15 @@ def shape_of(arrays: Mapping[str, LazyArray], name: str, rank: int) -> tuple[int
     """The shape of an array that a model needs.
 
     Raises:
-      InputError: if it is missing or does not have `rank` axes.
+      InputError: if it is missing, empty, or does not have `rank` axes.
     """
     if name not in arrays:
         raise InputError(f"{name} is missing; this is no whole TimeSformer or ViT")
     shape = tuple(arrays[name].shape)
     if len(shape) != rank:
         raise InputError(f"{name} has shape {shape}; {rank} axes were expected")
+    if 0 in shape:
+        raise InputError(f"{name} has shape {shape} and holds no numbers")
     return shape
 
 

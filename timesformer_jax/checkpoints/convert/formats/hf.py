@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from timesformer_jax import ranges
 from timesformer_jax.checkpoints import schema
 from timesformer_jax.checkpoints.convert.formats.base import Naming, shape_of
 from timesformer_jax.checkpoints.convert.formats.release import ATTENTION_TYPES
@@ -85,9 +84,8 @@ class HuggingFace(TorchFormat):
         elif "num_frames" in config:
             fields["num_frames"] = schema.whole_number(config["num_frames"], "num_frames")
         if "num_attention_heads" in config:
-            heads = config["num_attention_heads"]
-            ranges.check("num_heads", heads, "num_attention_heads in config.json")
-            fields["num_heads"] = heads
+            name = "num_heads (num_attention_heads in config.json)"
+            fields["num_heads"] = schema.whole_number(config["num_attention_heads"], name)
         _check_shapes(config, fields)
         return fields
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from timesformer_jax.checkpoints import schema
 from timesformer_jax.checkpoints.convert.formats.base import Naming, shape_of, without_pre_logits
 from timesformer_jax.checkpoints.convert.formats.torch_layout import TorchFormat
 from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
 # Our schemes, and what the release and Hugging Face's port call them.
@@ -88,6 +90,17 @@ class Release(TorchFormat):
                 fields["num_frames"] = int(frames[1])
         return fields
 
+    def clip_fields(self, file: WeightsFile) -> dict[str, Any]:
+        fields = super().clip_fields(file)
+        cfg = file.metadata.get("cfg", "")
+        if stride := re.search(r"\bSAMPLING_RATE: ([0-9]{1,9})\b", cfg):
+            fields["frame_stride"] = schema.whole_number(int(stride[1]), "frame_stride")
+        return fields
+
+    def labels(self, file: WeightsFile) -> tuple[str, ...]:
+        """The class names, which the authors' files lack and ours in their layout have."""
+        return file.metadata.get("labels", ())
+
 
 def _timm_heads(architecture: Any) -> int | None:
     """The heads of timm's ViTs whose heads do not have 64 channels."""
@@ -95,10 +108,11 @@ def _timm_heads(architecture: Any) -> int | None:
     return 16 if large else None
 
 
-def cfg_text(config: TimeSformerConfig) -> str:
-    """The part of the release's YAML config that describes the model."""
+def cfg_text(config: TimeSformerConfig, clip: ClipSpec) -> str:
+    """The part of the release's YAML config that describes the model and its clips."""
     return (
-        f"DATA:\n  NUM_FRAMES: {config.num_frames}\n  TRAIN_CROP_SIZE: {config.image_size}\n"
+        f"DATA:\n  NUM_FRAMES: {config.num_frames}\n  SAMPLING_RATE: {clip.frame_stride}\n"
+        f"  TRAIN_CROP_SIZE: {config.image_size}\n"
         f"MODEL:\n  NUM_CLASSES: {config.num_classes}\n"
         f"TIMESFORMER:\n  ATTENTION_TYPE: {ATTENTION_TYPES[config.attention]}\n"
     )

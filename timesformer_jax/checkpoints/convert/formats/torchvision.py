@@ -36,7 +36,7 @@ class Torchvision(TorchFormat):
             return {f"{path}/kernel": f"{name}_weight", f"{path}/bias": f"{name}_bias"}
         return super().module_parameters(path, name)
 
-    def normalisation(self, file: WeightsFile) -> dict[str, Any]:
+    def clip_fields(self, file: WeightsFile) -> dict[str, Any]:
         """The mean and standard deviation of ImageNet."""
         return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 

@@ -102,7 +102,7 @@ class JaxViT(Format):
                 out[name.replace("/query/", "/qkv/")] = _stack([arrays[part] for part in parts])
         return without_pre_logits(out, "pre_logits/", "head/")
 
-    def normalisation(self, file: WeightsFile) -> dict[str, Any]:
+    def clip_fields(self, file: WeightsFile) -> dict[str, Any]:
         """To [-1, 1], as these models were trained."""
         return {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
