@@ -1,16 +1,21 @@
 """`load`: the one way to a checkpoint of any kind, by path."""
 
 import pathlib
+import sys
 
 import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import timesformer_jax as tsf
 from timesformer_jax.checkpoints import store
 from timesformer_jax.checkpoints.convert import convert
 from timesformer_jax.checkpoints.load import load
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.models import schemes
 from timesformer_jax.models.timesformer import parameters
 
 GOLDENS = pathlib.Path(__file__).parent / "data" / "goldens"
@@ -80,3 +85,40 @@ def test_numbers_that_are_none_are_refused_unless_asked_for(number, ours, tmp_pa
         assert not (tmp_path / "out").exists()
         _, found = load(tmp_path / source, allow_nonfinite=True, **overrides)
         assert not np.isfinite(found["norm"]["bias"][3])
+
+
+SCHEME = """
+from timesformer_jax.models import schemes
+schemes.register_scheme("{name}", schemes.Scheme((schemes.TEMPORAL, schemes.SPATIAL)))
+"""
+
+
+def test_a_scheme_from_outside_is_found_again_or_named(ours, tmp_path, monkeypatch):
+    (tmp_path / "their_schemes.py").write_text(SCHEME.format(name="theirs"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(schemes, "SCHEMES", dict(schemes.SCHEMES))
+    monkeypatch.setattr("timesformer_jax.models.config.SCHEMES", schemes.SCHEMES)
+    monkeypatch.setattr(schemes, "MODULES", {})
+    import their_schemes  # noqa: F401
+
+    config = tsf.preset(
+        "timesformer_tiny", attention="theirs", depth=1, hidden_size=16, num_heads=1, num_classes=2
+    )
+    model = tsf.TimeSformer(config, rngs=nnx.Rngs(0))
+    metadata = CheckpointMetadata(config, ClipSpec(crop=32), (), {})
+    store.save_parameters(tmp_path / "run", parameters(model), metadata)
+    # In a process that did not import it, it is named; nothing is imported because a file says so.
+    del schemes.SCHEMES["theirs"], sys.modules["their_schemes"]
+    with pytest.raises(tsf.InputError, match="'theirs' is registered by their_schemes, which was"):
+        load(tmp_path / "run")
+    assert "their_schemes" not in sys.modules
+    monkeypatch.setenv("TIMESFORMER_IMPORT", "their_schemes")
+    assert load(tmp_path / "run")[0].model == config
+    # A file does as well as a module; one that cannot be imported is one line.
+    del schemes.SCHEMES["theirs"]
+    monkeypatch.setenv("TIMESFORMER_IMPORT", str(tmp_path / "their_schemes.py"))
+    assert load(tmp_path / "run")[0].model == config
+    del schemes.SCHEMES["theirs"]
+    monkeypatch.setenv("TIMESFORMER_IMPORT", "no_such_module")
+    with pytest.raises(tsf.InputError, match="TIMESFORMER_IMPORT=no_such_module cannot be impo"):
+        load(tmp_path / "run")

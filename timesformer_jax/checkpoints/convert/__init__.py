@@ -17,6 +17,7 @@ def from_pretrained(
     *,
     revision: str | None = None,
     resize: str = "bicubic",
+    allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> TimeSformer:
     """Loads a model from a checkpoint; its config comes from the file.
@@ -32,6 +33,7 @@ def from_pretrained(
       revision: a branch, tag or commit of a name on the Hugging Face Hub.
       resize: how position embeddings are resized: "bicubic" (linear in time), or "official", as
         the release resizes those of image ViTs; this scrambles space and is there for parity only.
+      allow_nonfinite: load parameters that are infinite or not a number.
       **overrides: fields of `TimeSformerConfig` that the file does not tell (num_heads, if heads
         do not have 64 channels) or that shall differ. image_size and num_frames resize the
         position embeddings; another num_classes starts a new head; both are logged.
@@ -40,7 +42,9 @@ def from_pretrained(
       InputError: if the file is missing, damaged or of an unknown format, or if an array is
         missing, left over or of another shape; the message names it.
     """
-    checkpoint = read(source, resize, revision=revision, **overrides)
+    checkpoint = read(
+        source, resize, revision=revision, allow_nonfinite=allow_nonfinite, **overrides
+    )
     model = with_parameters(checkpoint.config, checkpoint.load())
     model.labels, model.clip = checkpoint.labels, checkpoint.clip
     return model
