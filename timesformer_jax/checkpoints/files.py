@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -125,12 +126,15 @@ def _reason(error: Exception) -> str:
 def _read_torch(path: str) -> WeightsFile:
     import torch
 
-    # Memory-mapped where the format allows it; torch before 1.6 wrote files that do not.
-    mapped = zipfile.is_zipfile(path)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), open(path, "rb", buffering=0) as raw:
         # torch warns about pickles that it did not write; whether they hold tensors is checked.
         warnings.filterwarnings("ignore", "Detected pickle protocol")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        options = {"map_location": "cpu", "weights_only": True}
+        if zipfile.is_zipfile(path):
+            _check_unpacked_size(path)
+            content = torch.load(path, mmap=True, **options)
+        else:  # torch before 1.6 wrote files that cannot be memory-mapped
+            content = torch.load(_Sized(raw), **options)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
     state_dict, metadata = content, {}
@@ -156,6 +160,17 @@ def _read_torch(path: str) -> WeightsFile:
         for name, tensor in state_dict.items()
     }
     return WeightsFile(_without_prefixes(arrays), metadata)
+
+
+class _Sized(io.BufferedReader):
+    """A file whose `read` takes no more memory than the file has bytes, whatever it is asked for.
+
+    A pickle may say that a text of many GiB follows.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(os.fstat(self.fileno()).st_size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _torch_metadata(content: dict[Any, Any]) -> dict[str, Any]:
@@ -233,19 +248,25 @@ def _read_npz(path: str) -> WeightsFile:
 
 def _check_npz(path: str) -> None:
     """Raises a ValueError if the arrays of an npz are larger than what the file holds."""
-    total = 0
+    _check_unpacked_size(path)
     with zipfile.ZipFile(path) as content:
         for entry in content.infolist():
-            total += entry.file_size
             with content.open(entry) as member:
                 version = np.lib.format.read_magic(member)
+                if version not in _NPY_HEADERS:
+                    raise ValueError(f"it holds arrays of an unknown version, {version}")
                 shape, _, dtype = _NPY_HEADERS[version](member)
-                declared = math.prod(shape) * dtype.itemsize
-                if declared > entry.file_size:
+                if math.prod(shape) * dtype.itemsize > entry.file_size:
                     raise ValueError(
                         f"{schema.shown(entry.filename)} is said to have shape {shape}, which is "
                         "more numbers than the file holds of it"
                     )
+
+
+def _check_unpacked_size(path: str) -> None:
+    """Raises a ValueError if a zip would become far larger than numbers can be compressed."""
+    with zipfile.ZipFile(path) as content:
+        total = sum(entry.file_size for entry in content.infolist())
     if total > _MOST_COMPRESSED * os.path.getsize(path) + (1 << 20):
         raise ValueError(f"its arrays are said to unpack to {total / 2**30:.1f} GiB")
 
