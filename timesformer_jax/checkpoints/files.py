@@ -126,15 +126,15 @@ def _reason(error: Exception) -> str:
 def _read_torch(path: str) -> WeightsFile:
     import torch
 
-    with warnings.catch_warnings(), open(path, "rb", buffering=0) as raw:
+    with warnings.catch_warnings(), _Sized(open(path, "rb", buffering=0)) as file:
         # torch warns about pickles that it did not write; whether they hold tensors is checked.
         warnings.filterwarnings("ignore", "Detected pickle protocol")
-        options = {"map_location": "cpu", "weights_only": True}
+        options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
         if zipfile.is_zipfile(path):
             _check_unpacked_size(path)
             content = torch.load(path, mmap=True, **options)
         else:  # torch before 1.6 wrote files that cannot be memory-mapped
-            content = torch.load(_Sized(raw), **options)
+            content = torch.load(file, **options)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
     state_dict, metadata = content, {}
