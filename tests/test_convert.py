@@ -113,6 +113,18 @@ def test_metadata_of_our_own_checkpoints_is_kept(tmp_path):
     assert (metadata.model.num_frames, metadata.model.num_classes) == (16, 2)
 
 
+def test_any_number_of_labels_stays_with_a_model(tmp_path):
+    metadata = CheckpointMetadata(
+        tiny().config, ClipSpec(crop=16), ("x", "y", "z"), {}, multilabel=True
+    )
+    checkpoints.save_parameters(tmp_path / "a", parameters(tiny()), metadata)
+    convert(tmp_path / "a", tmp_path / "hf", to="hf")
+    convert(tmp_path / "hf", tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "c", num_classes=5)
+    assert checkpoints.load_parameters(tmp_path / "b")[0].multilabel
+    assert not checkpoints.load_parameters(tmp_path / "c")[0].multilabel
+
+
 def test_license_of_the_authors_stays_with_their_weights(tmp_path, caplog, monkeypatch):
     """Theirs are known by their names and shapes, here those of a tiny model."""
     known = catalogue.by_name("TimeSformer_divST_8x32_224_K400.pyth")

@@ -66,6 +66,12 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Located:
     raise NoCheckpoint(_not_found(source))
 
 
+def full_name(source: str | os.PathLike) -> str:
+    """A checkpoint's absolute path, or its name as it was given, to be written to a result."""
+    source = os.fspath(source)
+    return str(storage.absolute(source)) if _by_path(source) else source
+
+
 def _by_path(source: str) -> Located | None:
     try:
         if storage.absolute(source).is_file():

@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from timesformer_jax import ranges, storage
+from timesformer_jax import ranges
 from timesformer_jax.checkpoints.load import load
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.checkpoints.sources import full_name
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input.pipeline import eval_batches
 from timesformer_jax.data.records.open import open_split
@@ -134,7 +135,7 @@ def evaluate_checkpoint(
         if jax.process_index() > 0:
             return
         print(results.table())
-        about = {"checkpoint": str(storage.absolute(checkpoint)), "split": evaluated.name}
+        about = {"checkpoint": full_name(checkpoint), "split": evaluated.name}
         for path in output:
             write(results, path, about)
             print(f"written to {path}")

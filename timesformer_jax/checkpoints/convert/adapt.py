@@ -46,7 +46,7 @@ def adapt(source: Checkpoint, target: TimeSformerConfig, resize: str = "bicubic"
             source.path, source.config.num_classes, target.num_classes,
         )  # fmt: skip
         params |= lazy_new_head(target)
-        labels = ()
+        source, labels = dataclasses.replace(source, multilabel=False), ()
     return dataclasses.replace(
         source,
         config=target,

@@ -25,6 +25,7 @@ class Checkpoint:
       clip: the clips that the model expects.
       labels: class names, () if unknown.
       license: of the weights, "" if none is known.
+      multilabel: whether a clip may have any number of the labels.
       license_note: how the license is known.
       training_config: the config of our own training run; empty for other checkpoints.
       is_image_model: whether the file holds an image model, which has no temporal parameters.
@@ -38,6 +39,7 @@ class Checkpoint:
     labels: tuple[str, ...] = ()
     license: str = ""
     license_note: str = ""
+    multilabel: bool = False
     training_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     is_image_model: bool = False
     has_head: bool = True
@@ -52,6 +54,7 @@ class Checkpoint:
             config=self.training_config,
             license=self.license,
             license_note=self.license_note,
+            multilabel=self.multilabel,
         )
 
     def load(self) -> dict:

@@ -22,7 +22,7 @@ from timesformer_jax.checkpoints.convert.adapt import (
     parameter_shapes,
 )
 from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
-from timesformer_jax.checkpoints.convert.formats import FORMATS, Format
+from timesformer_jax.checkpoints.convert.formats import FORMATS, Format, hf
 from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
 from timesformer_jax.checkpoints.sources import Located, locate
 from timesformer_jax.clip_spec import ClipSpec
@@ -115,6 +115,7 @@ def _read_native(path: str, allow_nonfinite: bool) -> Checkpoint:
         labels=metadata.labels,
         license=metadata.license,
         license_note=metadata.license_note,
+        multilabel=metadata.multilabel,
         training_config=metadata.config,
     )
 
@@ -154,6 +155,7 @@ def _read_external(found: Located, num_heads: int | None, allow_nonfinite: bool)
         labels=labels,
         license=license,
         license_note=note,
+        multilabel=file.metadata.get("config", {}).get("problem_type") == hf.MULTILABEL,
         is_image_model=is_image_model,
         has_head="num_classes" in fields,
     )

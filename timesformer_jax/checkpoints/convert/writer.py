@@ -152,7 +152,8 @@ def _write_hf(path: str, checkpoint: Checkpoint) -> None:
     metadata = {"format": "pt", "license": checkpoint.license}
     metadata["license_note"] = checkpoint.license_note
     save_file(arrays, os.path.join(path, "model.safetensors"), metadata=metadata)
-    _write_json(path, "config.json", hf.config_json(checkpoint.config, checkpoint.labels))
+    config = hf.config_json(checkpoint.config, checkpoint.labels, checkpoint.multilabel)
+    _write_json(path, "config.json", config)
     _write_json(path, "preprocessor_config.json", hf.preprocessor_json(checkpoint.clip))
     _write_license(path, checkpoint)
 

@@ -15,6 +15,7 @@ from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
+MULTILABEL = "multi_label_classification"  # transformers' name, in config.json
 _TIME = "timesformer.embeddings.time_embeddings"
 _SPATIAL = {
     "norm": "layernorm_before",
@@ -122,7 +123,9 @@ def _check_shapes(config: dict[str, Any], fields: dict[str, Any]) -> None:
             )
 
 
-def config_json(config: TimeSformerConfig, labels: Sequence[str]) -> dict[str, Any]:
+def config_json(
+    config: TimeSformerConfig, labels: Sequence[str], multilabel: bool = False
+) -> dict[str, Any]:
     """config.json of a model; transformers fills in its defaults for the other fields."""
     labels = labels or _placeholders(config.num_classes)
     return {
@@ -143,6 +146,7 @@ def config_json(config: TimeSformerConfig, labels: Sequence[str]) -> dict[str, A
         "drop_path_rate": 0,  # transformers accepts whole numbers only
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": MULTILABEL if multilabel else "single_label_classification",
         "dtype": "float32",
     }
 
