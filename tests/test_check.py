@@ -24,6 +24,7 @@ from timesformer_jax.data.check.report import is_decoded
 from timesformer_jax.data.check.videos import check_clips
 from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.data.records import prepared as records
+from timesformer_jax.data.records import wire
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
 
@@ -139,7 +140,7 @@ def rewrite(directory, change):
     contents = [record.numpy() for record in tf.data.TFRecordDataset(os.fspath(path))]
     changed = change(contents[1])
     assert len(changed) == len(contents[1])
-    with records.ShardWriter(os.fspath(path)) as writer:
+    with wire.ShardWriter(path) as writer:
         for content in (contents[0], changed, contents[2]):
             writer.write(content)
 
@@ -441,7 +442,7 @@ def test_on_a_bucket_from_the_command_line(prepared, gcs, timesformer, monkeypat
         monkeypatch.setenv(name, value)
     shutil.copytree(prepared, gcs.root / "bucket" / "bad")
     flip(gcs.root / "bucket" / "bad" / SHARD, 100)
-    done = timesformer("check", "gs://bucket/bad", check=False)
+    done = timesformer("check", "gs://bucket/bad", check=False, fresh=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "error: 1 problem in gs://bucket/bad"
     assert "Traceback" not in done.stderr

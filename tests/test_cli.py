@@ -40,7 +40,7 @@ def test_help_lists_commands_and_flags(timesformer):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_errors_are_one_line(arguments, said, timesformer, tmp_path):
-    done = timesformer(*arguments, check=False, cwd=tmp_path)
+    done = timesformer(*arguments, check=False, fresh=True, cwd=tmp_path)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
@@ -99,6 +99,7 @@ sys.meta_path.insert(0, Absent())
 import jax
 import numpy as np
 import timesformer_jax as tsf
+import timesformer_jax.data.prepare.shards
 import timesformer_jax.inference.predict
 import timesformer_jax.training.optimizer
 import timesformer_jax.training.step
@@ -130,7 +131,8 @@ def test_predict_and_evaluate_agree_on_every_video(trained, demo_data, timesform
     """`evaluate` reads records through TensorFlow, `predict` the video files through PyAV."""
     import json
 
-    done = timesformer("evaluate", f"--checkpoint={trained}", f"--output={tmp_path / 'e.json'}")
+    results = f"--output={tmp_path / 'e.json'}"
+    done = timesformer("evaluate", f"--checkpoint={trained}", results, fresh=True)
     found = json.loads((tmp_path / "e.json").read_text())
     at_training = json.loads((trained / "results.json").read_text())
     assert {k: found[k] for k in ("top1", "top5", "videos", "classes")} == {
@@ -141,7 +143,7 @@ def test_predict_and_evaluate_agree_on_every_video(trained, demo_data, timesform
     rows = (demo_data / "videos" / "annotations.csv").read_text().splitlines()[1:]
     truth = {row.split(",")[0]: row.split(",")[1] for row in rows if row.endswith("validation")}
     videos = [demo_data / "videos" / name for name in truth]
-    out = timesformer("predict", *videos, f"--checkpoint={trained}", "--top=1").stdout
+    out = timesformer("predict", *videos, f"--checkpoint={trained}", "--top=1", fresh=True).stdout
     first = out.split("\n")[1::2]
     right = sum(line.split()[1] == label for line, label in zip(first, truth.values()))
     # Frames of records went through JPEG, so a close call may fall otherwise.

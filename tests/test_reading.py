@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import pipeline, reading
-from timesformer_jax.data.records import wire
+from timesformer_jax.data.records import prepared, wire
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
@@ -54,7 +54,59 @@ def test_byte_strings_are_found_where_the_parser_finds_them(frames, features):
         wire.bytes_list(serialized, "vide" + "x" * 9)
 
 
+fields = st.one_of(
+    st.text(max_size=200),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(width=32, allow_nan=False),
+    st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple),
+    st.lists(values, max_size=4),
+)
+
+
+# Of one length: protobuf puts a name behind those that begin with it.
+@given(st.dictionaries(st.text(min_size=3, max_size=3), fields, max_size=6))
+def test_an_example_has_the_bytes_of_protobuf(example):
+    features = {}
+    for name, value in example.items():
+        value = value if isinstance(value, (list, tuple)) else [value]
+        value = [each.encode() if isinstance(each, str) else each for each in value]
+        if isinstance(example[name], float):
+            features[name] = tf.train.Feature(float_list=tf.train.FloatList(value=value))
+        elif isinstance(example[name], (int, tuple)):
+            features[name] = tf.train.Feature(int64_list=tf.train.Int64List(value=value))
+        else:
+            features[name] = tf.train.Feature(bytes_list=tf.train.BytesList(value=value))
+    expected = tf.train.Example(features=tf.train.Features(feature=features))
+    assert wire.serialize(example) == expected.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("label", [1, (), (1,), (2, 0)])
+def test_what_is_prepared_are_the_records_of_tfds(label):
+    """TFDS, which opens prepared directories, would write the same bytes."""
+    definition = prepared.features(["a", "b", "c"], multilabel=isinstance(label, tuple))
+    example = {
+        "video": [b"jpeg" * 100, b"", b"another"], "label": label, "id": "kurz/ü.mp4#0.2-0.5",
+        "fps": 29.97, "stride": 4, "num_frames": 300,
+    }  # fmt: skip
+    expected = tf.train.Example.FromString(definition.serialize_example(example))
+    assert wire.serialize(example) == expected.SerializeToString(deterministic=True)
+
+
 # ---- records ------------------------------------------------------------------------------------
+
+
+def test_files_are_those_of_tensorflows_writer(tmp_path):
+    records = [b"", b"a", bytes(range(256)) * 300]
+    with tf.io.TFRecordWriter(str(tmp_path / "theirs")) as theirs:
+        for record in records:
+            theirs.write(record)
+    with wire.ShardWriter(tmp_path / "ours") as ours:
+        places = [ours.write(record) for record in records]
+    written = (tmp_path / "ours").read_bytes()
+    assert written == (tmp_path / "theirs").read_bytes()
+    for place, record in zip(places, records, strict=True):
+        first = place["offset"] + wire.RECORD_HEADER_BYTES
+        assert written[first : first + place["size"]] == record
 
 
 @pytest.fixture(scope="module")

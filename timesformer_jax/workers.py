@@ -219,7 +219,7 @@ def _start_worker(reports, stall_seconds: float) -> None:
     _reports, _stall_seconds = reports, stall_seconds
     # Ctrl-C reaches every process of the terminal; the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Workers use TensorFlow to write files only, and it must not reserve the accelerator's memory.
+    # Workers may use TensorFlow to read from gs://, and it must not reserve the GPU's memory.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 

@@ -18,13 +18,16 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import google_crc32c
 import numpy as np
 import tensorflow as tf
 from etils import epath
 
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES, RECORD_OVERHEAD_BYTES
+from timesformer_jax.data.records.wire import (
+    RECORD_HEADER_BYTES,
+    RECORD_OVERHEAD_BYTES,
+    masked_crc32c,
+)
 from timesformer_jax.errors import InputError
 
 # Reading waits for a disk or a network and not for a processor, so threads may outnumber the cores.
@@ -202,16 +205,10 @@ def read_record(file: str, offset: int, size: int) -> bytes:
     if len(header) + len(data) + len(footer) < size + RECORD_OVERHEAD_BYTES:
         raise InputError(f"{file} ends within the record at byte {offset}; {_advice(file)}")
     length = header[:8]
-    expected = struct.pack("<QI", size, _masked_crc32c(length)), _masked_crc32c(data)
+    expected = struct.pack("<QI", size, masked_crc32c(length)), masked_crc32c(data)
     if (header, int.from_bytes(footer, "little")) != expected:
         raise InputError(f"{file} is damaged in the record at byte {offset}; {_advice(file)}")
     return data
-
-
-def _masked_crc32c(data: bytes) -> int:
-    """The checksum of the TFRecord format: CRC-32C rotated right by 15 bits, plus a constant."""
-    crc = google_crc32c.value(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 @tf.autograph.experimental.do_not_convert

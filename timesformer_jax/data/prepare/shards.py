@@ -28,7 +28,7 @@ from timesformer_jax.data.decode import (
 )
 from timesformer_jax.data.failures import failure
 from timesformer_jax.data.layout import MANIFESTS
-from timesformer_jax.data.records.quiet_import import import_prepared
+from timesformer_jax.data.records import wire
 from timesformer_jax.storage import atomic_path, write_atomically
 from timesformer_jax.workers import report_progress
 
@@ -141,13 +141,10 @@ def write_shard(
     Raises:
       OSError: the shard cannot be written.
     """
-    records = import_prepared()
-    multilabel = any(clip.labels is not None for clip in shard.clips)
-    features = records.features(label_names, multilabel)
     classes = {name: i for i, name in enumerate(label_names)}
     rows, failures, undecodable = [], [], 0
     with atomic_path(epath.Path(shard.path)) as temporary:
-        with records.ShardWriter(os.fspath(temporary)) as writer:
+        with wire.ShardWriter(temporary) as writer:
             for finished, clip in enumerate(shard.clips):
                 report_progress(shard.name, clip.id, finished, undecodable)
                 try:
@@ -155,19 +152,16 @@ def write_shard(
                         raise VideoError(crash_reason(crashed[clip.id]))
                     # All records of a clip before any is written: the last one may fail.
                     encoded = [
-                        (example, size, records.serialize(features, example))
-                        for example, size in encode_clip(videos, clip, options)
+                        (example, size, wire.serialize(example))
+                        for example, size in encode_clip(videos, clip, classes, options)
                     ]
                 except VideoError as error:
                     failures.append(failure(clip, str(error)))
                     undecodable += str(error) != MISSING_FILE
                     continue
                 for example, size, record in encoded:
-                    columns = {key: example[key] for key in ("id", "fps", "stride", "num_frames")}
-                    place = writer.write(record)
-                    numbers = [classes[name] for name in clip.names]
-                    row = {"video": clip.id, "label": numbers if multilabel else numbers[0]}
-                    rows.append({**columns, **size, **place, **row})
+                    columns = {key: value for key, value in example.items() if key != "video"}
+                    rows.append({**columns, **size, **writer.write(record), "video": clip.id})
         num_bytes = temporary.stat().length
     manifest = {"bytes": num_bytes, "records": rows, "failures": failures}
     write_atomically(shard.manifest_path, json.dumps(manifest).encode())
@@ -175,7 +169,7 @@ def write_shard(
 
 
 def encode_clip(
-    videos: str, clip: Clip, options: ShardOptions
+    videos: str, clip: Clip, classes: Mapping[str, int], options: ShardOptions
 ) -> Iterator[tuple[dict, dict[str, int]]]:
     """Decodes a clip and yields its records: `records.features`, and the frames' height and width.
 
@@ -202,9 +196,13 @@ def encode_clip(
                     )
             example = {
                 "video": jpegs,
-                "label": clip.label if clip.labels is None else list(clip.labels),
+                "label": (
+                    classes[clip.label]
+                    if clip.labels is None
+                    else tuple(classes[name] for name in clip.labels)
+                ),
                 "id": clip.id if len(segments) == 1 else _segment_id(clip, timeline, first, last),
-                "fps": timeline.fps,
+                "fps": float(timeline.fps),
                 "stride": options.store_stride,
                 "num_frames": last - first,
             }

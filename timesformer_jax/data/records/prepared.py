@@ -34,7 +34,6 @@ from timesformer_jax.data.layout import (
 )
 from timesformer_jax.data.records.reassigned import read_reassigned, select_split
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 
 # TensorFlow only reads and decodes. By default it would take all GPU memory, which JAX needs.
@@ -64,19 +63,6 @@ def features(label_names: Sequence[str], multilabel: bool = False) -> tfds.featu
 
 # Parsing does not depend on the label names, nor on their number for a record.
 _EXAMPLE_SPEC = features((), multilabel=True).tf_example_spec
-
-
-def serialize(definition: tfds.features.FeaturesDict, example: Mapping) -> bytes:
-    """The bytes of a record, the same in every process.
-
-    Args:
-      definition: from `features`.
-      example: a value per feature; `video` is a list of JPEG byte strings, `label` a name or a
-        list of names.
-    """
-    proto = tf.train.Example.FromString(definition.serialize_example(example))
-    # The entries of a protobuf map have no order of their own.
-    return proto.SerializeToString(deterministic=True)
 
 
 def parse(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -155,30 +141,6 @@ def _read_label_names(directory: str) -> tuple[str, ...]:
     """The name of each class."""
     with tf.io.gfile.GFile(os.path.join(directory, LABELS_FILE)) as file:
         return tuple(file.read().splitlines())
-
-
-class ShardWriter:
-    """A context manager that writes records to a TFRecord file and returns where each begins."""
-
-    def __init__(self, path: str):
-        with _write_errors():
-            self._writer = tf.io.TFRecordWriter(path)
-        self._position = 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with _write_errors():
-            self._writer.close()
-
-    def write(self, record: bytes) -> dict[str, int]:
-        """Appends a record; returns its index columns `offset` and `size`."""
-        place = {"offset": self._position, "size": len(record)}
-        with _write_errors():
-            self._writer.write(record)
-        self._position += len(record) + RECORD_OVERHEAD_BYTES
-        return place
 
 
 def write_index(directory: str, split: str, files: Sequence[str], rows: Sequence[Mapping]) -> None:

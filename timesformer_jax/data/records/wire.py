@@ -1,13 +1,18 @@
-"""Finds byte strings in a serialized tf.train.Example without parsing all of it.
+"""Writes and reads records, tf.train.Examples in TFRecord files, without TensorFlow.
 
-Parsing copies everything in a record, every stored frame of a clip. For 75 frames this takes a
-quarter of the time of decoding the 8 sampled ones. Following the lengths in protobuf's wire format
-copies nothing.
+TensorFlow's parser copies everything in a record, every stored frame of a clip. For 75 frames this
+takes a quarter of the time of decoding the 8 sampled ones. Following the lengths in protobuf's wire
+format copies nothing. The processes that write shards do not import TensorFlow at all, which takes
+seconds and hundreds of megabytes in each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+
+import google_crc32c
 
 # The TFRecord format: length (8 bytes), checksum of it (4), data, checksum of the data (4).
 RECORD_HEADER_BYTES = 12
@@ -15,6 +20,90 @@ RECORD_OVERHEAD_BYTES = 16
 
 # The wire type of strings and messages. An Example has no other down to its byte strings.
 LENGTH_DELIMITED = 2
+
+# Field numbers of tf.train.Feature, which holds one of three lists.
+BYTES_LIST, FLOAT_LIST, INT64_LIST = 1, 2, 3
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The checksum of the TFRecord format: CRC-32C rotated right by 15 bits, plus a constant."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+class ShardWriter:
+    """A context manager that writes records to a TFRecord file and returns where each begins.
+
+    Args:
+      path: of a file on a disk.
+
+    Raises:
+      OSError: from any method, if the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._file = open(path, "wb")  # noqa: SIM115  closed by __exit__
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def write(self, record: bytes) -> dict[str, int]:
+        """Appends a record; returns its index columns `offset` and `size`."""
+        place = {"offset": self._file.tell(), "size": len(record)}
+        length = struct.pack("<Q", len(record))
+        self._file.write(length + struct.pack("<I", masked_crc32c(length)))
+        self._file.write(record)
+        self._file.write(struct.pack("<I", masked_crc32c(record)))
+        return place
+
+
+# What a feature of an Example holds: text, a number, classes, or byte strings.
+Feature = str | float | tuple[int, ...] | list[bytes]
+
+
+def serialize(example: Mapping[str, Feature]) -> bytes:
+    """Serializes a tf.train.Example; equal examples give equal bytes.
+
+    Args:
+      example: a value per feature. An int becomes an int64_list of one number and a tuple an
+        int64_list of its numbers; a float becomes a float_list; a str becomes a bytes_list of its
+        UTF-8 and a list a bytes_list of its byte strings.
+    """
+    features = b""
+    for name, value in sorted(example.items()):
+        features += _field(1, _field(1, name.encode()) + _field(2, _feature(value)))
+    return _field(1, features)
+
+
+def _feature(value: Feature) -> bytes:
+    """Serializes a tf.train.Feature."""
+    if isinstance(value, float):
+        return _field(FLOAT_LIST, _field(1, struct.pack("<f", value)))
+    if isinstance(value, (int, tuple)):
+        numbers = (value,) if isinstance(value, int) else value
+        packed = b"".join(_encode_varint(number & (1 << 64) - 1) for number in numbers)
+        return _field(INT64_LIST, _field(1, packed) if packed else b"")
+    strings = [value.encode()] if isinstance(value, str) else value
+    return _field(BYTES_LIST, b"".join(_field(1, each) for each in strings))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A string or message as a field of a message."""
+    return b"".join(
+        (_encode_varint(number << 3 | LENGTH_DELIMITED), _encode_varint(len(content)), content)
+    )
+
+
+def _encode_varint(value: int) -> bytes:
+    """An integer of at least 0, in groups of 7 bits, lowest first."""
+    groups = bytearray()
+    while value > 127:
+        groups.append(value & 127 | 128)
+        value >>= 7
+    return bytes((*groups, value))
 
 
 def bytes_list(example: bytes, name: str) -> list[slice]:
