@@ -1,6 +1,7 @@
 """Shared by the tests: 8 virtual devices, a small prepared data set, helpers to run commands."""
 
 import contextlib
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -22,7 +23,9 @@ jaxtyping.install_import_hook(
     "shapes.typechecker",
 )
 
+import forked  # noqa: E402
 from browser import browser  # noqa: E402, F401
+from forked import run_command  # noqa: E402
 from gcs import gcs  # noqa: E402, F401
 
 # Triton, which a PyTorch built for CUDA brings, crashes if it is imported after TensorFlow, as by
@@ -38,6 +41,8 @@ _QUICK = " --xla_backend_optimization_level=0"
 AS_USED = {"xla_backend_optimization_level": 3}
 if importlib.metadata.version("jaxlib") < "0.11":  # which always uses what takes longer
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
+    # Small programs in one part: to split them costs more than it saves on the cores there are.
+    _QUICK += " --xla_cpu_parallel_codegen_split_count=1"
     AS_USED["xla_cpu_use_fusion_emitters"] = True
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _QUICK + _DEVICES
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # as the command line does
@@ -48,10 +53,16 @@ hypothesis.settings.load_profile("any machine")
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
-# Tests start the command line many times with the same tiny model: each program is compiled once.
-_PROGRAMS = tempfile.TemporaryDirectory(prefix="compiled")
+# The workers of pytest-xdist have the environment of the process that starts them.
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+# Tests start the command line many times with the same tiny model: each program is compiled once,
+# also for several workers.
+if not _IS_WORKER:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="compiled")
+    os.environ["TESTS_COMPILED_PROGRAMS"] = _PROGRAMS.name
 _PROGRAM_CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": _PROGRAMS.name,
+    "JAX_COMPILATION_CACHE_DIR": os.environ["TESTS_COMPILED_PROGRAMS"],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
 
@@ -63,20 +74,35 @@ _MARKS = {
     "browser": "processes",
 }
 
+# Files with the longest tests come first: what is left for the end keeps both cores busy.
+_ORDER = ("training", "processes", "decodes", "compiles")
+
 
 def pytest_collection_modifyitems(items):
+    rank = {}
     for item in items:
         for mark in {_MARKS[name] for name in item.fixturenames if name in _MARKS}:
             item.add_marker(mark)
+        marks = {mark.name for mark in item.iter_markers()}
+        place = next((i for i, name in enumerate(_ORDER) if name in marks), len(_ORDER))
+        rank[item.path] = min(place, rank.get(item.path, place))
+    items.sort(key=lambda item: rank[item.path])
 
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory):
-    """The embedded data set, small: 64 training and 21 validation videos, prepared."""
+    """The embedded data set, small: 64 training and 21 validation videos, prepared.
+
+    One for all workers; nothing may be written there.
+    """
     from timesformer_jax.data.prepare import demo
 
-    directory = tmp_path_factory.mktemp("demo")
-    demo.prepare_demo(directory, train=64, validation=21)
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if _IS_WORKER else own) / "demo"
+    directory.mkdir(exist_ok=True)
+    with open(directory.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        demo.prepare_demo(directory, train=64, validation=21)  # nothing, if another worker did
     return directory
 
 
@@ -90,12 +116,18 @@ def real_videos():
 
 @pytest.fixture
 def timesformer():
-    """Runs the command line in a process of its own, on one device."""
+    """Runs the command line in a process of its own, on one device.
 
-    def run(*arguments, check=True, **options):
-        done = subprocess.run(
-            command(*arguments), capture_output=True, text=True, env=environment(), **options
-        )
+    fresh: the process is not forked from one that has imported everything (forked.py).
+    """
+
+    def run(*arguments, check=True, fresh=False, cwd=None):
+        if fresh:
+            done = subprocess.run(
+                command(*arguments), capture_output=True, text=True, env=environment(), cwd=cwd
+            )
+        else:
+            done = forked.run(run_command, *map(str, arguments), environment=environment(), cwd=cwd)
         if check:
             assert done.returncode == 0, done.stderr
         return done

@@ -7,12 +7,11 @@ import pathlib
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from subprocess import PIPE
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,25 +276,27 @@ def test_metadata_with_fields_of_another_version_says_what_to_do(first, tmp_path
 
 @pytest.mark.processes
 def test_killed_while_it_saves_it_goes_on_as_if_it_had_not_been(tmp_path):
-    starts, command = [], [sys.executable, walk.__file__, tmp_path]
+    starts = []
 
     def saving():
         return any("tmp" in p.name for p in tmp_path.iterdir())
 
     for kill in (True, True, True, False):
-        with subprocess.Popen(command, env=environment(), stdout=PIPE, text=True) as run:
-            starts.append(int(run.stdout.readline().split()[1]))
-            if kill:
-                while max(steps_in(tmp_path), default=0) < starts[-1] + 2 or not saving():
-                    assert run.poll() is None
-                    run.send_signal(signal.SIGCONT)
-                    time.sleep(0.001)
-                    run.send_signal(signal.SIGSTOP)  # so that it is still saving when it is killed
-                run.send_signal(signal.SIGKILL)
-                run.wait()
-                assert saving()
-            else:
-                assert run.communicate()[0] == "end\n"
+        run = forked.Process(
+            forked.run_file, walk.__file__, str(tmp_path), environment=environment()
+        )
+        starts.append(int(run.stdout.readline().split()[1]))
+        if kill:
+            while max(steps_in(tmp_path), default=0) < starts[-1] + 2 or not saving():
+                assert run.poll() is None
+                run.send_signal(signal.SIGCONT)
+                time.sleep(0.001)
+                run.send_signal(signal.SIGSTOP)  # so that it is still saving when it is killed
+            run.kill()
+            run.communicate()
+            assert saving()
+        else:
+            assert run.communicate()[0] == "end\n"
     assert starts == sorted(set(starts))  # each went on from where the one before had come
     expected = walk.start()
     for _ in range(walk.STEPS):

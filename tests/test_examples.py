@@ -1,8 +1,6 @@
 """The scripts of examples/ run, as their docstrings say."""
 
-import subprocess
-import sys
-
+import forked
 import pytest
 from conftest import REPOSITORY, environment
 
@@ -10,10 +8,8 @@ pytestmark = pytest.mark.processes
 
 
 def run(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "examples" / name, *map(str, arguments)],
-        capture_output=True, text=True, env=environment() | {"PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    path = str(REPOSITORY / "examples" / name)
+    done = forked.run(forked.run_file, path, *map(str, arguments), environment=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -27,12 +23,14 @@ def test_a_scheme_registered_from_outside_the_package():
 
 def test_finetuned_from_python_and_then_predicted(demo_data, tmp_path):
     # What its command line does, with fewer epochs.
-    code = "import finetune, sys; finetune.main(*sys.argv[1:], epochs=2)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, demo_data, tmp_path / "run"],
-        capture_output=True, text=True,
-        env=environment() | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'examples'}"},
-    )  # fmt: skip
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY / "examples")!r})
+import finetune
+finetune.main(*sys.argv[1:], epochs=2)
+"""
+    arguments = (str(demo_data), str(tmp_path / "run"))
+    done = forked.run(forked.run_script, code, *arguments, environment=environment())
     assert done.returncode == 0, done.stderr
     assert "of 21 videos, step 16" in done.stdout
     video = demo_data / "videos" / "train" / "00000.mp4"

@@ -6,15 +6,16 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import forked
 import jax
 import numpy as np
 import pytest
-from conftest import command, environment, scalars, tiny_run
+from conftest import environment, scalars, tiny_run
+from forked import run_command, run_script
 
 from timesformer_jax.checkpoints import store as checkpoints
 from timesformer_jax.distributed import hosts
@@ -58,12 +59,11 @@ class Peers:
     def __init__(self):
         self._started = []
 
-    def start(self, arguments, devices, **variables):
-        """A process with so many CPU devices."""
+    def start(self, devices, function, *arguments, **variables):
+        """A process with so many CPU devices that calls the function."""
         environ = environment() | {"JAX_PLATFORMS": "cpu", **variables}
         environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
-        pipe = subprocess.PIPE
-        run = subprocess.Popen(arguments, env=environ, stdout=pipe, stderr=pipe, text=True)
+        run = forked.Process(function, *arguments, environment=environ)
         self._started.append(run)
         return run
 
@@ -72,7 +72,7 @@ class Peers:
         several = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
         several += ["--heartbeat_seconds=10"]
         return [
-            self.start(command(*arguments, *several, f"--process_id={i}"), devices)
+            self.start(devices, run_command, *arguments, *several, f"--process_id={i}")
             for i in range(count)
         ]
 
@@ -85,7 +85,7 @@ class Peers:
         ]
 
     def script(self, work, devices, given, **variables):
-        return self.start([sys.executable, "-c", PEER, repr(given), work], devices, **variables)
+        return self.start(devices, run_script, PEER, repr(given), work, **variables)
 
     def close(self):
         for run in self._started:
@@ -102,7 +102,7 @@ def peers():
 def ends(running):
     """The exit status, output and errors of each."""
     with ThreadPoolExecutor() as readers:  # no pipe may fill up while another is read
-        output, errors = zip(*readers.map(subprocess.Popen.communicate, running))
+        output, errors = zip(*readers.map(forked.Process.communicate, running))
     return [run.returncode for run in running], output, errors
 
 
@@ -110,7 +110,7 @@ def ends(running):
 def whole(demo_data, tmp_path_factory, peers):
     """The workdir of one process with 4 devices that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    statuses, _, errors = ends([peers.start(command(*tiny_run(demo_data, workdir, **LONG)), 4)])
+    statuses, _, errors = ends([peers.start(4, run_command, *tiny_run(demo_data, workdir, **LONG))])
     assert statuses == [0], errors
     return workdir
 

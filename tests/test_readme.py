@@ -1,9 +1,8 @@
 """What the README says can be done."""
 
 import re
-import subprocess
-import sys
 
+import forked
 import pytest
 from conftest import REPOSITORY, environment
 
@@ -19,10 +18,9 @@ def test_the_python_lines_run_as_written():
     code = "\n".join(re.findall(r"^    (.*)$", section, re.MULTILINE))
     code += "\nprint(logits.shape, features.shape)"
     # A process of its own, as tests' quickly compiled programs take twice as long for a base model.
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
-        env=environment(optimised=True), cwd=REPOSITORY,
-    )  # fmt: skip
+    done = forked.run(
+        forked.run_script, code, environment=environment(optimised=True), cwd=REPOSITORY
+    )
     assert done.stdout == "(1, 400) (1, 768)\n", done.stderr
 
 

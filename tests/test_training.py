@@ -5,13 +5,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 
+import forked
 import jax
 import numpy as np
 import pytest
-from conftest import command, environment, interruptible, scalars, tiny_run
+from conftest import environment, scalars, tiny_run
+from forked import run_command
 
 from timesformer_jax.checkpoints import store as checkpoints
 
@@ -27,16 +28,15 @@ def whole(demo_data, tmp_path_factory):
     """The workdir of a run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     arguments = tiny_run(demo_data, workdir, **LONG, **{"profile.steps": 2})
-    with open(workdir.parent / "stderr", "w") as errors:
-        subprocess.run(command(*arguments), env=environment(), stderr=errors, check=True)
+    done = forked.run(run_command, *arguments, environment=environment())
+    assert done.returncode == 0, done.stderr
+    (workdir.parent / "stderr").write_text(done.stderr)
     return workdir
 
 
 def interrupted(arguments, workdir, how, when):
     """Starts a run, sends it a signal when it says so or has that step; returns how it ended."""
-    run = subprocess.Popen(
-        interruptible(command(*arguments)), env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    run = forked.Process(run_command, *arguments, environment=environment())
     said = ""
     while not (workdir / "checkpoints" / when).is_dir() and when not in said:
         assert run.poll() is None, run.stderr.read()
@@ -215,11 +215,8 @@ def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(demo_data, whole,
     # A limit on the size of a file stands for a disk that has no room for the next checkpoint.
     shutil.copytree(whole, tmp_path / "run")
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"epochs": 16})
-    run = subprocess.run(
-        ["bash", "-c", 'ulimit -f 8; trap "" XFSZ; exec "$@"', "_", *command(*arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
+    run = forked.run(
+        forked.run_command_with_small_files, 8192, *arguments, environment=environment()
     )
     assert run.returncode == 2, run.stderr
     assert "free space and run again: earlier checkpoints are kept" in run.stderr
