@@ -20,6 +20,10 @@ pytestmark = pytest.mark.compiles
 TOLERANCE = {"bfloat16": 2**-6, "float32": 2**-17}
 
 
+# XLA would take most of the time to make the interpreted kernels fast on the host.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 def random(shape, dtype, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(0, 1.5, shape), dtype)
 
@@ -79,7 +83,7 @@ def check(b, t, n, heads, d, dtype, with_cls=True, frames=1, sequences=None, int
             patches, cls, heads, frames=frames, sequences=sequences, interpret=interpret
         )
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def run(patches, cls, g, cls_g):
         out, vjp = jax.vjp(attention, patches, cls)
         return attention(patches, cls), out, vjp((g, cls_g))
@@ -104,18 +108,20 @@ ROWS = tuple(i // 5 for i in range(30))
 COLUMNS = tuple(i % 5 for i in range(30))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("n", "heads", "d", "options"),
+    ("n", "heads", "d", "options", "dtype"),
     [
-        pytest.param(196, 2, 64, {}, id="base"),
-        pytest.param(37, 2, 64, {"with_cls": False}, id="no class token"),
-        pytest.param(300, 1, 128, {}, id="two chunks of queries"),
-        pytest.param(20, 4, 96, {}, id="heads across lanes of 128"),
-        pytest.param(32, 4, 32, {"with_cls": False}, id="whole tiles"),
-        pytest.param(30, 2, 64, {"sequences": ROWS}, id="rows"),
-        pytest.param(30, 2, 64, {"sequences": COLUMNS}, id="columns"),
-        pytest.param(30, 2, 64, {"sequences": COLUMNS, "with_cls": False}, id="columns alone"),
+        pytest.param(196, 2, 64, {}, "bfloat16", id="base"),
+        pytest.param(37, 2, 64, {"with_cls": False}, "float32", id="no class token"),
+        pytest.param(300, 1, 128, {}, "bfloat16", id="two chunks of queries"),
+        pytest.param(300, 1, 128, {}, "float32", id="two chunks of queries in float32"),
+        pytest.param(20, 4, 96, {}, "float32", id="heads across lanes of 128"),
+        pytest.param(32, 4, 32, {"with_cls": False}, "bfloat16", id="whole tiles"),
+        pytest.param(30, 2, 64, {"sequences": ROWS}, "float32", id="rows"),
+        pytest.param(30, 2, 64, {"sequences": COLUMNS}, "bfloat16", id="columns"),
+        pytest.param(
+            30, 2, 64, {"sequences": COLUMNS, "with_cls": False}, "float32", id="columns alone"
+        ),
     ],
 )
 def test_attention_and_its_gradient(n, heads, d, options, dtype):
@@ -152,18 +158,22 @@ def test_slabs_in_several_steps(monkeypatch):
     check(2, 2, 21, 4, 64, "bfloat16", sequences=tuple(i // 7 for i in range(21)))
 
 
+# One backward pass in bfloat16, two in float32: some cases meet the one, some the other.
+BFLOAT16, FLOAT32 = ("bfloat16", 1), ("float32", 2)
+
+
 @pytest.mark.parametrize(
-    ("step_logits", "t", "frames", "n", "heads", "d", "with_cls"),
+    ("step_logits", "t", "frames", "n", "heads", "d", "with_cls", "dtype", "passes"),
     [
-        pytest.param(1_500_000, 4, 2, 7, 2, 64, True, id="one block"),
-        pytest.param(20_000, 4, 4, 21, 4, 64, True, id="blocks of frames"),
-        pytest.param(20_000, 5, 5, 13, 2, 64, True, id="a last block of fewer frames"),
-        pytest.param(20_000, 5, 5, 16, 4, 32, False, id="no class token"),
-        pytest.param(40_000, 2, 1, 150, 2, 64, True, id="blocks of a frame"),
-        pytest.param(20_000, 2, 2, 128, 1, 128, False, id="blocks of several frames"),
+        pytest.param(1_500_000, 4, 2, 7, 2, 64, True, *BFLOAT16, id="one block"),
+        pytest.param(20_000, 4, 4, 21, 4, 64, True, *FLOAT32, id="blocks of frames"),
+        pytest.param(20_000, 5, 5, 13, 2, 64, True, *BFLOAT16, id="a last block of fewer frames"),
+        pytest.param(20_000, 5, 5, 13, 2, 64, True, *FLOAT32, id="the same in two passes"),
+        pytest.param(20_000, 5, 5, 16, 4, 32, False, *FLOAT32, id="no class token"),
+        pytest.param(40_000, 2, 1, 150, 2, 64, True, *BFLOAT16, id="blocks of a frame"),
+        pytest.param(20_000, 2, 2, 128, 1, 128, False, *BFLOAT16, id="blocks of several frames"),
     ],
 )
-@pytest.mark.parametrize(("dtype", "passes"), [("bfloat16", 1), ("float32", 2)])
 def test_long_sequences(step_logits, t, frames, n, heads, d, with_cls, dtype, passes, monkeypatch):
     monkeypatch.setattr(tpu_heads, "STEP_LOGITS", step_logits)
     monkeypatch.setattr(tpu_joint, "RESIDENT", 0 if passes == 2 else tpu_joint.RESIDENT)

@@ -82,12 +82,20 @@ def _short_programs(monkeypatch):
     monkeypatch.setattr(tpu_temporal, "RUNNING", 1)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("cls", [False, True], ids=["patches", "cls"])
+# Groups of 16, 8 and 128 positions; heads of half a lane row, a quarter and a whole one.
+SHARING = [
+    (2, 8, 20, 2, 64), (2, 1, 1, 1, 64), (1, 5, 11, 4, 32), (1, 16, 9, 1, 128), (1, 18, 3, 3, 32),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "shape",
-    # Groups of 16, 8 and 128 positions; heads of half a lane row, a quarter and a whole one.
-    [(2, 8, 20, 2, 64), (2, 1, 1, 1, 64), (1, 5, 11, 4, 32), (1, 16, 9, 1, 128), (1, 18, 3, 3, 32)],
+    ("shape", "cls", "dtype"),
+    # Every pair of a shape, a dtype, and with or without the class token.
+    [
+        (shape, (i + j) % 2 == 0, dtype)
+        for i, shape in enumerate(SHARING)
+        for j, dtype in enumerate(("bfloat16", "float32"))
+    ],
     ids=str,
 )
 def test_sequences_that_share_a_product(shape, cls, dtype):
