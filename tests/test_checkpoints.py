@@ -122,12 +122,12 @@ def test_save_returns_before_the_checkpoint_is_written(first, tmp_path, monkeypa
 
 def test_the_newest_and_the_best_stay(first, tmp_path):
     steps = {1: 0.2, 2: 0.9, 3: 0.5, 4: None, 5: 0.9, 6: 0.1, 7: None, 8: None}
-    with contextlib.closing(saved(tmp_path, first, steps, keep=2, keep_best=1)) as found:
+    with contextlib.closing(saved(tmp_path, first, steps, keep_newest=2, keep_best=1)) as found:
         assert steps_in(tmp_path) == found.steps() == [5, 7, 8]  # of equals the later
         assert found.best_step() == 5
     # It is known again when training goes on, and gives way to a better one.
     later = {9: 0.95, 10: None, 11: None}
-    with contextlib.closing(saved(tmp_path, first, later, keep=2, keep_best=1)) as found:
+    with contextlib.closing(saved(tmp_path, first, later, keep_newest=2, keep_best=1)) as found:
         assert steps_in(tmp_path) == [9, 10, 11]
         assert found.best_step() == 9
     assert_equal(load_parameters(tmp_path)[1], at(first, 11).params)

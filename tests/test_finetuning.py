@@ -45,7 +45,7 @@ def arguments(demo_data, vit, tmp_path):
     changes = {
         "pretrained": vit, "model.hidden_size": 24, "model.drop_path": 0.0, "epochs": 2,
         "log_every_steps": 1, "eval.every_epochs": 0, "optimizer.warmup_epochs": 0,
-        "checkpoint.every_steps": 7, "checkpoint.keep": 100,
+        "checkpoint.every_steps": 7, "checkpoint.keep_newest": 100,
     }  # fmt: skip
     return lambda **more: tiny_run(demo_data, tmp_path / "run", **changes | more)
 

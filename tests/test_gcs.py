@@ -314,12 +314,12 @@ def use_checkpoints(folder):
     from timesformer_jax.checkpoints.store import Checkpoints, load_parameters
 
     state, seen = walk.start(), []
-    with contextlib.closing(Checkpoints(folder, keep=1, keep_best=1)) as found:
+    with contextlib.closing(Checkpoints(folder, keep_newest=1, keep_best=1)) as found:
         for step, top1 in enumerate((0.9, 0.1, 0.2), 1):
             state = walk.go_on(state)
             found.save(step, state, {"position": step}, walk.METADATA)
             found.record_validation(step, {"top1": top1, "top5": 1.0})
-    with contextlib.closing(Checkpoints(folder, keep=1, keep_best=1)) as found:
+    with contextlib.closing(Checkpoints(folder, keep_newest=1, keep_best=1)) as found:
         seen += [found.steps(), found.best_step(), found.validation]
         step, (restored, progress) = found.read_newest(
             lambda s: found.restore(s, walk.target(state))

@@ -37,7 +37,7 @@ def target(state):
 
 
 def main(directory):
-    with contextlib.closing(Checkpoints(directory, keep=2)) as found:
+    with contextlib.closing(Checkpoints(directory, keep_newest=2)) as found:
         step, state = 0, start()
         if last := found.read_newest(lambda step: found.restore(step, target(state))):
             step, (state, _) = last

@@ -57,7 +57,7 @@ class Checkpoints:
 
     Args:
       directory: holds the folders `<step>`, on a disk or gs://.
-      keep: number of newest checkpoints to keep.
+      keep_newest: number of newest checkpoints to keep.
       keep_best: number of checkpoints with the highest validation top-1 to keep as well.
       read_only: never write, and raise if the directory does not exist.
 
@@ -69,7 +69,7 @@ class Checkpoints:
     def __init__(
         self,
         directory: str | os.PathLike,
-        keep: int = 3,
+        keep_newest: int = 3,
         keep_best: int = 0,
         *,
         read_only: bool = False,
@@ -84,7 +84,7 @@ class Checkpoints:
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=keep_newest_and_best(
-                        None if read_only else keep, keep_best, self._rank
+                        None if read_only else keep_newest, keep_best, self._rank
                     ),
                     create=not read_only,
                     read_only=read_only,

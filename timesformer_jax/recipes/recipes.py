@@ -48,8 +48,8 @@ def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> Config
     config.eval.crops = 3  # squares of each clip
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 0  # 0: once per epoch
-    config.checkpoint.keep = 3  # the newest checkpoints
-    config.checkpoint.keep_best = 1  # the best by validation top-1, in addition
+    config.checkpoint.keep_newest = 3  # this many
+    config.checkpoint.keep_best = 1  # those best by validation top-1, in addition
     # Writes a trace of these steps, counted from 1, to profile/ in the workdir; 0 steps: no trace.
     config.profile = ConfigDict({"start_step": 10, "steps": 0})
     return config

@@ -220,7 +220,9 @@ def _open_checkpoints(config: ConfigDict, workdir: epath.Path) -> Checkpoints:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"cannot make the workdir {workdir}: {e.strerror}") from e
-    return Checkpoints(workdir / store.FOLDER, config.checkpoint.keep, config.checkpoint.keep_best)
+    return Checkpoints(
+        workdir / store.FOLDER, config.checkpoint.keep_newest, config.checkpoint.keep_best
+    )
 
 
 def _start(run: Run, checkpoints: Checkpoints) -> tuple[Run, TrainState, pipeline.IteratorState]:
