@@ -111,6 +111,8 @@ def _run(writers, environment, cwd, function, *arguments):
     for descriptor, writer in enumerate(writers, 1):
         os.dup2(writer.fileno(), descriptor)
         writer.close()
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     imported_with = dict(os.environ)
