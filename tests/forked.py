@@ -7,6 +7,7 @@ very first line on is tested with `subprocess`.
 
 import atexit
 import contextlib
+import logging
 import multiprocessing
 import os
 import resource
@@ -113,6 +114,8 @@ def _run(writers, environment, cwd, function, *arguments):
         writer.close()
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    # A module that logs while it is imported adds a handler where the command has added none yet.
+    logging.getLogger().handlers.clear()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     imported_with = dict(os.environ)
