@@ -276,6 +276,20 @@ def test_predict_prints_text_json_and_csv(checkpoint, folder, good, predictor, c
     assert [row["label_2"] for row in rows] == [expected[path][1].label for path in good]
 
 
+def test_predict_shows_classes_above_a_threshold(checkpoint, good, predictor, tmp_path, capsys):
+    p = predictor.probabilities(good[0])
+    threshold = float(np.sort(p)[-2:].mean())  # between the two most probable classes
+    flags = [good[0], f"--checkpoint={checkpoint}", "--views=2", f"--threshold={threshold}"]
+    for name in ("x.csv", "x.jsonl"):
+        for _ in range(2):  # the second run has nothing to do
+            assert run("predict", *flags, f"--output={tmp_path / name}") == 0
+    assert "1 of 1 videos already" in capsys.readouterr().err
+    [line] = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())
+    assert [found["label"] for found in line["predictions"]] == [LABELS[p.argmax()]]
+    [row] = csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text()))
+    assert [row[f"label_{i}"] for i in (1, 2, 3)] == [LABELS[p.argmax()], "", ""]
+
+
 def test_predict_takes_labels_from_a_file(checkpoint, good, tmp_path, capsys):
     (tmp_path / "labels.txt").write_text("eins\nzwei\ndrei\n")
     labels = f"--labels={tmp_path / 'labels.txt'}"

@@ -113,6 +113,7 @@ RANGES: dict[str, Range] = {
     "views": Range(1, 10_000, whole=True),
     "crops": Range(1, 3, whole=True, only=(1, 3)),
     "top": _COUNT,
+    "threshold": _FRACTION,
     "batches": _COUNT,
     "stride": Range(0.001, YEAR),
     "window": Range(0.001, YEAR),

@@ -169,6 +169,7 @@ COMMANDS = {
             *VIEWS,
             *PART,
             integer("top", 5, "number of classes to print"),
+            number("threshold", None, "print only classes with at least this probability"),
             string("labels", None, "file of class names, one per line, for checkpoints without"),
             boolean("json", "print JSON Lines: one JSON object per video"),
             boolean("csv", "print CSV: one row per video"),

@@ -27,6 +27,7 @@ def predict(
     start: float | None = None,
     end: float | None = None,
     top: int = 5,
+    threshold: float | None = None,
     attention_kernels: str = "auto",
     labels: str | None = None,
     json: bool = False,
@@ -46,6 +47,8 @@ def predict(
       checkpoint, views, crops, attention_kernels, batch_size: as for `Predictor`.
       start, end: seconds.
       top: classes of a video.
+      threshold: only classes with at least this probability, as is usual for a checkpoint of which
+        a video has any number of the labels.
       labels: a file of class names, one a line, in place of the checkpoint's.
       json, csv: one JSON object, or one row, a video, instead of text.
       output: a file to write to, instead of the standard output.
@@ -63,7 +66,7 @@ def predict(
     predictor = Predictor(
         checkpoint, views, crops, attention_kernels, labels=names, batch_size=batch_size
     )
-    settings = Settings(checkpoint, predictor.fingerprint, views, crops, start, end)
+    settings = Settings(checkpoint, predictor.fingerprint, views, crops, start, end, threshold)
     writer = Writer(form, settings, min(top, len(predictor.labels)))
     with _opened(writer, output) as (write, done):
         left = [source for source in sources if source.id not in done]
@@ -72,7 +75,8 @@ def predict(
 
         def take(source: Source, probabilities: Any) -> None:
             best = predictor.top(probabilities.mean(axis=0), top)
-            write(writer.line(source.id, best))
+            shown = [p for p in best if threshold is None or p.probability >= threshold]
+            write(writer.line(source.id, shown))
 
         compute_all(predictor, predictor.classify, left, take, workers, quiet=_is_watched(output))
 

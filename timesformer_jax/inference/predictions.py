@@ -25,6 +25,7 @@ class Settings:
       weights: `Predictor.fingerprint`.
       views, crops: as in `Predictor`.
       start, end: seconds, of every video; None: no bound.
+      threshold: least probability of a class; None: no bound.
     """
 
     checkpoint: str
@@ -33,6 +34,7 @@ class Settings:
     crops: int
     start: float | None
     end: float | None
+    threshold: float | None = None
 
 
 def choose_format(as_json: bool, as_csv: bool, output: str | None) -> str:
@@ -60,7 +62,7 @@ class Writer:
     Attributes:
       format: "text", "json" or "csv".
       settings: of this run.
-      top: classes of a line.
+      top: classes of a line; with a threshold the most.
     """
 
     format: str
@@ -89,7 +91,9 @@ class Writer:
         if self.format == "csv":
             if "\n" in video or "\r" in video:
                 raise InputError(f"{video!r} has a line break in its name; use --json")
-            return _csv([video, *(x for pair in rounded for x in pair), *_values(self.settings)])
+            empty = [("", "")] * (self.top - len(rounded))
+            pairs = (x for pair in [*rounded, *empty] for x in pair)
+            return _csv([video, *pairs, *_values(self.settings)])
         found = [{"label": label, "probability": p} for label, p in rounded]
         line = {"video": video, "predictions": found, **_fields(self.settings)}
         return json.dumps(line, ensure_ascii=False)
@@ -115,7 +119,7 @@ class Writer:
                     f"{path} has predictions with {name}={settings[name]}, not "
                     f"{self._comparable[name]}: give another --output, or remove it"
                 )
-            if count != self.top:
+            if count != self.top and (self.settings.threshold is None or count > self.top):
                 raise InputError(
                     f"{path} has {count} classes a video, not {self.top}: give --top={count}, or "
                     "another --output"
