@@ -44,6 +44,11 @@ class Count(collections.Counter):
             self.wrong += 1
             print(f"WRONG {self.kind}: {outcome}: {what!r:.600}", flush=True)
 
+    def check(self, what: str, found: object) -> None:
+        """Counts what must not be, if it was found."""
+        if found:
+            self.took(found, what, True)
+
     def report(self) -> int:
         seconds = time.monotonic() - self.begin
         found = ", ".join(f"{number} {outcome}" for outcome, number in self.most_common())
@@ -98,7 +103,7 @@ def fuzz_videos(folder: pathlib.Path, count: int, number: int) -> int:
         status, _, errors = commands.run(words)
         is_wrong = status != expected or said not in errors
         found.took(errors[-300:], f"{name}: status {status}", is_wrong)
-    found.took(canary.opened, "canary", bool(canary.opened))
+    found.check("another file was opened", canary.opened)
     canary.close()
     return found.report()
 
@@ -121,7 +126,7 @@ def fuzz_checkpoints(folder: pathlib.Path) -> int:
         outcome = _outcome(lambda path=path: _loaded(path))
         faulthandler.cancel_dump_traceback_later()
         found.took(path, outcome, outcome not in ("refused", *["loaded"] * may_succeed))
-    found.took(folder, "code", (folder / "code_ran").exists())
+    found.check("code ran", (folder / "code_ran").exists())
     return found.report()
 
 
@@ -157,8 +162,7 @@ def fuzz_commands(folder: pathlib.Path, count: int, number: int) -> int:
         status, _, errors = commands.run(["train", f"--config={config}", "--workdir=run"])
         good = status == 2 and said in errors and errors.count("\n") == 1
         found.took(errors, "config refused" if good else f"config: status {status}", not good)
-    left = os.listdir()
-    found.took(left, "files left", bool(left))
+    found.check("files were left", os.listdir())
     return found.report()
 
 
