@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from timesformer_jax import ranges
 from timesformer_jax.errors import InputError
 from timesformer_jax.recipes.recipes import recipe
 
 
-def check_fields(config: Mapping[str, Any]) -> None:
+def check_fields(config: ConfigDict) -> None:
     """Checks a config as a whole, before any of its values is used.
 
     Args:
-      config: a ConfigDict, or nested dicts.
+      config: of a person, who may have left out anything.
 
     Raises:
       InputError: a field of `recipe` is missing, or its value is of another kind or out of range;

@@ -13,7 +13,6 @@ from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops.kernels.select import check_name
-from timesformer_jax.recipes.fields import check_fields
 
 if TYPE_CHECKING:  # planning runs where ml_collections is not installed
     from ml_collections import ConfigDict
@@ -21,6 +20,8 @@ if TYPE_CHECKING:  # planning runs where ml_collections is not installed
 
 def check_config(config: ConfigDict) -> None:
     """Raises InputError, naming the flag to change, if a value of a training config is invalid."""
+    from timesformer_jax.recipes.fields import check_fields  # needs ml_collections
+
     check_fields(config)
     values = flatten_config(config.to_dict())
     check_name(values["attention_kernels"])

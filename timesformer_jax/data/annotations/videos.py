@@ -139,7 +139,8 @@ class _Found:
 def _walk_disk(root: str, follow: bool, found: _Found) -> None:
     real_root = os.path.realpath(root)
     visits: Counter[str] = Counter()
-    waiting = [("", (real_root,))]  # folders, and the real paths of those above and of themselves
+    # Folders, and the real paths of those above and of themselves.
+    waiting: list[tuple[str, tuple[str, ...]]] = [("", (real_root,))]
     while waiting:
         inside, above = waiting.pop()
         try:
