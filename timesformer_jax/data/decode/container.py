@@ -121,7 +121,7 @@ def _open_source(
     try:
         return opened.enter_context(av.open(_Source(file), **options))
     except av.error.ArgumentError as error:
-        raise VideoError(f"no video, or in a format that is not read ({error.strerror})") from error
+        raise VideoError("no video, or in a format that is not read") from error
 
 
 class _Source:
