@@ -196,3 +196,27 @@ def test_weights_for_other_arithmetic_are_refused(saved, tmp_path):
     port("joint_space_time", layer_norm_eps=1e-5).save_pretrained(tmp_path)
     with pytest.raises(tsf.InputError, match="layer_norm_eps = 1e-05"):
         tsf.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel"])
+def test_an_image_vit_of_transformers_gives_its_features(kind, tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=16, patch_size=8, id2label={0: "cat", 1: "dog", 2: "é"},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = getattr(transformers, kind)(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data.normal_(0, 0.3)
+    theirs.save_pretrained(tmp_path)
+    image = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    inputs = torch.from_numpy(image.transpose(0, 3, 1, 2))
+    ours = tsf.from_pretrained(tmp_path, attention="space", num_frames=1)
+    with torch.no_grad():
+        if kind == "ViTModel":
+            expected = theirs(inputs).last_hidden_state[:, 0]
+            found = ours.features(image[:, None])
+        else:
+            expected, found = theirs(inputs).logits, ours(image[:, None])
+            assert ours.labels == ("cat", "dog", "é")
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)

@@ -189,3 +189,16 @@ def test_what_the_authors_trained_is_known_by_its_shape():
         frames=16, frame_stride=16, crop=448, short_side=448, sampling="segments",
         channel_order="bgr",
     )  # fmt: skip
+
+
+def test_a_command_finds_the_hub_by_the_environment(hub, monkeypatch, tmp_path, timesformer):
+    for name, value in {"HF_ENDPOINT": hub.address, "HF_HOME": tmp_path / "home"}.items():
+        monkeypatch.setenv(name, str(value))
+    hub.private.add(K400)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    done = timesformer("convert", f"{K400}@v1", "ours")
+    assert "its license is CC-BY-NC-4.0: no commercial use" in done.stderr
+    assert list((tmp_path / "home" / "hub").glob("models--facebook--*/snapshots/*/config.json"))
+    metadata, _ = load(tmp_path / "ours")
+    assert metadata.license_note == "the file that was read says so"
+    assert metadata.labels[3] == "class name 3"

@@ -21,7 +21,7 @@ CONFIG = string(
 CHECKPOINT = string(
     "checkpoint",
     None,
-    "a run's --workdir, WORKDIR/best or one step; or any file of docs/checkpoints.md",
+    "a run's --workdir, WORKDIR/best or one step, a file, or a name; see docs/checkpoints.md",
 )
 VIEWS = (
     integer("views", 1, "clips per video, whose probabilities are averaged"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,6 +182,37 @@ def image_size(patch: tuple[int, int, int], patch_name: str, rows: int, rows_nam
     if side < 1 or side * side != rows - 1:
         raise InputError(f"{rows_name} has {rows} rows; one and a square were expected")
     return side * patch[0]
+
+
+def with_joined_qkv(
+    arrays: dict[str, LazyArray],
+    separator: str,
+    join: Callable[[list[LazyArray]], LazyArray],
+    format_name: str,
+) -> dict[str, LazyArray]:
+    """The arrays with query, key and value as one, whose name has "qkv" in their place.
+
+    Args:
+      arrays: by name.
+      separator: of the parts of a name.
+      join: the three arrays to one.
+      format_name: for messages.
+
+    Raises:
+      InputError: if one of the three is missing.
+    """
+    query, key, value, joined = (
+        f"{separator}{part}{separator}" for part in ("query", "key", "value", "qkv")
+    )
+    out = {k: v for k, v in arrays.items() if not any(p in k for p in (query, key, value))}
+    for name in arrays:
+        if query in name:
+            parts = [name, name.replace(query, key), name.replace(query, value)]
+            for part in parts:
+                if part not in arrays:
+                    raise InputError(f"{part} is missing; {format_name} needs it beside {name}")
+            out[name.replace(query, joined)] = join([arrays[part] for part in parts])
+    return out
 
 
 def without_pre_logits(

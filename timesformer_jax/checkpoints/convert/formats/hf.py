@@ -84,10 +84,7 @@ class HuggingFace(TorchFormat):
             fields["num_frames"] = shape_of(arrays, _TIME, 3)[1]
         elif "num_frames" in config:
             fields["num_frames"] = schema.whole_number(config["num_frames"], "num_frames")
-        if "num_attention_heads" in config:
-            name = "num_heads (num_attention_heads in config.json)"
-            fields["num_heads"] = schema.whole_number(config["num_attention_heads"], name)
-        _check_shapes(config, fields)
+        add_heads_and_check_shapes(config, fields)
         return fields
 
     def labels(self, file: WeightsFile) -> tuple[str, ...]:
@@ -106,11 +103,14 @@ def _check_arithmetic(config: dict[str, Any]) -> None:
             )
 
 
-def _check_shapes(config: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Raises an InputError if config.json tells another shape than the arrays have.
+def add_heads_and_check_shapes(config: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Adds the heads that config.json tells; it must tell the shape that the arrays have.
 
     transformers builds the model from config.json and could not load the arrays.
     """
+    if "num_attention_heads" in config:
+        name = "num_heads (num_attention_heads in config.json)"
+        fields["num_heads"] = schema.whole_number(config["num_attention_heads"], name)
     told = {
         "image_size": "image_size", "patch_size": "patch_size", "hidden_size": "hidden_size",
         "depth": "num_hidden_layers", "num_frames": "num_frames",

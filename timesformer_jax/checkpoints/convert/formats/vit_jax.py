@@ -17,15 +17,14 @@ from timesformer_jax.checkpoints.convert.formats.base import (
     image_size,
     shape_of,
     weight_name,
+    with_joined_qkv,
     without_pre_logits,
 )
 from timesformer_jax.checkpoints.files import LazyArray, WeightsFile
-from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
 _SPACE = "Transformer/posembed_input/pos_embedding"
 _ATTENTION = "MultiHeadDotProductAttention_1"
-_QKV = ("query", "key", "value")
 
 
 class JaxViT(Format):
@@ -91,15 +90,7 @@ class JaxViT(Format):
 
     def normalise(self, arrays: dict[str, LazyArray]) -> dict[str, LazyArray]:
         """With query, key and value stacked, and without a layer before the head."""
-        split = tuple(f"/{part}/" for part in _QKV)
-        out = {k: v for k, v in arrays.items() if not any(part in k for part in split)}
-        for name in arrays:
-            if "/query/" in name:
-                parts = [name.replace("/query/", f"/{part}/") for part in _QKV]
-                for part in parts:
-                    if part not in arrays:
-                        raise InputError(f"{part} is missing; {self.name} needs it beside {name}")
-                out[name.replace("/query/", "/qkv/")] = _stack([arrays[part] for part in parts])
+        out = with_joined_qkv(arrays, "/", _stack, self.name)
         return without_pre_logits(out, "pre_logits/", "head/")
 
     def clip_fields(self, file: WeightsFile) -> dict[str, Any]:
