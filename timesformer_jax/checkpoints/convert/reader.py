@@ -133,7 +133,7 @@ def _read_external(found: Located, num_heads: int | None, allow_nonfinite: bool)
         params = _to_our_names(file.arrays, format, config, has_head="num_classes" in fields)
         if not allow_nonfinite:
             params = {name: _checked(path, name, array) for name, array in params.items()}
-        labels = format.labels(file)
+        labels = format.labels(file) if "num_classes" in fields else ()
         told = format.clip_fields(file)
         if labels and len(labels) != config.num_classes:
             raise InputError(
