@@ -78,7 +78,7 @@ def test_arguments_come_before_changes_wherever_they_stand():
         ([BASE, "--wrokdir=y"], "Did you mean: workdir"),
         ([f"{BASE}:frame=8"], "did you mean 'frames'?"),
         (["--config=configs/k400_bas.py"], "did you mean 'configs/k400_base.py'?"),
-        (["--config=k400_base"], "did you mean 'configs/k400_base.py'?"),
+        (["--config=k400_bas"], "there is no recipe k400_bas; did you mean 'k400_base'?"),
         (["--config=config/k400_base.py"], "did you mean 'configs/k400_base.py'?"),
         (["--config=/nowhere/zzz.py"], "there is no config file /nowhere/zzz.py\n"),
         (["--config.batch_size=8"], "config.batch_size"),

@@ -26,6 +26,7 @@ _MODULES = {
     "list_pretrained": "checkpoints.catalogue",
     "preset": "models.presets",
     "register_scheme": "models.schemes",
+    "train": "training.loop",
 }
 
 __all__ = sorted(_MODULES)

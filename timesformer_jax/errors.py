@@ -1,6 +1,7 @@
 """The errors that a person can put right, and suggestions for misspelt names."""
 
 import difflib
+import pathlib
 from collections.abc import Iterable
 
 
@@ -17,6 +18,14 @@ class PartlyDone(Exception):
 
     The command line prints the message, one line, and exits with status 1.
     """
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of this package, to append to a message."""
+    project = pathlib.Path(__file__).parents[1]
+    if (project / "setup.py").is_file():
+        return f"pip install '.[{extra}]' in {project}"
+    return f"pip install 'timesformer_jax[{extra}]'"
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

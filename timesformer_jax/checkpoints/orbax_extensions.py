@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 
 from timesformer_jax import storage
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, install
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
@@ -110,5 +110,5 @@ def check_remote_storage(directory: epath.Path) -> None:
         except ImportError:
             raise InputError(
                 f"checkpoints on {directory} need the package google-cloud-storage: "
-                "pip install '.[gcs]' in the project's folder"
+                f"{install('gcs')}"
             ) from None

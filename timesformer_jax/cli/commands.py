@@ -14,8 +14,8 @@ from timesformer_jax.cli.flags import (
 CONFIG = string(
     "config",
     None,
-    "config file of a recipe, such as configs/k400_base.py or"
-    " configs/k400_base.py:ARGUMENT=VALUE,...; --config.FIELD=VALUE changes a field",
+    "recipe: its name, such as finetune or k400_base:ARGUMENT=VALUE,...; a config file of your"
+    " own; or the recipe.json of a run. --config.FIELD=VALUE changes a field",
 )
 
 CHECKPOINT = string(

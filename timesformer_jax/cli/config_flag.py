@@ -8,21 +8,17 @@ without the line, and suggests a name only for a small misspelling in the right 
 from __future__ import annotations
 
 import difflib
-import glob
-import inspect
-import os
 import re
-import runpy
-import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import flags
-from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
-from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.errors import InputError
+from timesformer_jax.recipes import fit
 from timesformer_jax.recipes.fields import check_fields
+from timesformer_jax.recipes.files import load
 
 
 def parse(name: str, source: str, words: Sequence[str], values: flags.FlagValues) -> list[str]:
@@ -67,50 +63,13 @@ def parse(name: str, source: str, words: Sequence[str], values: flags.FlagValues
                 f"--{name}.{field} must be like {_joined(before[field])}, "
                 f"not {_joined(after[field])}"
             )
+    fit.decide(config, changed)  # what is set here does not yield, even if it is the default
     return rest
 
 
-def load(source: str) -> ConfigDict:
-    """Loads a config: calls `get_config` of a Python file.
-
-    Args:
-      source: "FILE" or "FILE:ARGUMENTS"; the arguments are passed to `get_config` as one string.
-
-    Raises:
-      InputError: if there is no such file, or it raises an error. The message has the error's line.
-    """
-    path, _, arguments = source.partition(":")
-    if not os.path.isfile(path):
-        files = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))
-        files += glob.glob("configs/*.py")
-        raise InputError(f"there is no config file {path}{did_you_mean(path, files)}")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        if not callable(get_config):
-            raise InputError("it defines no get_config; see configs/k400_base.py")
-        if arguments and not inspect.signature(get_config).parameters:
-            raise InputError(f"it takes no arguments; leave out :{arguments}")
-        config = get_config(*([arguments] if arguments else []))
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from e
-    except (Exception, SystemExit) as e:  # a user's file can raise anything
-        raise InputError(f"{path}{_line(e, path)}: {type(e).__name__}: {e}") from e
-    if not isinstance(config, ConfigDict):
-        raise InputError(f"{path}: get_config must return a ConfigDict, not {config!r}")
-    return config
-
-
-def _line(error: BaseException, path: str) -> str:
-    """The line of the file in which an error was raised, for a message; "" if unknown."""
-    if isinstance(error, SyntaxError) and error.lineno is not None:
-        return f", line {error.lineno}"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    return f", line {lines[-1]}" if lines else ""
-
-
 def _fields(config: ConfigDict) -> dict[str, Any]:
-    """All fields that are not groups of fields, by their dotted names."""
-    return traverse_util.flatten_dict(config.to_dict(), sep=".")
+    """The fields that may be set and are not groups of fields, by their dotted names."""
+    return {k: v for k, v in fit.flatten(config).items() if not k.startswith("defaults.")}
 
 
 def _hint(name: str, field: str, fields: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from timesformer_jax.cli import help as help_texts
 from timesformer_jax.cli import log
 from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.cli.flags import parse
-from timesformer_jax.errors import InputError, PartlyDone, did_you_mean
+from timesformer_jax.errors import InputError, PartlyDone, did_you_mean, install
 from timesformer_jax.tensorflow_messages import hide_tensorflow_messages
 
 # Reasons why a path that a person gave cannot be opened. Others are not theirs to put right.
@@ -100,9 +100,7 @@ def load_command(words: Sequence[str]) -> Callable[[], None]:
     except ModuleNotFoundError as e:
         if e.name and e.name.startswith("timesformer_jax"):
             raise
-        raise InputError(
-            f"{name} needs the package {e.name}: pip install '.[data]' in the project's folder"
-        ) from e
+        raise InputError(f"{name} needs the package {e.name}: {install('data')}") from e
     if any(argument.startswith("video") for argument in command.positional):
         return functools.partial(_run_isolated, run, arguments)
     return functools.partial(run, **arguments)

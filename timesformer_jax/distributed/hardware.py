@@ -23,8 +23,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+
+from timesformer_jax.timing import time_runs
 
 GIB = 2**30
 
@@ -129,3 +132,18 @@ def link_rate(chip: Chip, mesh: Mesh, axes: tuple[str, ...]) -> float:
 def _sides(devices: np.ndarray) -> list[int]:
     """Chips along each direction of the torus."""
     return [len(set(places)) for places in zip(*(d.coords for d in np.ravel(devices)))]
+
+
+def measured_host_rate(dtype: str = "float32", seconds: float = 0.2) -> float:
+    """FLOP/s of matrix products on this machine's CPU, all cores together, measured.
+
+    Args:
+      dtype: "float32" or "bfloat16", summed in float32.
+      seconds: how long to measure.
+    """
+    side = 1024
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        x = jnp.ones((side, side), dtype)
+        product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+        timing = time_runs(lambda _: product(x), jax.block_until_ready, seconds)
+    return 2 * side**3 / timing.wall["min"]

@@ -92,13 +92,24 @@ class Results:
         order = np.argsort(self.probabilities[wrong, self.truth[wrong]], kind="stable")
         return wrong[order[:most]]
 
+    @property
+    def loss(self) -> float:
+        """The mean of -log p over the videos, p the averaged probability of the true class."""
+        p = self.probabilities[np.arange(len(self.truth)), self.truth].astype(np.float64)
+        # A float32 softmax can be zero, whose logarithm is not finite.
+        return float(-np.log(np.maximum(p, np.finfo(np.float32).tiny)).mean())
+
     def scalars(self) -> dict[str, float]:
-        """top1 and top5 as fractions."""
+        """top1 and top5 as fractions, and loss."""
         total = len(self.truth)
-        return {"top1": self.top1.sum() / total, "top5": self.top5.sum() / total}
+        return {
+            "top1": self.top1.sum() / total,
+            "top5": self.top5.sum() / total,
+            "loss": self.loss,
+        }
 
     def to_json(self) -> dict[str, Any]:
-        """top1 and top5 as fractions and the number of videos: of all, and of every class."""
+        """top1 and top5 as fractions and the number of videos, of all and of every class; loss."""
         return self.scalars() | {
             "videos": len(self.truth),
             "views": self.views,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 from timesformer_jax.distributed.hardware import CHIPS, Chip, Torus
-from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.errors import InputError, did_you_mean, install
 
 # The chips of a TPU host. For a smaller slice the compiler is told that the host has fewer.
 # Beyond the largest slices; each virtual device of a CPU takes threads of its own.
@@ -88,8 +88,7 @@ def open_topology(name: str) -> Topology:
 def _tpus(name: str, size: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            f"--topology={name} needs the TPU compiler, which needs no TPU: pip install '.[tpu]' "
-            "in the project's folder"
+            f"--topology={name} needs the TPU compiler, which needs no TPU: {install('tpu')}"
         )
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)

@@ -1,6 +1,7 @@
 """Training recipes as ml_collections configs, and the paper's ablations as their arguments."""
 
 from timesformer_jax.recipes.ablations import ablate, with_arguments
+from timesformer_jax.recipes.files import load
 from timesformer_jax.recipes.recipes import (
     demo,
     diving48,
@@ -11,6 +12,7 @@ from timesformer_jax.recipes.recipes import (
     kinetics600,
     recipe,
     something_v2,
+    where_to_get,
 )
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "image_vit",
     "kinetics400",
     "kinetics600",
+    "load",
     "recipe",
     "something_v2",
+    "where_to_get",
     "with_arguments",
 ]

@@ -1,4 +1,4 @@
-"""The paper's ablations, as arguments of any config: `--config=configs/k400_base.py:frames=16`.
+"""The paper's ablations and the presets as arguments of a config: `--config=k400_base:frames=16`.
 
 An argument changes all fields that belong together. To change one field alone, set it:
 `--config.model.drop_path=0.2`.
@@ -6,6 +6,7 @@ An argument changes all fields that belong together. To change one field alone, 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, get_args, get_type_hints
 
 from ml_collections import ConfigDict
@@ -14,7 +15,8 @@ from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.presets import preset
-from timesformer_jax.recipes.recipes import image_vit
+from timesformer_jax.recipes import fit
+from timesformer_jax.recipes.recipes import RELEASED, image_vit
 
 # For each backbone, the preset that has it and its size in the file names of image ViTs.
 BACKBONES = {
@@ -23,6 +25,23 @@ BACKBONES = {
     "vit_l": ("timesformer_vit_l", "large"),
 }
 INITS = {"imagenet21k": "in21k", "imagenet1k": "in1k", "scratch": ""}
+
+# The fields that an argument decides on: they no longer yield to a checkpoint or the data.
+_DECIDES = {
+    "attention": ("model.attention",),
+    "position_embedding": ("model.position_embedding",),
+    "frames": ("clip.frames", "clip.frame_stride"),
+    "frame_stride": ("clip.frame_stride",),
+    "crop": ("clip.crop", "data.short_side_range"),
+    "patch_size": ("model.patch_size",),
+    "backbone": ("model.hidden_size", "model.depth", "model.num_heads"),
+    "init": (),
+    "train_fraction": (),
+    "model": (
+        *(name for name in fit.OF_VIDEO_MODEL if name.startswith("model.")),
+        "clip.frames", "clip.crop", "data.short_side_range",
+    ),
+}  # fmt: skip
 
 
 def with_arguments(config: ConfigDict, arguments: str = "") -> ConfigDict:
@@ -59,6 +78,7 @@ def with_arguments(config: ConfigDict, arguments: str = "") -> ConfigDict:
         except ValueError:
             raise InputError(f"{name} must be a number ({kind.__name__}), not {value!r}") from None
     config = ablate(config, **given)
+    fit.decide(config, [name for argument in given for name in _DECIDES[argument]])
     config.name = f"{config.name}:{arguments}"
     return config
 
@@ -66,6 +86,7 @@ def with_arguments(config: ConfigDict, arguments: str = "") -> ConfigDict:
 def ablate(
     config: ConfigDict,
     *,
+    model: str | None = None,
     attention: str | None = None,
     position_embedding: str | None = None,
     frames: int | None = None,
@@ -76,10 +97,12 @@ def ablate(
     init: str | None = None,
     train_fraction: float | None = None,
 ) -> ConfigDict:
-    """Changes a recipe in the ways that the paper compares.
+    """Changes a recipe to another preset, and in the ways that the paper compares.
 
     Args:
       config: changed in place.
+      model: a preset: its sizes, its clips' length and size, and config.pretrained with them. The
+        attention scheme and the classes are still the recipe's.
       attention: the attention scheme (table 1).
       position_embedding: "none", "space" or "space_time" (table 4).
       frames: frames of a clip that spans the same time as the recipe's: twice the frames, half the
@@ -96,6 +119,8 @@ def ablate(
     Raises:
       InputError: if a value is invalid.
     """
+    if model is not None:
+        _set_model(config, model)
     if attention is not None:
         config.model.attention = attention
     if position_embedding is not None:
@@ -114,6 +139,30 @@ def ablate(
     ClipSpec(**config.clip)
     TimeSformerConfig(**config.model.to_dict() | {"num_classes": config.model.num_classes or 1})
     return config
+
+
+def _set_model(config: ConfigDict, name: str) -> None:
+    """Sets the fields of a preset, and the checkpoint that such a model starts from."""
+    fields = dataclasses.asdict(preset(name))
+    config.clip.frames = fields.pop("num_frames")
+    _set_crop(config, fields.pop("image_size"))
+    for kept in ("num_classes", "attention", "dtype", "remat", "scan_layers"):
+        del fields[kept]
+    config.model.update(fields)
+    if config.pretrained in RELEASED.values():
+        config.pretrained = RELEASED.get(name, "")
+    elif config.pretrained:
+        config.pretrained = _image_vit_of(name)
+
+
+def _image_vit_of(name: str) -> str:
+    """The image ViT with the sizes of a preset; "" if there is none."""
+    ours = preset(name)
+    for vit, size in BACKBONES.values():
+        theirs = preset(vit)
+        if (ours.hidden_size, ours.depth) == (theirs.hidden_size, theirs.depth):
+            return image_vit(size, ours.patch_size)
+    return ""
 
 
 def _set_crop(config: ConfigDict, crop: int) -> None:

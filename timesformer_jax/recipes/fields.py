@@ -27,6 +27,8 @@ def check_fields(config: ConfigDict) -> None:
         traverse_util.flatten_dict(fields.to_dict(), sep=".") for fields in (recipe(), config)
     )
     for name, example in known.items():
+        if name.startswith("defaults."):  # values of other fields; whoever sets one removes it
+            continue
         if name not in given:
             group = next((g for g in _groups(name) if not any(_inside(f, g) for f in given)), name)
             raise InputError(
@@ -34,7 +36,8 @@ def check_fields(config: ConfigDict) -> None:
             )
         if _kind(given[name]) != _kind(example):
             raise InputError(f"config.{name} must be like {example!r}, not {given[name]!r:.60}")
-    if not re.fullmatch(r"[\w-][\w.-]{0,99}", given["name"]):
+    # The arguments of a config follow its name after a colon.
+    if not re.fullmatch(r"[\w-][\w.-]{0,99}(:[\w.,=-]{0,300})?", given["name"]):
         raise InputError(
             f"config.name {given['name']!r:.60} must be letters and digits, with _ . - in between"
         )

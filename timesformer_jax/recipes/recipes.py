@@ -12,10 +12,16 @@ from ml_collections import ConfigDict
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.presets import preset
+from timesformer_jax.recipes import fit
 from timesformer_jax.transforms.augmentation import OFF
 
-# The release's base model.
-K400_WEIGHTS = "TimeSformer_divST_8x32_224_K400.pyth"
+# The release's models, by their preset.
+RELEASED = {
+    "timesformer_base": "TimeSformer_divST_8x32_224_K400.pyth",
+    "timesformer_hr": "TimeSformer_divST_16x16_448_K400.pyth",
+    "timesformer_l": "TimeSformer_divST_96x4_224_K400.pyth",
+}
+K400_WEIGHTS = RELEASED["timesformer_base"]
 
 
 def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> ConfigDict:
@@ -52,6 +58,9 @@ def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> Config
     config.checkpoint.keep_best = 1  # those best by validation top-1, in addition
     # Writes a trace of these steps, counted from 1, to profile/ in the workdir; 0 steps: no trace.
     config.profile = ConfigDict({"start_step": 10, "steps": 0})
+    # Fields that yield to the checkpoint and the data unless they are set, see `recipes.fit`.
+    config.defaults = ConfigDict()
+    fit.yield_fields(config, ["log_every_steps"])
     return config
 
 
@@ -163,6 +172,20 @@ def image_vit(size: str = "base", patch_size: int = 16, images: str = "in21k") -
     return f"vit_{size}_patch{patch_size}_224_{images}.pth"
 
 
+def where_to_get(pretrained: str) -> str:
+    """Where a pretrained file of a recipe is to be had, to append to a message; "" if unknown."""
+    name = pretrained.rpartition("/")[2]
+    if name.startswith("TimeSformer_"):
+        return (
+            "; the authors' model zoo has it (https://github.com/facebookresearch/TimeSformer), "
+            "under CC BY-NC 4.0"
+        )
+    if name.startswith("vit_") and name.endswith(".pth"):
+        stem, _, images = name.removesuffix(".pth").rpartition("_")
+        return f"; timm has it (https://huggingface.co/timm/{stem}.augreg_{images}), Apache-2.0"
+    return ""
+
+
 def finetune(model: str = "timesformer_base") -> ConfigDict:
     """Fine-tunes a pretrained model on your own videos, with any number of classes."""
     config = recipe(model)
@@ -178,6 +201,8 @@ def finetune(model: str = "timesformer_base") -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_epochs = config.get_ref("epochs").to_float() / 15
     config.eval.every_epochs = 1
+    shape = ("optimizer.learning_rate", "data.short_side_range")
+    fit.yield_fields(config, [*fit.OF_VIDEO_MODEL, *fit.OF_DATA, *shape])
     return config
 
 
@@ -200,4 +225,5 @@ def demo() -> ConfigDict:
     config.optimizer.warmup_epochs = config.get_ref("epochs").to_float() / 6
     config.eval.every_epochs = 1
     config.eval.batch_size = 80
+    fit.yield_fields(config, ["data.directory"])
     return config

@@ -10,7 +10,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clu import metric_writers
+from absl import logging
 from etils import epath
 
 import timesformer_jax
@@ -20,19 +20,12 @@ from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import MultiLabelResults, Results, accuracy_line
+from timesformer_jax.training.curves import PICTURE, TABLE, TENSORBOARD, Scalars
+from timesformer_jax.training.resume import Changes
 from timesformer_jax.training.step import Metrics
 
 # In a workdir.
-TENSORBOARD, PROFILE, RESULTS, RECIPE = "tensorboard", "profile", "results.json", "recipe.json"
-
-
-def make_writer(workdir: epath.Path) -> metric_writers.MetricWriter:
-    """Writes TensorBoard and the log in process 0, the log alone in the others."""
-    return metric_writers.create_default_writer(
-        os.fspath(workdir / TENSORBOARD),
-        just_logging=jax.process_index() > 0,
-        asynchronous=False,
-    )
+PROFILE, RESULTS, RECIPE = "profile", "results.json", "recipe.json"
 
 
 def write_recipe(workdir: epath.Path, metadata: CheckpointMetadata) -> None:
@@ -43,11 +36,27 @@ def write_recipe(workdir: epath.Path, metadata: CheckpointMetadata) -> None:
 
 
 def write_accuracy(
-    writer: metric_writers.MetricWriter, step: int, name: str, results: Results | MultiLabelResults
+    scalars: Scalars, step: int, name: str, results: Results | MultiLabelResults
 ) -> None:
-    """Writes the accuracy of an evaluation, "validation" or "final", as scalars."""
-    writer.write_scalars(step, {f"{name}/{k}": value for k, value in results.scalars().items()})
-    writer.flush()
+    """Writes the accuracy and loss of an evaluation, "validation" or "final", as scalars."""
+    scalars.write(step, {f"{name}/{k}": value for k, value in results.scalars().items()})
+    scalars.save()
+
+
+def tell_changes(step: int, checkpoints: Checkpoints, changes: Changes) -> None:
+    """Logs that a run goes on, and what in its config is not as it was saved."""
+    if step:
+        logging.info("going on from step %d of %s", step, checkpoints.directory)
+    for name, (now, before) in changes.items():
+        logging.warning("this run goes on with another %s: %s, it was %s", name, now, before)
+
+
+def tell_finished(step: int, total: int, changes: Changes) -> None:
+    """Logs that a run was finished before, and that a config with other values did nothing."""
+    logging.info("nothing to do: %d of %d steps are done and evaluated", step, total)
+    if changes:
+        values = ", ".join(f"{k} {now} (it was {was})" for k, (now, was) in changes.items())
+        logging.warning("nothing was done with %s: start in another --workdir", values)
 
 
 def mean_metrics(metrics: list[Metrics]) -> dict[str, float]:
@@ -131,5 +140,6 @@ def print_summary(results: dict[str, Any], workdir: str) -> None:
         f"{accuracy_line(results)}\n"
         f"results      {os.path.join(workdir, RESULTS)}\n"
         f"checkpoint   {os.path.join(workdir, store.FOLDER, str(results['step']))}{best}\n"
+        f"curves       {os.path.join(workdir, PICTURE)}, {TABLE}\n"
         f"TensorBoard  tensorboard --logdir {os.path.join(workdir, TENSORBOARD)}"
     )

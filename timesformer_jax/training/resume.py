@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from timesformer_jax.checkpoints import convert
+from timesformer_jax import recipes
+from timesformer_jax.checkpoints import convert, store
+from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata, flatten_config
 from timesformer_jax.checkpoints.sources import NoCheckpoint, locate
 from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.data.input import pipeline
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformer, parameters
+from timesformer_jax.recipes import fit
 from timesformer_jax.training.step import TrainState
+
+# The fields of a config that differ, by name: the new and the saved value.
+Changes = dict[str, tuple[Any, Any]]
+
+
+class Restored(NamedTuple):
+    """Where an interrupted run goes on.
+
+    Attributes:
+      state, position: the training state and the data iterator's position.
+      metadata: of the run, with the license of the checkpoint.
+      changes: what is not as it was saved.
+    """
+
+    state: TrainState
+    position: pipeline.IteratorState
+    metadata: CheckpointMetadata
+    changes: Changes
+
+
+def saved_config(workdir: epath.Path) -> dict[str, Any] | None:
+    """The config of the newest checkpoint of a run: {} if none is readable, None if none exists."""
+    folder = workdir / store.FOLDER
+    if not folder.is_dir():
+        return None
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        for step in reversed(checkpoints.steps()):
+            with contextlib.suppress(store.DamagedCheckpoint):
+                return checkpoints.metadata(step).config
+        return {} if checkpoints.steps() else None
 
 
 def restore(
     checkpoints: Checkpoints, target: TrainState, metadata: CheckpointMetadata
-) -> tuple[TrainState | None, pipeline.IteratorState | None, CheckpointMetadata]:
-    """The newest readable checkpoint of this run.
-
-    Returns:
-      The state and the data iterator's position, both None if no checkpoint was saved yet; and the
-      metadata, with the license of the checkpoint.
+) -> Restored | None:
+    """The newest readable checkpoint of this run, None if no checkpoint was saved yet.
 
     Raises:
       InputError: if the checkpoints belong to another run, or none of them can be read.
@@ -41,15 +72,16 @@ def restore(
 
     found = checkpoints.read_newest(read)
     if found is None:
-        return None, None, metadata
+        return None
     step, (saved, state, saved_progress) = found
     checkpoints.set_aside_after(step)
-    logging.info("going on from step %d of %s", step, checkpoints.directory)
-    for name, (now, before) in _changes(metadata, saved).items():
-        logging.warning("this run goes on with another %s: %s, it was %s", name, now, before)
     state = state._replace(step=jax.device_put(np.int32(step), target.step.sharding))
-    metadata = dataclasses.replace(metadata, license=saved.license, license_note=saved.license_note)
-    return state, pipeline.IteratorState(**saved_progress["position"]), metadata
+    return Restored(
+        state,
+        pipeline.IteratorState(**saved_progress["position"]),
+        dataclasses.replace(metadata, license=saved.license, license_note=saved.license_note),
+        _changes(metadata, saved),
+    )
 
 
 def _check_same_run(
@@ -75,10 +107,14 @@ def _check_same_run(
         )
 
 
-def _changes(metadata: CheckpointMetadata, saved: CheckpointMetadata) -> dict[str, tuple[Any, Any]]:
-    """The fields of the config that differ, by name: the new and the saved value."""
+def _changes(metadata: CheckpointMetadata, saved: CheckpointMetadata) -> Changes:
     ours, theirs = flatten_config(metadata.config), flatten_config(saved.config)
-    return {k: (ours[k], theirs.get(k)) for k in ours if ours[k] != theirs.get(k)}
+    # A run that goes on no longer needs what it started from.
+    return {
+        name: (value, theirs.get(name))
+        for name, value in ours.items()
+        if value != theirs.get(name) and name != "pretrained"
+    }
 
 
 def progress(position: pipeline.IteratorState) -> dict[str, Any]:
@@ -86,31 +122,53 @@ def progress(position: pipeline.IteratorState) -> dict[str, Any]:
     return {"position": dataclasses.asdict(position)}
 
 
-def initial_parameters(
-    config: ConfigDict, metadata: CheckpointMetadata
-) -> tuple[Any, CheckpointMetadata]:
-    """The first parameters, or a function that draws them; and the metadata with their license.
+def open_pretrained(config: ConfigDict) -> Checkpoint | None:
+    """The checkpoint in config.pretrained as it is; None if a run starts at random parameters.
 
     Raises:
-      InputError: if the checkpoint in config.pretrained is missing or does not fit the model.
+      InputError: if it is missing or cannot be read.
     """
     if not config.pretrained:
-        model = metadata.model
-        return lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(config.seed))), metadata
+        return None
     try:
         found = locate(config.pretrained)
     except NoCheckpoint as e:
         raise InputError(
             f"{e}; say with --config.pretrained=FILE where it is, or with --config.pretrained= "
-            "to start from none"
+            f"to start from none{recipes.where_to_get(config.pretrained)}"
         ) from None
+    source, heads = convert.open_checkpoint(found), config.model.num_heads
+    decided = "model.num_heads" not in fit.undecided(config)
+    same_width = source.config.hidden_size == config.model.hidden_size
+    if decided and same_width and source.config.num_heads != heads:  # few files tell theirs
+        source = convert.open_checkpoint(found, heads)
+    return source
+
+
+def initial_parameters(
+    config: ConfigDict, metadata: CheckpointMetadata, source: Checkpoint | None
+) -> tuple[Any, CheckpointMetadata]:
+    """The first parameters, or a function that draws them; and the metadata with their license.
+
+    Args:
+      config: of the run.
+      metadata: of the run.
+      source: of `open_pretrained`.
+
+    Raises:
+      InputError: if the checkpoint does not fit the model.
+    """
+    if source is None:
+        model = metadata.model
+        return lambda: parameters(TimeSformer(model, rngs=nnx.Rngs(config.seed))), metadata
     # The config of the run overrides that of the checkpoint.
-    fields = dataclasses.asdict(metadata.model)
     try:
-        source = convert.read(found, **fields)
+        source = convert.adapted(source, **dataclasses.asdict(metadata.model))
     except convert.SizeMismatch as e:
         flags = " ".join(f"--config.model.{name}={value}" for name, value in e.found.items())
-        raise InputError(f"{e}: pass {flags}") from None
+        raise InputError(f"{config.pretrained}: {e}: pass {flags}") from None
+    except InputError as e:
+        raise InputError(f"{config.pretrained}: {e}") from None
     logging.info("starting from %s", config.pretrained)
     return source.load(), dataclasses.replace(
         metadata, license=source.license, license_note=source.license_note

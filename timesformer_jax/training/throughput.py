@@ -40,7 +40,7 @@ class Throughput:
                 "MFU counts 6 x MACs FLOPs a clip against %d x %g TFLOP/s (%s, %s, dense)",
                 self._devices, rate / 1e12, chip.kind, model.dtype,
             )  # fmt: skip
-        self._compiled = False
+        self._compiled = self._told = False
         self._steps = self._all_steps = 0
         self._seconds = self._all_seconds = self._waited = 0.0
         self._since = 0.0
@@ -90,6 +90,19 @@ class Throughput:
         if self._peak:
             found["mfu"] = steps * self._flops / seconds / self._peak
         return found
+
+    def step_seconds(self, metrics: Any, after: int = 3) -> float | None:
+        """The seconds of a step, measured, once `after` steps are timed; before and later None.
+
+        Args:
+          metrics: of the newest step; it is waited for.
+        """
+        if self._told or self._all_steps + self._steps < after:
+            return None
+        self._told = True
+        jax.block_until_ready(metrics)
+        seconds = self._all_seconds + self._seconds + time.perf_counter() - self._since
+        return seconds / (self._all_steps + self._steps)
 
     def clips_per_second(self) -> float | None:
         """The mean over all steps that `scalars` reported; None if there was none."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from timesformer_jax.checkpoints.convert.reader import SizeMismatch, read
+from timesformer_jax.checkpoints.convert.reader import SizeMismatch, adapted, open_checkpoint, read
 from timesformer_jax.checkpoints.convert.writer import convert
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 
-__all__ = ["SizeMismatch", "convert", "from_pretrained", "read"]
+__all__ = ["SizeMismatch", "adapted", "convert", "from_pretrained", "open_checkpoint", "read"]
 
 
 def from_pretrained(

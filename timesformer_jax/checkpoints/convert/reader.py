@@ -70,15 +70,35 @@ def read(
     """
     _check_options(resize, overrides)
     found = source if isinstance(source, Located) else locate(source, revision)
-    if found.is_native:
-        checkpoint = _read_native(found.path, allow_nonfinite)
-    else:
-        checkpoint = _read_external(found, overrides.get("num_heads"), allow_nonfinite)
+    checkpoint = open_checkpoint(found, overrides.get("num_heads"), allow_nonfinite)
     try:
-        return adapt(checkpoint, _target(checkpoint, overrides), resize)
+        return adapted(checkpoint, resize, **overrides)
     except InputError as e:
         e.args = (f"{found.source}: {e}",)
         raise
+
+
+def open_checkpoint(
+    found: Located, num_heads: int | None = None, allow_nonfinite: bool = False
+) -> Checkpoint:
+    """The checkpoint as it is. Arrays of files of other formats are not read yet.
+
+    Args:
+      found: of `sources.locate`.
+      num_heads: for files that do not tell; by default heads of 64 channels.
+      allow_nonfinite: read parameters that are infinite or not a number.
+
+    Raises:
+      InputError: as `read`.
+    """
+    if found.is_native:
+        return _read_native(found.path, allow_nonfinite)
+    return _read_external(found, num_heads, allow_nonfinite)
+
+
+def adapted(source: Checkpoint, resize: str = "bicubic", **overrides: Any) -> Checkpoint:
+    """The checkpoint adapted to the overrides; the arguments are those of `read`."""
+    return adapt(source, _target(source, overrides), resize)
 
 
 def _check_options(resize: str, overrides: dict[str, Any]) -> None:

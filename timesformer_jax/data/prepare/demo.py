@@ -30,7 +30,7 @@ from tqdm import tqdm
 from timesformer_jax.data.encode import encode_mp4
 from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.errors import InputError
-from timesformer_jax.storage import disk_errors, write_atomically
+from timesformer_jax.storage import disk_errors, is_remote, write_atomically
 from timesformer_jax.workers import available_cores, worker_pool
 
 # Clockwise from the right in steps of 45 degrees, in image coordinates (y points down).
@@ -51,6 +51,16 @@ REGIONS = {"train": (0.0, 0.7), "validation": (0.72, 1.0)}
 
 ANNOTATIONS = "annotations.csv"
 SETTINGS = "demo.json"
+
+
+def is_free(directory: str | os.PathLike) -> bool:
+    """Whether the demo may write into a directory: it has no files, or the demo's."""
+    if is_remote(directory) or os.fspath(directory).startswith("tfds:"):
+        return False
+    directory = Path(directory)
+    if (directory / "videos" / SETTINGS).exists():
+        return True
+    return not any(path.is_file() for path in directory.rglob("*"))
 
 
 def prepare_demo(

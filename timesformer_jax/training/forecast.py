@@ -1,0 +1,93 @@
+"""What a run says before and after its first steps: what it does, and how long it takes."""
+
+from __future__ import annotations
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from timesformer_jax.data.records.split import Split
+from timesformer_jax.distributed.hardware import measured_host_rate
+from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.costs import macs, parameter_count
+
+# A run on a CPU that takes longer is asked whether it is meant.
+LONG_SECONDS = 1800
+# A run with fewer FLOPs ends before anybody would read an estimate.
+SMALL_FLOPS = 1e13
+
+
+def announce(
+    config: ConfigDict,
+    model: TimeSformerConfig,
+    train: Split,
+    evaluation: Split,
+    mesh: Mesh,
+    steps: range,
+) -> None:
+    """Logs what the run is about to do, and on a CPU how long that takes at best.
+
+    Args:
+      config: of the run.
+      model: what is trained.
+      train, evaluation: the data.
+      mesh: the devices.
+      steps: the steps that are left.
+    """
+    if jax.process_index() > 0:
+        return
+    device, clip = mesh.devices.flat[0], config.clip
+    logging.info(
+        "%s: %.1fM parameters, %s attention, clips of %d x %d, on %d x %s",
+        config.name, parameter_count(model) / 1e6, model.attention, clip.frames, clip.crop,
+        mesh.devices.size, device.device_kind,
+    )  # fmt: skip
+    logging.info(
+        "%d clips of %d classes, %d for evaluation: %d epochs, %d steps of %d clips%s",
+        len(train), len(train.label_names), len(evaluation), config.epochs, steps.stop,
+        config.batch_size, f", {len(steps)} left" if steps.start else "",
+    )  # fmt: skip
+    if device.platform != "cpu":
+        return
+    passes = 3 if config.optimizer.trainable == "all" else 1
+    flops = 2 * passes * macs(model, clip.frames, clip.crop, clip.crop) * config.batch_size
+    if flops * len(steps) < SMALL_FLOPS:
+        return
+    seconds = flops / measured_host_rate(model.dtype)
+    expected = (
+        f"at best {seconds:.2g} s a step on this CPU, {duration(seconds * len(steps))} in all"
+    )
+    if seconds * len(steps) < LONG_SECONDS:
+        logging.info("%s", expected)
+    elif config.pretrained:
+        logging.warning(
+            "%s: a GPU is meant for this; --config.optimizer.trainable=head trains the "
+            "classifier alone", expected,
+        )  # fmt: skip
+    else:
+        logging.warning(
+            "%s, from random parameters: --config=from_scratch_small trains a small model in "
+            "minutes", expected,
+        )  # fmt: skip
+
+
+def tell_time_left(seconds: float, steps_left: int) -> None:
+    """Logs the measured time of a step and what is left of the run."""
+    if jax.process_index() == 0:
+        logging.info(
+            "%.3g s a step, measured: %s left, evaluations not counted",
+            seconds, duration(seconds * steps_left),
+        )  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """A duration in its two largest units: "3 h 20 min"."""
+    minutes, hours = round(seconds / 60), seconds / 3600
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours / 24:.0f} days"
