@@ -55,7 +55,12 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=setuptools.find_packages(include=["timesformer_jax", "timesformer_jax.*"]),
+    # configs/ is the one place of the recipes; a wheel has them inside the package.
+    packages=[
+        *setuptools.find_packages(include=["timesformer_jax", "timesformer_jax.*"]),
+        "timesformer_jax.configs",
+    ],
+    package_dir={"timesformer_jax.configs": "configs"},
     package_data={"timesformer_jax.inference.page": ["*.html", "*.css", "*.js"]},
     install_requires=BASE,
     extras_require={

@@ -1,5 +1,9 @@
 """--config and --config.FIELD: what changes a field, and what is refused in one line."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from conftest import REPOSITORY
 
@@ -7,6 +11,7 @@ from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.cli.config_flag import load
 from timesformer_jax.cli.flags import parse
 from timesformer_jax.errors import InputError
+from timesformer_jax.recipes import fit
 
 BASE = f"--config={REPOSITORY}/configs/k400_base.py"
 
@@ -114,6 +119,121 @@ def test_an_error_in_a_file_names_the_line(text, said, tmp_path):
         parsed(f"--config={path}")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_recipe_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in ("demo", "configs/demo.py", str(REPOSITORY / "configs" / "demo.py")):
+        assert load(source).to_dict() == load("demo").to_dict()
+    assert load("k400_base:frames=16").clip.frames == 16
+    with pytest.raises(InputError, match=r"no recipe demos; did you mean 'demo'\?"):
+        load("demos")
+    with pytest.raises(InputError, match="no recipe zzz; there are: demo, diving48_base, "):
+        load("zzz")
+    (tmp_path / "demo").mkdir()  # a folder is no config
+    assert load("demo").name == "demo"
+
+
+def test_a_config_imports_its_neighbour_from_any_folder(tmp_path, monkeypatch):
+    for folder, batch in (("a", 3), ("b", 5)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "common.py").write_text(f"BATCH = {batch}\n")
+        (tmp_path / folder / "mine.py").write_text(
+            "from timesformer_jax.recipes import demo\n"
+            "def get_config():\n"
+            "    import common\n"
+            "    config = demo()\n    config.batch_size = common.BATCH\n    return config\n"
+        )
+    monkeypatch.chdir(tmp_path / "a")
+    path = list(sys.path)
+    assert load("mine.py").batch_size == 3
+    assert load(str(tmp_path / "b" / "mine.py")).batch_size == 5
+    assert sys.path == path
+    assert "common" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "it is no recipe.json of a run"),
+        ("[]", "it is no recipe.json of a run"),
+        ('{"batchsize": 3}', "no config field batchsize; did you mean 'batch_size'?"),
+        ('{"clip": {"frames": "x"}}', "clip.frames must be like 8, not 'x'"),
+        ('{"clip": {"mean": 5}}', "clip.mean must be like (0.45, 0.45, 0.45), not 5"),
+    ],
+)
+def test_a_wrong_recipe_of_a_run_is_one_line(text, said, tmp_path):
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(InputError) as error:
+        load(str(tmp_path / "recipe.json"))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_command_line_sets_does_not_yield():
+    config = parsed("--config=finetune", "--config.data.flip=true", "--config.clip.frames=16")
+    assert not {"data.flip", "clip.frames"} & fit.undecided(config)
+    assert {"clip.frame_stride", "model.depth"} <= fit.undecided(config)
+    with pytest.raises(InputError, match="no config field defaults.data.flip"):
+        parsed("--config=finetune", "--config.defaults.data.flip=false")
+
+
+def swept(*words):
+    command = COMMANDS["sweep"]
+    return parse("sweep", command, command.define_flags(), ["--workdir=x", *words])["configs"]
+
+
+def test_a_sweep_has_a_config_for_each_combination():
+    configs = swept(
+        "--config=finetune", "--config.optimizer.learning_rate=1e-3,3e-3", "--config.epochs=2",
+        "--config.data.short_side_range=(256,320),(224,256)", "--config.clip.mean=0.4,0.5,0.6",
+    )  # fmt: skip
+    assert {
+        name: (c.optimizer.learning_rate, c.data.short_side_range, c.epochs, c.clip.mean)
+        for name, c in configs.items()
+    } == {
+        f"learning_rate={rate},short_side_range={size}": (
+            float(rate),
+            eval(size),
+            2,
+            (0.4, 0.5, 0.6),
+        )
+        for rate in ("1e-3", "3e-3")
+        for size in ("(256,320)", "(224,256)")
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config=finetune"], "give several values of a field, as in"),
+        (["--config.epochs=1,2"], "needs --config"),
+        (["--config=finetune", "--config.epochs=1,1"], "gives a value twice"),
+        (["--config=finetune", "--config.epochs=1,x"], "--config.epochs=x"),
+        (["--config=finetune", "--config.epoch=1,2"], "did you mean --config.epochs?"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_line(words, said):
+    with pytest.raises(InputError) as error:
+        swept(*words)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.processes
+def test_an_installed_package_has_the_recipes(tmp_path):
+    """As a wheel has them: there is no folder configs/ beside the package."""
+    build = ["setup.py", "-q", "build_py", f"--build-lib={tmp_path / 'site'}"]
+    subprocess.run([sys.executable, *build], cwd=REPOSITORY, check=True, capture_output=True)
+    code = "from timesformer_jax.recipes import files; print(len(files.names()), files.folder());"
+    code += "print(files.load('finetune:frames=16').clip.frames)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )  # fmt: skip
+    count = len(list((REPOSITORY / "configs").glob("*.py")))
+    folder = tmp_path / "site" / "timesformer_jax" / "configs"
+    assert done.stdout.split() == [str(count), str(folder), "16"]
 
 
 def test_a_file_without_arguments_says_so(tmp_path):

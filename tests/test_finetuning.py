@@ -1,19 +1,25 @@
 """Runs that start from a checkpoint of another kind (`config.pretrained`)."""
 
+import csv
 import json
 import os
+import re
 
 import jax
 import numpy as np
 import pytest
 import torch
 from conftest import scalars, tiny_run
+from PIL import Image
+from tensorboard.backend.event_processing import event_file_loader
 
 from timesformer_jax.checkpoints import convert
 from timesformer_jax.checkpoints import store as checkpoints
 from timesformer_jax.data.input import pipeline
+from timesformer_jax.data.prepare import demo
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.models.timesformer import with_parameters
+from timesformer_jax.recipes import fit, load
 from timesformer_jax.transforms.preprocess import preprocess
 
 pytestmark = [pytest.mark.processes, pytest.mark.training]
@@ -82,26 +88,88 @@ def test_a_video_run_starts_at_the_image_models_features(
     )
 
 
-def test_it_trains_and_resumes_without_the_file_it_started_from(
-    arguments, tmp_path, timesformer, vit
+def finetuning(data, vit, workdir):
+    """The guide's command line: nothing is said of the model or of its clips."""
+    return [
+        "train", "--config=finetune", f"--workdir={workdir}", f"--config.pretrained={vit}",
+        f"--config.data.directory={data}", "--config.epochs=2", "--config.eval.every_epochs=1",
+        "--config.optimizer.learning_rate=2e-3", "--config.optimizer.warmup_epochs=0",
+        "--config.checkpoint.every_steps=2", "--config.checkpoint.keep=3",
+    ]  # fmt: skip
+
+
+def test_the_recipe_fits_itself_and_resumes_without_the_file_it_started_from(
+    demo_data, tmp_path, timesformer, vit
 ):
-    timesformer(*arguments())
+    arguments = finetuning(demo_data, vit, tmp_path / "run")
+    said = timesformer(*arguments).stderr
+    assert re.search(r"as the checkpoint .*: model\.patch_size 8, model\.hidden_size 24, ", said)
+    assert "of 64 videos are shorter than a clip of 8.5 s: clip.frame_stride " in said
+    assert "classes tell left from right (down-left, down-right, left, ...): clips are not" in said
+    assert "log_every_steps 1" in said
+    assert "64 clips of 8 classes, 21 for evaluation: 2 epochs, 16 steps of 8 clips" in said
+    assert re.search(r"s a step, measured: \d+ s left", said)
+    metadata, _ = checkpoints.load_parameters(tmp_path / "run")
+    assert (metadata.model.hidden_size, metadata.model.depth, metadata.clip.crop) == (24, 2, 16)
+    assert metadata.clip.frame_stride == max(demo.FRAMES * 30 // (demo.FPS * 8), 1)
+    assert not metadata.config["data"]["flip"]
+    check_what_repeats_it(tmp_path / "run", metadata)
+
     losses = scalars(tmp_path / "run", "train/loss")
     assert np.mean([losses[s][0] for s in range(13, 17)]) < np.mean(
         [losses[s][0] for s in range(1, 5)]
     )
     _, whole = checkpoints.load_parameters(tmp_path / "run")
+    curves = rows_without_speeds(tmp_path / "run")
     for step in (14, 16):
         done = tmp_path / "run" / "checkpoints" / str(step)
         os.rename(done, tmp_path / f"moved{step}")
     hidden = vit.rename(vit.with_suffix(".away"))
     try:
-        again = timesformer(*arguments())
+        again = timesformer(*arguments)
     finally:
         hidden.rename(vit)
     assert "going on from step 7" in again.stderr
     _, resumed = checkpoints.load_parameters(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert "goes on with another" not in again.stderr
+    assert rows_without_speeds(tmp_path / "run") == curves
+
+
+def check_what_repeats_it(workdir, metadata):
+    """recipe.json is the config with all that was decided; curves.csv has the scalars."""
+    repeated = load(str(workdir / "recipe.json"))
+    assert not fit.undecided(repeated)
+    fields = json.loads(repeated.to_json())
+    assert {k: v for k, v in fields.items() if k in metadata.config} == metadata.config
+    assert set(fields) - set(metadata.config) == {"attention_kernels", "defaults"}
+    repeated.clip.frames = 4
+    assert repeated.model.num_frames == 4
+    rows = rows_without_speeds(workdir)
+    assert [int(row["step"]) for row in rows] == list(range(1, 17))
+    assert {step: [float(rows[step - 1]["train/loss"])] for step in range(1, 17)} == {
+        step: [pytest.approx(loss)] for step, [loss] in scalars(workdir, "train/loss").items()
+    }
+    assert [bool(row["validation/loss"]) for row in rows] == [
+        step in (8, 16) for step in range(1, 17)
+    ]
+    with Image.open(workdir / "curves.png") as picture:
+        assert min(picture.size) > 300
+    assert any(
+        value.metadata.plugin_data.plugin_name == "hparams"
+        for path in (workdir / "tensorboard").glob("events*")
+        for event in event_file_loader.EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+    )
+
+
+def rows_without_speeds(workdir):
+    speeds = ("seconds", "per_second", "data_wait")
+    with open(workdir / "curves.csv") as table:
+        return [
+            {name: value for name, value in row.items() if not any(s in name for s in speeds)}
+            for row in csv.DictReader(table)
+        ]
 
 
 def test_a_license_stays_with_what_is_trained_from_it(

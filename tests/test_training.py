@@ -94,12 +94,18 @@ def test_asked_to_end_it_saves_and_says_so(how, when, demo_data, whole, tmp_path
 
 
 def test_a_finished_run_says_it_is_done(demo_data, whole, timesformer):
-    before = (whole / "results.json").read_bytes()
+    kept = ("results.json", "recipe.json", "curves.csv")
+    before = [(whole / name).read_bytes() for name in kept]
     # It needs no start.
-    done = timesformer(*tiny_run(demo_data, whole, **LONG, pretrained="/nowhere.pyth"))
+    changes = {"pretrained": "/nowhere.pyth", "optimizer.learning_rate": 0.5}
+    done = timesformer(*tiny_run(demo_data, whole, **LONG, **changes))
     assert f"nothing to do: {LAST} of {LAST} steps are done" in done.stderr
     assert "top-1" in done.stdout
-    assert (whole / "results.json").read_bytes() == before
+    assert (
+        "nothing was done with optimizer.learning_rate 0.5 (it was 0.002): start in" in done.stderr
+    )
+    assert "goes on" not in done.stderr
+    assert [(whole / name).read_bytes() for name in kept] == before
     assert sorted(scalars(whole, "train/loss")) == list(range(1, LAST + 1))
 
 

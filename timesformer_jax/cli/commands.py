@@ -141,6 +141,17 @@ COMMANDS = {
         (CONFIG, string("workdir", None, "folder for checkpoints, logs and results"), *PROCESSES),
         required=("config", "workdir"),
     ),
+    "sweep": Command(
+        "trains a recipe for each of several values of its fields, and compares the results",
+        "timesformer_jax.training.sweep:sweep",
+        (
+            CONFIG,
+            string("workdir", None, "folder for the runs, each in a folder of its own"),
+            *PROCESSES,
+        ),
+        required=("config", "workdir"),
+        sweeps=True,
+    ),
     "evaluate": Command(
         "measures the accuracy of a checkpoint on a split",
         "timesformer_jax.evaluation.multi_view:evaluate_checkpoint",

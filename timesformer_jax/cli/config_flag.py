@@ -8,6 +8,7 @@ without the line, and suggests a name only for a small misspelling in the right 
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -65,6 +66,50 @@ def parse(name: str, source: str, words: Sequence[str], values: flags.FlagValues
             )
     fit.decide(config, changed)  # what is set here does not yield, even if it is the default
     return rest
+
+
+def combinations(name: str, source: str, words: Sequence[str]) -> dict[str, list[str]]:
+    """The command lines of a sweep, one for each combination of the values of fields.
+
+    Args:
+      name: of the flag.
+      source: of the config, as for `load`.
+      words: the command line; --NAME.FIELD=A,B,... gives several values. Values that have commas
+        themselves are in brackets: (256,320),(224,256).
+
+    Returns:
+      A command line with one value a field for each combination, by a name that says the values.
+
+    Raises:
+      InputError: if no field has several values, or two combinations are the same.
+    """
+    fields = _fields(load(source))
+    choices: list[list[tuple[str, str]]] = []  # for each word: what it sets, and the word
+    for word in words:
+        field = re.fullmatch(rf"(--?{name}\.([^=]*))=(.*)", word)
+        values = _split(field[3], isinstance(fields.get(field[2]), tuple)) if field else []
+        if field is None or len(values) < 2:
+            choices.append([("", word)])
+            continue
+        if len(values) > len(set(values)):
+            raise InputError(f"{word} gives a value twice")
+        last = field[2].rpartition(".")[2]
+        choices.append([(f"{last}={value}", f"{field[1]}={value}") for value in values])
+    found = {}
+    for chosen in itertools.product(*choices):
+        label = ",".join(said for said, _ in chosen if said).replace("/", "_")
+        found[label] = [word for _, word in chosen]
+    if len(found) == 1:
+        raise InputError(
+            f"give several values of a field, as in --{name}.optimizer.learning_rate=1e-3,3e-3,1e-2"
+        )
+    return found
+
+
+def _split(text: str, is_tuple: bool) -> list[str]:
+    """The values of a field: split at the commas outside brackets; 256,320 is one tuple."""
+    values = re.findall(r"(?:\([^)]*\)|\[[^\]]*\]|[^,(\[])+", text)
+    return [text] if is_tuple and not all(value[0] in "([" for value in values) else values
 
 
 def _fields(config: ConfigDict) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class Command(NamedTuple):
       required: the names of the flags that must be given.
       positional: the names of its positional arguments. If the only name ends in "...", the
         argument is a list of any length.
+      sweeps: whether fields of --config may have several values; the function then gets `configs`,
+        one for each combination, by name.
     """
 
     summary: str
@@ -33,6 +35,7 @@ class Command(NamedTuple):
     flags: Sequence[Define]
     required: Sequence[str] = ()
     positional: Sequence[str] = ()
+    sweeps: bool = False
 
     def define_flags(self) -> FlagValues:
         """Returns the command's flags, each with its default value."""
@@ -114,6 +117,8 @@ def parse(name: str, command: Command, values: FlagValues, words: Sequence[str])
     Raises:
       InputError: if a flag or an argument is unknown, invalid or missing.
     """
+    if command.sweeps:
+        return _parse_sweep(name, command, words)
     try:
         # The fields of a config become flags only when the config is loaded.
         rest = values([name, *words], known_only=True)
@@ -135,6 +140,27 @@ def parse(name: str, command: Command, values: FlagValues, words: Sequence[str])
         if "." not in flag and values[flag].value is not None
     }
     return arguments | _positional(name, command, rest[1:])
+
+
+def _parse_sweep(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a command with one config for each combination of the fields' values."""
+    single = command._replace(sweeps=False)
+    values = single.define_flags()
+    try:
+        values([name, *words], known_only=True)
+        if values["config"].value is None:
+            return parse(name, single, values, words)  # says that it is needed
+        from timesformer_jax.cli import config_flag  # needs ml_collections
+
+        combinations = config_flag.combinations("config", values["config"].value, words)
+    except (flags.Error, InputError) as e:
+        raise InputError(f"timesformer {name}: {' '.join(str(e).split())}") from e
+    arguments: dict[str, Any] = {}
+    configs = {}
+    for label, line in combinations.items():
+        arguments = parse(name, single, single.define_flags(), line)
+        configs[label] = arguments.pop("config")
+    return arguments | {"configs": configs}
 
 
 def _positional(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:

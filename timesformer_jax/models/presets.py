@@ -20,6 +20,11 @@ PRESETS = {
     "timesformer_vit_s": dataclasses.replace(_BASE, hidden_size=384, num_heads=6),
     "timesformer_vit_l": dataclasses.replace(_BASE, hidden_size=1024, depth=24, num_heads=16),
     "timesformer_p32": dataclasses.replace(_BASE, patch_size=32),
+    # Learns a few classes from a few dozen videos from scratch, on a CPU in minutes.
+    "timesformer_small": dataclasses.replace(
+        _BASE, image_size=64, patch_size=8, hidden_size=96, depth=4, num_heads=4,
+        drop_path=0.0, init="width_scaled",
+    ),
     # Learns the embedded data set from scratch on a laptop's CPU.
     "timesformer_tiny": dataclasses.replace(
         _BASE, image_size=32, patch_size=8, hidden_size=64, depth=3, num_heads=4,

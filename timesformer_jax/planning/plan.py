@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 from absl import logging
 
-from timesformer_jax.distributed.hardware import GIB, Chip, Torus
+from timesformer_jax.distributed.hardware import GIB, Chip, Torus, measured_host_rate
 from timesformer_jax.distributed.mesh import BATCH_SPEC
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.costs import macs
@@ -69,6 +69,7 @@ class Plan:
       text: the compiled program as HLO text; None if there is none.
       compile_seconds: how long the compiler took; None if it did not run.
       quick: whether the compiler was told to optimise less.
+      host_rate: FLOP/s of this machine's matrix products, measured, if the topology is its CPU.
       largest_batch: as `Program.batch_size`, of all devices together; None if it was not searched
         for.
     """
@@ -84,6 +85,7 @@ class Plan:
     compile_seconds: float | None
     quick: bool
     largest_batch: int | None
+    host_rate: float | None = None
 
     @property
     def best(self) -> Estimate:
@@ -97,7 +99,13 @@ class Plan:
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds of a step at the roofline, if nothing waits for anything else."""
+        """Seconds of a step at the roofline, if nothing waits for anything else.
+
+        On the host's CPU, whose cores all its devices share: of the model's matrix products, at the
+        measured rate.
+        """
+        if self.host_rate is not None:
+            return model_flops(self.program) * self.program.mesh.devices.size / self.host_rate
         return self.best.roofline and self.best.roofline.overlapped
 
     @property
@@ -177,7 +185,7 @@ def make_plan(
         largest = largest_batch(bytes_of, limit, program.batch_multiple, batch_size, empty)
     return Plan(
         target, program, limit, needed, counted, compiled, cycles, text, seconds, bool(options),
-        largest,
+        largest, None if target.chip else measured_host_rate(program.model.dtype),
     )  # fmt: skip
 
 

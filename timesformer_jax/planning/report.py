@@ -43,6 +43,13 @@ def as_text(plan: Plan) -> str:
         lines += _sent(name, estimate, plan)
     if plan.best.roofline:
         lines += ["", *_times(plan, plan.best.roofline)]
+    if plan.host_rate and plan.step_seconds:
+        rate = plan.program.clips / plan.step_seconds
+        lines += [
+            "",
+            f"at best {plan.step_seconds:.3g} s a step on this CPU, at the "
+            f"{plan.host_rate / 1e9:.0f} GFLOP/s of its matrix products: {rate:.2g} clips/s",
+        ]
     if plan.cycles:
         lines += ["", *cycles_lines(plan, plan.cycles)]
     if plan.largest_batch is not None:
@@ -52,7 +59,7 @@ def as_text(plan: Plan) -> str:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values: bytes, FLOPs, seconds."""
-    program, bound = plan.program, plan.best.roofline
+    program = plan.program
     return {
         "topology": plan.topology.name,
         "work": program.work,
@@ -75,7 +82,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compiled": plan.compiled and _estimate_json(plan.compiled, plan),
         "counted": _estimate_json(plan.counted, plan),
         "step_seconds": plan.step_seconds,
-        "clips_per_second": bound and program.clips / bound.overlapped,
+        "clips_per_second": plan.step_seconds and program.clips / plan.step_seconds,
         "mfu": plan.mfu,
         "cycles": plan.cycles and cycles_json(plan, plan.cycles),
         "assumptions": assumptions(plan),
@@ -119,7 +126,7 @@ def assumptions(plan: Plan) -> list[str]:
     if plan.cycles:
         lines += cycles_notes(plan.cycles)
     if chip is None:
-        return [*lines, "the peaks of this CPU are unknown: no time is estimated"]
+        return [*lines, "time: the model's matrix products at the rate of this machine's, measured"]
     product = "a bfloat16 pass" if isinstance(chip.links, Torus) else "TensorFloat-32"
     peak = chip.bfloat16 if program.model.dtype == "bfloat16" else chip.float32
     lines += [

@@ -206,6 +206,22 @@ def finetune(model: str = "timesformer_base") -> ConfigDict:
     return config
 
 
+def from_scratch_small() -> ConfigDict:
+    """Trains a small model from scratch on your own videos: minutes on a CPU, for a first try."""
+    config = finetune("timesformer_small")
+    config.name = "from_scratch_small"
+    config.pretrained = ""
+    config.epochs = 60
+    config.data.short_side_range = (64, 80)
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.clip_norm = 1.0
+    config.augment.color_jitter = (0.3, 0.3, 0.3, 0.0)
+    config.augment.label_smoothing = 0.1
+    config.eval.every_epochs = 5
+    fit.yield_fields(config, [*fit.OF_VIDEO_MODEL, *fit.OF_DATA, "data.short_side_range"])
+    return config
+
+
 def demo() -> ConfigDict:
     """Trains a tiny model from scratch on the embedded data set: minutes on two CPU cores."""
     config = recipe("timesformer_tiny", frame_stride=2)
