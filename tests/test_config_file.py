@@ -174,7 +174,7 @@ def test_what_the_command_line_sets_does_not_yield():
     config = parsed("--config=finetune", "--config.data.flip=true", "--config.clip.frames=16")
     assert not {"data.flip", "clip.frames"} & fit.undecided(config)
     assert {"clip.frame_stride", "model.depth"} <= fit.undecided(config)
-    with pytest.raises(InputError, match="no config field defaults.data.flip"):
+    with pytest.raises(InputError, match=r"no config field defaults\.data\.flip"):
         parsed("--config=finetune", "--config.defaults.data.flip=false")
 
 
@@ -188,19 +188,13 @@ def test_a_sweep_has_a_config_for_each_combination():
         "--config=finetune", "--config.optimizer.learning_rate=1e-3,3e-3", "--config.epochs=2",
         "--config.data.short_side_range=(256,320),(224,256)", "--config.clip.mean=0.4,0.5,0.6",
     )  # fmt: skip
-    assert {
-        name: (c.optimizer.learning_rate, c.data.short_side_range, c.epochs, c.clip.mean)
-        for name, c in configs.items()
-    } == {
-        f"learning_rate={rate},short_side_range={size}": (
-            float(rate),
-            eval(size),
-            2,
-            (0.4, 0.5, 0.6),
-        )
+    found = {n: (c.optimizer.learning_rate, c.data.short_side_range) for n, c in configs.items()}
+    assert found == {
+        f"learning_rate={rate},short_side_range={size}": (float(rate), eval(size))
         for rate in ("1e-3", "3e-3")
         for size in ("(256,320)", "(224,256)")
     }
+    assert all((c.epochs, c.clip.mean) == (2, (0.4, 0.5, 0.6)) for c in configs.values())
 
 
 @pytest.mark.parametrize(
