@@ -190,6 +190,10 @@ def test_a_license_stays_with_what_is_trained_from_it(
             {"model.hidden_size": 32, "model.depth": 3},
             "pass --config.model.hidden_size=24 --config.model.depth=2",
         ),
+        (  # 24 is not divisible by 5
+            {"model.hidden_size": 30, "model.num_heads": 5},
+            "its hidden_size is 24, not 30, which cannot be resized; ask for the checkpoint's own: pass",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(arguments, refusal, change, said):

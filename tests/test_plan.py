@@ -389,6 +389,10 @@ def test_inference_holds_parameters_and_runs_forward(topology):
     assert (written["work"], written["batch_size"], written["clips"]) == ("inference", 8, 48)
     if found.compiled:
         assert found.compiled.flops / found.counted.flops == pytest.approx(1, abs=0.35)
+    if topology == "cpu:8":  # its devices share the cores
+        seconds = found.counted.flops * 8 / found.host_rate
+        assert found.step_seconds == written["step_seconds"] == seconds
+        assert f"at best {seconds:.3g} s a step on this CPU, at the " in text
 
 
 def test_the_batch_of_inference_is_what_evaluation_feeds_the_step(demo_data):

@@ -135,21 +135,23 @@ def test_training_is_public():
 def test_a_sweep_compares_its_runs_and_goes_on_after_one_that_fails(demo_data, tmp_path, capsys):
     arguments = tiny_run(
         demo_data, tmp_path, epochs=1, **{
-            "optimizer.learning_rate": "2e-3,1e38", "model.depth": 1, "eval.every_epochs": 0,
+            "batch_size": "8,104", "model.depth": 1, "eval.every_epochs": 0,
             "eval.crops": 1, "optimizer.warmup_epochs": 0,
         },
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"1 of 2 runs failed: learning_rate=1e38: the "):
+    with pytest.raises(
+        InputError, match=r"1 of 2 runs failed: batch_size=104: .* fewer than a batch of 104"
+    ):
         load_command(["sweep", *arguments[1:]])()
     printed = capsys.readouterr().out
-    results = json.loads((tmp_path / "learning_rate=2e-3" / "results.json").read_text())
+    results = json.loads((tmp_path / "batch_size=8" / "results.json").read_text())
     [row] = rows(tmp_path / sweep.TABLE)
-    assert row["run"] == "learning_rate=2e-3"
-    assert float(row["optimizer.learning_rate"]) == 2e-3
+    assert row["run"] == "batch_size=8"
+    assert row["batch_size"] == "8"
     assert float(row["top1"]) == results["top1"]
-    assert "optimizer.learning_rate" in printed
+    assert "batch_size" in printed
     assert f"{results['loss']:.4g}" in printed
-    assert plugins(tmp_path) == plugins(tmp_path / "learning_rate=2e-3" / "tensorboard") == {
+    assert plugins(tmp_path) == plugins(tmp_path / "batch_size=8" / "tensorboard") == {
         "hparams"
     }  # fmt: skip
 
