@@ -14,6 +14,7 @@ from clu import metric_writers
 from etils import epath
 
 from timesformer_jax import storage
+from timesformer_jax.errors import InputError
 
 # In a workdir.
 TENSORBOARD, TABLE, PICTURE = "tensorboard", "curves.csv", "curves.png"
@@ -73,7 +74,7 @@ class Scalars:
         table.writeheader()
         for step in sorted(self._rows):
             table.writerow({"step": step} | self._rows[step])
-        storage.write_atomically(self._workdir / TABLE, text.getvalue().encode())
+        self._write_file(TABLE, text.getvalue().encode())
 
     def draw(self) -> None:
         """Draws curves.png, if matplotlib is installed: loss and accuracy by step."""
@@ -93,7 +94,7 @@ class Scalars:
         accuracy.set(ylabel="validation accuracy", ylim=(0, 1.02))
         picture = io.BytesIO()
         FigureCanvasAgg(figure).print_png(picture)
-        storage.write_atomically(self._workdir / PICTURE, picture.getvalue())
+        self._write_file(PICTURE, picture.getvalue())
 
     def _lines(self, axes: Any, names: Mapping[str, str]) -> None:
         """One line for each label and scalar name; few points are marked."""
@@ -105,6 +106,15 @@ class Scalars:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
+
+    def _write_file(self, name: str, content: bytes) -> None:
+        try:
+            storage.write_atomically(self._workdir / name, content)
+        except OSError as e:
+            raise InputError(
+                f"cannot write {self._workdir / name} ({e.strerror}); free space and run again: "
+                "earlier checkpoints are kept"
+            ) from e
 
     def close(self) -> None:
         self._writer.close()
