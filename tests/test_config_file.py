@@ -201,7 +201,8 @@ def test_a_sweep_has_a_config_for_each_combination():
     ("words", "said"),
     [
         (["--config=finetune"], "give several values of a field, as in"),
-        (["--config.epochs=1,2"], "needs --config"),
+        (["--config.epochs=1,2"], "timesformer sweep: Unknown command line flag 'config.epochs'"),
+        ([], "timesformer sweep needs --config"),
         (["--config=finetune", "--config.epochs=1,1"], "gives a value twice"),
         (["--config=finetune", "--config.epochs=1,x"], "--config.epochs=x"),
         (["--config=finetune", "--config.epoch=1,2"], "did you mean --config.epochs?"),

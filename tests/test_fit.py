@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timesformer_jax import recipes
@@ -73,6 +73,7 @@ def test_it_is_said_in_one_sentence():
     assert "\n" not in change.reason
 
 
+@settings(max_examples=30)
 @given(st.sets(st.sampled_from(fit.OF_VIDEO_MODEL)))
 def test_what_somebody_set_is_kept(names):
     config = recipes.finetune()
@@ -145,32 +146,32 @@ def test_the_frame_stride_of_videos_of_three_seconds():
     assert "clip.frame_stride" not in taken
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.floats(0.1, 20), min_size=1, max_size=40),
     st.sampled_from([12.0, 25.0, 29.97, 60.0]),
     st.sampled_from([2, 8, 16]),
 )
 def test_the_stride_is_the_largest_that_nine_of_ten_videos_are_as_long_as(seconds, fps, frames):
-    config = recipes.finetune()
-    config.clip.frames = frames
+    default = recipes.finetune()
+    default.clip.frames = frames
     data = clips(seconds, fps=fps)
-    config, _ = fitted(config, data, ("a",))
+    config, _ = fitted(default, data, ("a",))
     stride = config.clip.frame_stride
     assert 1 <= stride <= 32
 
     def repeated(stride):
-        """Videos whose last frame is shown more often than rounding does."""
-        spans = [clip_indices(10**6, fps, frames, stride, 0.0)[-1] for _ in range(1)]
-        return sum(n < spans[0] for n in data.num_frames)
+        """Videos that end before the last frame of a clip from their beginning."""
+        last = clip_indices(10**6, fps, frames, stride, 0.0)[-1]
+        return sum(n < last for n in data.num_frames)
 
     if stride > 1:
         assert repeated(stride) <= 0.1 * len(seconds) + 1e-9
     if stride < 32:
         assert data.shorter_than(frames, stride + 1) > 0.1 * len(seconds) - 1e-9
     # The same in any order, and nothing more to do afterwards.
-    assert fitted(recipes.finetune(), data, ("a",))[1].get("clip.frame_stride") == fitted(
-        recipes.finetune(), clips(seconds[::-1], fps=fps), ("a",)
-    )[1].get("clip.frame_stride")
+    [again, *_] = fit.to_data(default, clips(seconds[::-1], fps=fps), ("a",)) or [None]
+    assert stride == (again.fields.get("clip.frame_stride", 32) if again else 32)
     assert fit.to_data(config, data, ("a",)) == []
 
 
@@ -208,6 +209,7 @@ def test_a_batch_larger_than_the_data_is_made_smaller():
     assert "batch_size" not in fitted(recipes.finetune(), clips([10.0] * 5), ("a",), 8)[1]
 
 
+@settings(max_examples=30)
 @given(st.integers(8, 2000), st.integers(1, 30))
 def test_a_short_run_has_a_curve(videos, epochs):
     config = recipes.finetune()

@@ -148,11 +148,11 @@ def _parse_sweep(name: str, command: Command, words: Sequence[str]) -> dict[str,
     values = single.define_flags()
     try:
         values([name, *words], known_only=True)
-        if values["config"].value is None:
-            return parse(name, single, values, words)  # says that it is needed
-        from timesformer_jax.cli import config_flag  # needs ml_collections
+        combinations = {"": list(words)}  # without --config, whose lack is then reported
+        if values["config"].value is not None:
+            from timesformer_jax.cli import config_flag  # needs ml_collections
 
-        combinations = config_flag.combinations("config", values["config"].value, words)
+            combinations = config_flag.combinations("config", values["config"].value, words)
     except (flags.Error, InputError) as e:
         raise InputError(f"timesformer {name}: {' '.join(str(e).split())}") from e
     arguments: dict[str, Any] = {}
