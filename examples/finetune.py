@@ -8,8 +8,8 @@ docs/checkpoints.md) a tiny model is trained from scratch. Stopped and run again
 
 import sys
 
+import timesformer_jax as tsf
 from timesformer_jax import recipes
-from timesformer_jax.training.loop import train
 
 
 def main(data: str, workdir: str, pretrained: str = "", epochs: int = 15) -> None:
@@ -20,7 +20,7 @@ def main(data: str, workdir: str, pretrained: str = "", epochs: int = 15) -> Non
     if not pretrained:
         config.optimizer.learning_rate = 2e-3
         config.data.short_side_range = (config.clip.crop, config.clip.crop * 5 // 4)
-    results = train(config, workdir)
+    results = tsf.train(config, workdir)
     print(f"top-1 {results['top1']:.1%} of {results['videos']} videos, step {results['step']}")
 
 

@@ -5,11 +5,15 @@ timesformer plan --config=configs/k400_l.py --topology=v5e:4x4
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from json import dumps
 from typing import TYPE_CHECKING
 
+from absl import logging
+
+from timesformer_jax import storage
 from timesformer_jax.errors import InputError
 from timesformer_jax.planning.plan import make_plan
 from timesformer_jax.planning.report import as_json, as_text
@@ -42,7 +46,7 @@ def plan(
         if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
             raise InputError(f"--{flag}={path} cannot be written: give a file in a folder that is")
     result = make_plan(
-        config, topology, work=work, find_batch=find_batch, quick=quick, memory=memory
+        _as_trained(config), topology, work=work, find_batch=find_batch, quick=quick, memory=memory
     )
     print(as_text(result))
     if json:
@@ -51,6 +55,25 @@ def plan(
         raise InputError(f"--hlo={hlo} is not written: no program was compiled that fits")
     if hlo and result.text:
         _write("hlo", hlo, result.text)
+
+
+def _as_trained(config: ConfigDict) -> ConfigDict:
+    """The config with the shape of its pretrained checkpoint, if this is a file or folder here."""
+    from timesformer_jax.checkpoints import convert  # the planner itself reads no checkpoints
+    from timesformer_jax.checkpoints.sources import locate
+    from timesformer_jax.recipes import fit
+
+    if not config.pretrained or not storage.absolute(config.pretrained).exists():
+        return config
+    source = convert.open_checkpoint(locate(config.pretrained))
+    changes = fit.to_checkpoint(
+        config, source.path, source.config, source.clip, source.is_image_model
+    )
+    for change in changes:
+        logging.info("%s", change.reason)
+    config = copy.deepcopy(config)
+    fit.apply(config, changes)
+    return config
 
 
 def _write(flag: str, path: str, text: str) -> None:

@@ -33,8 +33,8 @@ OF_VIDEO_MODEL = (
 # What the data decides.
 OF_DATA = ("clip.frame_stride", "data.flip", "batch_size", "log_every_steps")
 
-# At least this share of the videos shall be as long as a clip.
-LONG_ENOUGH = 0.9
+# One video in so many may be shorter than a clip.
+SHORT_ONE_IN = 10
 # A run reports at least so often.
 REPORTS = 50
 # Of AdamW where nothing pretrained is to be kept.
@@ -246,8 +246,7 @@ def _frame_stride(clip: ConfigDict, train: Clips) -> list[Change]:
         return []
     short = train.shorter_than(clip.frames, clip.frame_stride)
     stride = clip.frame_stride
-    allowed = (1 - LONG_ENOUGH) * len(train)
-    while stride > 1 and train.shorter_than(clip.frames, stride) > allowed:
+    while stride > 1 and train.shorter_than(clip.frames, stride) > len(train) // SHORT_ONE_IN:
         stride -= 1
     if stride == clip.frame_stride:
         return []
@@ -297,7 +296,7 @@ def warnings(
         found.append(f"{_count(names)} ({_some(names)}) without a clip in validation")
     clip = config.clip
     short = train.shorter_than(clip.frames, clip.frame_stride)
-    if clip.sampling == "stride" and short > (1 - LONG_ENOUGH) * len(train):
+    if clip.sampling == "stride" and short > len(train) // SHORT_ONE_IN:
         found.append(
             f"{short} of {len(train)} videos are shorter than a clip of "
             f"{clip.frames * clip.frame_stride / 30:.1f} s: their last frame is repeated; a "
