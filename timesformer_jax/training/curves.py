@@ -68,7 +68,9 @@ class Scalars:
         self._writer.flush()
         if not self._writes or not self._rows:
             return
-        names = sorted({name for row in self._rows.values() for name in row})
+        names = {name for row in self._rows.values() for name in row}
+        groups = ("train", "validation", "final")
+        names = sorted(names, key=lambda name: (groups.index(name.partition("/")[0]), name))
         text = io.StringIO()
         table = csv.DictWriter(text, ["step", *names], lineterminator="\n")
         table.writeheader()
@@ -90,7 +92,10 @@ class Scalars:
         loss, accuracy = figure.subplots(1, 2)
         self._lines(loss, {"training": "train/loss", "validation": "validation/loss"})
         loss.set(ylabel="loss", ylim=(0, None))
-        self._lines(accuracy, {"top-1": "validation/top1", "top-5": "validation/top5"})
+        lines = {"top-1": "validation/top1", "top-5": "validation/top5"}
+        if all(row.get(lines["top-5"], 1) == 1 for row in self._rows.values()):
+            del lines["top-5"]  # of up to five classes it says nothing
+        self._lines(accuracy, lines)
         accuracy.set(ylabel="validation accuracy", ylim=(0, 1.02))
         picture = io.BytesIO()
         FigureCanvasAgg(figure).print_png(picture)
@@ -102,7 +107,7 @@ class Scalars:
             points = [(step, row[name]) for step, row in sorted(self._rows.items()) if name in row]
             marker = "o" if len(points) < 30 else None
             axes.plot(*zip(*points), label=label, marker=marker, markersize=4) if points else None
-        axes.set(xlabel="step")
+        axes.set(xlabel="step", xlim=(0, None))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
