@@ -3,6 +3,7 @@
     timesformer train --config=configs/finetune.py --workdir=runs/mine \\
         --config.data.directory=data/mine --config.pretrained=TimeSformer_divST_8x32_224_K400.pyth
 
+Takes the shape of the checkpoint, and fits itself to the data (docs/finetune.md).
 AdamW with a learning rate of 1e-4 for 15 epochs, in batches of 8 clips.
 Hardware: one GPU.
 Expected accuracy: depends on your data.
