@@ -18,7 +18,7 @@ from timesformer_jax.cli.main import load_command
 from timesformer_jax.data.prepare import demo
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.metrics import Results
+from timesformer_jax.evaluation.metrics import MultiLabelResults, Results
 from timesformer_jax.models.timesformer import TimeSformerConfig
 from timesformer_jax.training import forecast, loop, run, sweep
 from timesformer_jax.training.curves import Scalars
@@ -72,6 +72,9 @@ def test_the_loss_of_an_evaluation():
     # A float32 softmax can give zero.
     wrong = Results(("a", "b", "c"), np.array(["z"]), np.array([1]), probabilities[2:])
     assert 80 < wrong.loss < 100
+    truth = np.array([[True, False], [True, True]])
+    found = MultiLabelResults(("a", "b"), ids[:2], truth, np.array([[0.5, 0.25], [0.125, 1.0]]))
+    assert found.scalars()["loss"] == pytest.approx((np.log(2) + np.log(4 / 3) + np.log(8)) / 4)
 
 
 def announced(caplog, model, epochs=15, **fields):

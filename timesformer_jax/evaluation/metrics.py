@@ -12,6 +12,8 @@ import numpy as np
 # With fewer classes the top 5 are all or nearly all of them, and say nothing.
 LEAST_CLASSES_FOR_TOP5 = 6
 
+_TINY = float(np.finfo(np.float32).tiny)
+
 
 def average_pieces(probabilities: np.ndarray, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean prediction of each video over its records.
@@ -96,8 +98,8 @@ class Results:
     def loss(self) -> float:
         """The mean of -log p over the videos, p the averaged probability of the true class."""
         p = self.probabilities[np.arange(len(self.truth)), self.truth].astype(np.float64)
-        # A float32 softmax can be zero, whose logarithm is not finite.
-        return float(-np.log(np.maximum(p, np.finfo(np.float32).tiny)).mean())
+        # A float32 softmax can be 0, whose logarithm is not finite.
+        return float(-np.log(np.maximum(p, _TINY)).mean())
 
     def scalars(self) -> dict[str, float]:
         """top1 and top5 as fractions, and loss."""
@@ -179,10 +181,18 @@ class MultiLabelResults:
             [average_precision(t, p) for t, p in zip(self.truth.T, self.probabilities.T)]
         )
 
+    @property
+    def loss(self) -> float:
+        """The mean binary cross-entropy over videos and classes."""
+        p = self.probabilities.astype(np.float64)
+        # A float32 sigmoid can be 0 or 1, whose logarithms are not finite.
+        p = np.where(self.truth, np.maximum(p, _TINY), np.maximum(1 - p, _TINY))
+        return float(-np.log(p).mean())
+
     def scalars(self) -> dict[str, float]:
-        """mAP, the mean of the average precision over the classes that a video has."""
+        """mAP, the mean of the average precision over the classes that a video has; and loss."""
         known = self.average_precision[self.truth.any(axis=0)]
-        return {"mAP": float(known.mean()) if len(known) else 0.0}
+        return {"mAP": float(known.mean()) if len(known) else 0.0, "loss": self.loss}
 
     def to_json(self) -> dict[str, Any]:
         """mAP and the number of videos; of every class its average precision and its videos."""

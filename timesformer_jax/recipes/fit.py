@@ -66,14 +66,22 @@ class Clips:
       num_frames: (n,) int, frames of the source.
       fps: (n,) float, its frame rate.
       label: (n,) int, the class.
+      targets: (n, classes) bool, the classes of multi-label records; else None.
     """
 
     num_frames: np.ndarray
     fps: np.ndarray
     label: np.ndarray
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def of_class(self, classes: int) -> np.ndarray:
+        """(classes,) int, the number of records of each class."""
+        if self.targets is not None:
+            return self.targets.sum(axis=0)
+        return np.bincount(self.label, minlength=classes)
 
     def shorter_than(self, frames: int, stride: int) -> int:
         """How many records have fewer frames than a clip spans, by more than one frame."""
@@ -285,8 +293,7 @@ def warnings(
       labels: class names.
     """
     found = []
-    counts = np.bincount(train.label, minlength=len(labels))
-    held_out = np.bincount(validation.label, minlength=len(labels))
+    counts, held_out = train.of_class(len(labels)), validation.of_class(len(labels))
     if len(train) < len(labels):
         found.append(f"{len(train)} training clips are fewer than the {len(labels)} classes")
     for number, what in ((0, "no training clip: it cannot be learned"), (1, "one training clip")):

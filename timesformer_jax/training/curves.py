@@ -92,7 +92,9 @@ class Scalars:
         loss, accuracy = figure.subplots(1, 2)
         self._lines(loss, {"training": "train/loss", "validation": "validation/loss"})
         loss.set(ylabel="loss", ylim=(0, None))
-        lines = {"top-1": "validation/top1", "top-5": "validation/top5"}
+        lines = {
+            "top-1": "validation/top1", "top-5": "validation/top5", "mAP": "validation/mAP",
+        }  # fmt: skip
         if all(row.get(lines["top-5"], 1) == 1 for row in self._rows.values()):
             del lines["top-5"]  # of up to five classes it says nothing
         self._lines(accuracy, lines)

@@ -69,4 +69,4 @@ def _apply(config: ConfigDict, changes: Iterable[fit.Change]) -> None:
 
 
 def _clips(split: Split) -> fit.Clips:
-    return fit.Clips(split.num_frames, split.fps, split.label)
+    return fit.Clips(split.num_frames, split.fps, split.label, split.targets)

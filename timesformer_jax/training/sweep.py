@@ -81,18 +81,25 @@ def swept_values(configs: Mapping[str, ConfigDict]) -> dict[str, dict[str, Any]]
 
 
 def _columns(values: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    best = results["best"] or {}
+    best, score = results["best"] or {}, _score(results)
     return values | {
-        "top1": results["top1"],
+        score: results[score],
         "loss": results["loss"],
-        "best_validation_top1": best.get("top1"),
+        f"best_validation_{score}": best.get(score),
         "best_step": best.get("step"),
         "step": results["step"],
     }
 
 
+def _score(results: dict[str, Any]) -> str:
+    """The measure that ranks runs; of multi-label data the mean average precision."""
+    return "mAP" if "mAP" in results else "top1"
+
+
 def _table(values: dict[str, dict[str, Any]], results: dict[str, dict[str, Any]]) -> str:
-    ranked = sorted(results, key=lambda name: (-results[name]["top1"], results[name]["loss"]))
+    ranked = sorted(
+        results, key=lambda name: (-results[name][_score(results[name])], results[name]["loss"])
+    )
     rows = [_columns(values[name], results[name]) for name in ranked]
     return format_table([list(rows[0]), *([_text(v) for v in row.values()] for row in rows)])
 
@@ -113,10 +120,13 @@ def _write(
     table.writeheader()
     table.writerows(rows)
     storage.write_atomically(workdir / TABLE, text.getvalue().encode())
+    score = _score(next(iter(results.values())))
     # Without it TensorBoard compares the runs by all fields of their configs.
     summary = hparams.hparams_config_pb(
         hparams=[hparams.HParam(field) for field in next(iter(values.values()))],
-        metrics=[hparams.Metric(tag) for tag in ("final/top1", "final/loss", "validation/loss")],
+        metrics=[
+            hparams.Metric(tag) for tag in (f"final/{score}", "final/loss", "validation/loss")
+        ],
     )
     writer = EventFileWriter(os.fspath(workdir))
     writer.add_event(event_pb2.Event(summary=summary))
