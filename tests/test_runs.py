@@ -73,7 +73,9 @@ def test_the_loss_of_an_evaluation():
     wrong = Results(("a", "b", "c"), np.array(["z"]), np.array([1]), probabilities[2:])
     assert 80 < wrong.loss < 100
     truth = np.array([[True, False], [True, True]])
-    found = MultiLabelResults(("a", "b"), ids[:2], truth, np.array([[0.5, 0.25], [0.125, 1.0]]))
+    found = MultiLabelResults(
+        ("a", "b"), np.array(["x", "y"]), truth, np.array([[0.5, 0.25], [0.125, 1.0]])
+    )
     assert found.scalars()["loss"] == pytest.approx((np.log(2) + np.log(4 / 3) + np.log(8)) / 4)
 
 
