@@ -120,13 +120,11 @@ def _write(
     table.writeheader()
     table.writerows(rows)
     storage.write_atomically(workdir / TABLE, text.getvalue().encode())
-    score = _score(next(iter(results.values())))
+    tags = (f"final/{_score(next(iter(results.values())))}", "final/loss", "validation/loss")
     # Without it TensorBoard compares the runs by all fields of their configs.
     summary = hparams.hparams_config_pb(
         hparams=[hparams.HParam(field) for field in next(iter(values.values()))],
-        metrics=[
-            hparams.Metric(tag) for tag in (f"final/{score}", "final/loss", "validation/loss")
-        ],
+        metrics=[hparams.Metric(tag) for tag in tags],
     )
     writer = EventFileWriter(os.fspath(workdir))
     writer.add_event(event_pb2.Event(summary=summary))
