@@ -115,10 +115,6 @@ def test_the_recipe_fits_itself_and_resumes_without_the_file_it_started_from(
     assert not metadata.config["data"]["flip"]
     check_what_repeats_it(tmp_path / "run", metadata)
 
-    losses = scalars(tmp_path / "run", "train/loss")
-    assert np.mean([losses[s][0] for s in range(13, 17)]) < np.mean(
-        [losses[s][0] for s in range(1, 5)]
-    )
     _, whole = checkpoints.load_parameters(tmp_path / "run")
     curves = rows_without_speeds(tmp_path / "run")
     for step in (14, 16):
