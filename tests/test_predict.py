@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import command, environment
+from conftest import REPOSITORY, command, environment
 from videos import write_video
 
 import timesformer_jax as tsf
@@ -205,6 +206,15 @@ def test_labels_must_be_as_many_as_classes(checkpoint):
     assert tsf.Predictor(checkpoint, labels=("a", "b", "c")).labels == ("a", "b", "c")
     with pytest.raises(tsf.InputError, match="2 labels for a checkpoint of 3 classes"):
         tsf.Predictor(checkpoint, labels=("a", "b"))
+
+
+def test_the_python_lines_of_the_readme(checkpoint, good, capsys):
+    section = (REPOSITORY / "README.md").read_text().split("## In Python")[1]
+    code = "\n".join(re.findall(r"^    (.*)$", section.split("The network")[0], re.MULTILINE))
+    names: dict = {}
+    exec(code.replace("runs/mine", checkpoint).replace("new.mp4", good[0]), names)
+    assert capsys.readouterr().out.count("%") == 3
+    assert names["vector"].shape == (16,)
 
 
 # ---- the videos of a command line ---------------------------------------------------------------

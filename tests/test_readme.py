@@ -14,7 +14,7 @@ README = (REPOSITORY / "README.md").read_text()
 @pytest.mark.processes
 @pytest.mark.compiles
 def test_the_python_lines_run_as_written():
-    section = README.split("## In Python")[1].split("##")[0]
+    section = README.split("The network itself:")[1].split("##")[0]
     code = "\n".join(re.findall(r"^    (.*)$", section, re.MULTILINE))
     code += "\nprint(logits.shape, features.shape)"
     # A process of its own, as tests' quickly compiled programs take twice as long for a base model.

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from timesformer_jax.errors import InputError, PartlyDone
 from timesformer_jax.inference import feature_table
+from timesformer_jax.inference.clip_model import Outputs
 from timesformer_jax.inference.predict import compute_all, say
-from timesformer_jax.inference.predictor import Outputs, Predictor
+from timesformer_jax.inference.predictor import Predictor
 from timesformer_jax.inference.sources import Source, find, of_annotations
 
 

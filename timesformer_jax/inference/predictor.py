@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from timesformer_jax.checkpoints.load import load
@@ -18,24 +16,17 @@ from timesformer_jax.data.decode import DecodedVideo, VideoError
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference import clips as clips_lib
 from timesformer_jax.inference.attention import class_index, trace
+from timesformer_jax.inference.clip_model import ClipInputs, ClipModel, Outputs
 from timesformer_jax.inference.clips import Clips, Video
 from timesformer_jax.inference.decoding import decode_ahead
 from timesformer_jax.inference.results import AttentionMap, Features, Prediction
 from timesformer_jax.inference.timeline.find import SWITCH_COST, Progress, find_timeline
 from timesformer_jax.inference.timeline.result import VideoTimeline
-from timesformer_jax.models import tuning
 from timesformer_jax.models.ops.kernels import select
-from timesformer_jax.models.timesformer import TimeSformer, class_probabilities, with_parameters
-from timesformer_jax.transforms.preprocess import preprocess
+from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 from timesformer_jax.workers import available_cores
 
-# Clips in a batch on accelerators. A CPU computes a clip as fast alone as in a batch.
-BATCH_SIZE = 8
-
 T = TypeVar("T")
-
-# What a program computes of clips: arrays whose first axis is the clip.
-Outputs = dict[str, np.ndarray]
 
 
 class Predictor:
@@ -103,14 +94,8 @@ class Predictor:
         names = labels or self.metadata.labels or [f"class {i}" for i in range(model.num_classes)]
         self.labels = tuple(names)
         self.views, self.crops, self.attention_kernels = views, crops, attention_kernels
-        on_cpu = jax.default_backend() == "cpu"
-        self.batch_size = batch_size or (1 if on_cpu else BATCH_SIZE)
-        self._lock = threading.Lock()
-        self._tuned: set[int] = set()  # sizes of batches that kernels are chosen for
-        spec = self.metadata.clip
-        self._prepare = jax.jit(lambda frames, boxes: preprocess(frames, boxes, spec))
-        self._classify = jax.jit(self._probabilities)
-        self._encode = jax.jit(self._features, static_argnames=("frames", "positions"))
+        self._clips = ClipModel(self.metadata, self._params, crops, batch_size, attention_kernels)
+        self.batch_size = self._clips.batch_size
 
     @functools.cached_property
     def model(self) -> TimeSformer:
@@ -255,45 +240,24 @@ class Predictor:
         return clips_lib.read(video, spec, self.views, self.crops, *arguments, **options)
 
     def inputs(self, frames: np.ndarray, crop_boxes: np.ndarray) -> jax.Array:
-        """The crops of one clip, cropped, resized and normalised, as `model` takes them.
+        """The crops of one clip as `model` takes them; see `ClipModel.inputs`."""
+        return self._clips.inputs(frames, crop_boxes)
 
-        Args:
-          frames: (T, H, W, 3) uint8.
-          crop_boxes: (C, 3), top, left and side in pixels.
-
-        Returns:
-          (C, T, S, S, 3) float32.
-        """
-        return self._prepare(np.broadcast_to(frames, (len(crop_boxes), *frames.shape)), crop_boxes)
-
-    def classify(self, clips: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """(n, classes) float32 probabilities of n clips, each the mean over its crops.
-
-        Args:
-          clips: frames (T, H, W, 3) uint8 and crop boxes (C, 3) of each, with one C for all. Sizes
-            of the frames may differ.
-        """
-        return self._in_batches(self._classify, clips)
+    def classify(self, clips: ClipInputs) -> np.ndarray:
+        """Probabilities of clips, (n, classes); see `ClipModel.classify`."""
+        return self._clips.classify(clips)
 
     def encode(
-        self,
-        clips: Sequence[tuple[np.ndarray, np.ndarray]],
-        *,
-        frames: bool = False,
-        positions: bool = False,
+        self, clips: ClipInputs, *, frames: bool = False, positions: bool = False
     ) -> Outputs:
-        """The features of n clips, as for `classify`: an entry for each field of `Features`.
-
-        "clips" is (n, C, D), "frames" (n, C, T, D), "positions" (n, C, N, D), all float32.
-        """
-        program = functools.partial(self._encode, frames=frames, positions=positions)
-        return self._in_batches(program, clips)
+        """Features of clips; see `ClipModel.encode`."""
+        return self._clips.encode(clips, frames=frames, positions=positions)
 
     def look(self, clip: Clips, target: str | int | None = None) -> AttentionMap:
         """`attention` of one clip with one crop box, which is decoded already."""
         index = None if target is None else class_index(self.labels, target)
         video = self.inputs(clip.frames[0], clip.crop_boxes)
-        with self._lock, tuning.using(self.attention_kernels):
+        with self._clips.alone():
             heat, probabilities = trace(self.model, video, index)
         name = None if index is None else self.labels[index]
         clip_of_it = clip.frames[0], clip.times[0], clip.crop_boxes[0]
@@ -364,51 +328,6 @@ class Predictor:
             if isinstance(found, VideoError):
                 raise VideoError(f"{_name(each)}: {found}") from found
             yield found
-
-    def _in_batches(self, program: Callable, clips: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
-        """Runs a program on clips; batches have one size, and the last one is filled up.
-
-        Few clips make a smaller batch, of a power of two, so that few sizes are compiled.
-        """
-        size = min(self.batch_size, 1 << (len(clips) - 1).bit_length())
-        outputs = []
-        for first in range(0, len(clips), size):
-            batch = clips[first : first + size]
-            inputs = [self.inputs(*clip) for clip in batch]
-            inputs += [inputs[-1]] * (size - len(batch))
-            with self._lock, tuning.using(self.attention_kernels):
-                video = jnp.concatenate(inputs)
-                self._choose_kernels(len(video))
-                found = jax.device_get(program(self._params, video))
-            outputs.append(jax.tree.map(lambda x: x[: len(batch)], found))  # noqa: B023
-        return jax.tree.map(lambda *x: np.concatenate(x), *outputs)
-
-    def _choose_kernels(self, clips: int) -> None:
-        if clips not in self._tuned:
-            spec, model = self.metadata.clip, self.metadata.model
-            tuning.choose_kernels(model, clips, spec.frames, spec.crop, gradients=False)
-            self._tuned.add(clips)
-
-    # ---- programs: (n * C, T, S, S, 3) normalised to outputs of n clips -------------------------
-
-    def _probabilities(self, params: dict, video: jax.Array) -> jax.Array:
-        logits = with_parameters(self.metadata.model, params)(video)
-        probabilities = class_probabilities(logits, self.metadata.multilabel)
-        return probabilities.reshape(-1, self.crops, logits.shape[-1]).mean(axis=1)
-
-    def _features(
-        self, params: dict, video: jax.Array, frames: bool, positions: bool
-    ) -> dict[str, jax.Array]:
-        tokens = with_parameters(self.metadata.model, params).tokens(video)
-        found = {"clips": tokens.cls}
-        if frames:
-            found["frames"] = tokens.patches.mean(axis=2)
-        if positions:
-            found["positions"] = tokens.patches.mean(axis=1)
-        return {
-            name: x.astype(jnp.float32).reshape(-1, self.crops, *x.shape[1:])
-            for name, x in found.items()
-        }
 
 
 def as_features(outputs: Outputs) -> Features:
