@@ -136,7 +136,7 @@ RANGES: dict[str, Range] = {
     "layer_decay": Range(0, 1, above=True),
     "every_epochs": _COUNT_OR_NONE,
     "every_steps": Range(0, 1 << 40, whole=True),
-    "keep": _COUNT,
+    "keep_newest": _COUNT,
     "keep_best": _COUNT_OR_NONE,
     "start_step": Range(1, 1 << 40, whole=True),
     "profile.steps": _COUNT_OR_NONE,
