@@ -28,6 +28,7 @@ def test_every_command_flag_config_and_file_named_is_there():
     from ml_collections import ConfigDict
 
     from timesformer_jax import recipes
+    from timesformer_jax.recipes import files
 
     for line in re.findall(r"^    timesformer ((?:.*\\\n)*.*)$", README, re.MULTILINE):
         name = line.split()[0]
@@ -40,10 +41,10 @@ def test_every_command_flag_config_and_file_named_is_there():
                     config = config[part]
             else:
                 assert flag in values, flag
-    for path in re.findall(
-        r"\]\(((?!http)[^)]+)\)|--config=([^\s:`]+)|python (experiments/\S+\.py)", README
-    ):
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)|python (experiments/\S+\.py)", README):
         assert (REPOSITORY / "".join(path)).exists(), path
+    for config in re.findall(r"--config=([^\s:`]+)", README):
+        assert config in files.names() or (REPOSITORY / config).exists(), config
     makefile = (REPOSITORY / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile

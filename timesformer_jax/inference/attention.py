@@ -13,20 +13,23 @@ from timesformer_jax.models.timesformer import TimeSformer, class_probabilities
 
 
 def trace(
-    model: TimeSformer, video: jax.Array, target: int | None
+    model: TimeSformer, video: jax.Array, target: int | None, multilabel: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Traces the prediction of a clip back to its patches.
 
     Args:
       video: (1, T, S, S, 3) normalised.
       target: the class that attentions are weighted for; None for rollout.
+      multilabel: whether a video has any number of the classes.
 
     Returns:
       (T, H', W') float32, the share of every patch, in sum 1, or all 0 where no gradient is
       positive; and the probabilities, (classes,) float32.
     """
     found = attention_rollout(model, video, None if target is None else np.array([target]))
-    relevance, probabilities = jax.device_get((found.patches, class_probabilities(found.logits)))
+    relevance, probabilities = jax.device_get(
+        (found.patches, class_probabilities(found.logits, multilabel))
+    )
     grid = [side // model.config.patch_size for side in video.shape[2:4]]
     relevance = relevance.reshape(-1, *grid)
     return relevance / max(relevance.sum(), np.finfo(np.float32).tiny), probabilities[0]

@@ -218,6 +218,11 @@ class Predictor:
         Clips slide along the video, which is decoded once. Arguments and errors are those of
         `find_timeline`; frames in memory need `fps`.
         """
+        if self.metadata.multilabel:
+            raise InputError(
+                "a timeline has one class at a time, and a video of this checkpoint any number of"
+                " labels; use predict with --start and --end"
+            )
         try:
             return find_timeline(
                 video, self.classify, self.metadata.clip, self.labels, stride, window, switch_cost,
@@ -258,7 +263,7 @@ class Predictor:
         index = None if target is None else class_index(self.labels, target)
         video = self.inputs(clip.frames[0], clip.crop_boxes)
         with self._clips.alone():
-            heat, probabilities = trace(self.model, video, index)
+            heat, probabilities = trace(self.model, video, index, self.metadata.multilabel)
         name = None if index is None else self.labels[index]
         clip_of_it = clip.frames[0], clip.times[0], clip.crop_boxes[0]
         return AttentionMap(heat, probabilities, name, *clip_of_it)
