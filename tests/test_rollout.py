@@ -62,10 +62,12 @@ class Matrices:
             members = members if copies is None else [of_token, *members]
             logits = torch.einsum("qhd,khd->hqk", q[members], k[members])
             weights = torch.softmax(logits / math.sqrt(q.shape[-1]), dim=-1)
-            for head in range(heads):
-                for row, i in enumerate(members):
-                    share = 1 / len(lists) if i == 0 and tokens == 1 and copies is not None else 1
-                    matrix[head, i, members] += weights[head, row] * share
+            shares = torch.ones(len(members), dtype=torch.float64)
+            if copies is not None and tokens == 1:
+                shares[0] = 1 / len(lists)
+            at = torch.tensor(members)
+            where = torch.arange(heads)[:, None, None], at[:, None], at[None, :]
+            matrix = matrix.index_put(where, weights * shares[:, None], accumulate=True)
         added = torch.zeros_like(matrix, requires_grad=True)  # whose gradient is the matrix's
         self.found.append((name, matrix.detach().numpy(), added))
         out = torch.einsum("hqk,khd->qhd", matrix + added, v).flatten(1)
