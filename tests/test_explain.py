@@ -1,5 +1,6 @@
 """`Predictor.attention` and `timesformer explain`, on a real video and in a real browser."""
 
+import dataclasses
 import io
 
 import av
@@ -64,6 +65,16 @@ def test_the_map_is_that_of_the_clip_which_is_predicted(predictor, real_videos):
     assert not np.allclose(weighted.heat, found.heat, atol=1e-3)
     with pytest.raises(tsf.InputError, match=r"no class 'bike'; did you mean 'bikes'\?"):
         predictor.attention(video, "bike")
+
+
+def test_any_number_of_labels_have_probabilities_of_their_own(predictor, real_videos, monkeypatch):
+    video = real_videos / "bikes.mp4"
+    one = predictor.attention(video).probabilities
+    metadata = dataclasses.replace(predictor.metadata, multilabel=True)
+    monkeypatch.setattr(predictor, "metadata", metadata)
+    each = predictor.attention(video).probabilities
+    odds = each / (1 - each)  # exp of the logits
+    np.testing.assert_allclose(odds / odds.sum(), one, rtol=1e-4)
 
 
 def test_levels_have_one_scale_for_all_frames():
