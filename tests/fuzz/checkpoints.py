@@ -402,6 +402,7 @@ def our_own(folder, _):
         ("sums_text", "0/checksums/metadata", '{"params": "x", "metadata": "y"}'),
         ("validation_list", "validation.json", "[]"),
         ("validation_deep", "validation.json", DEEP),
+        ("validation_huge", "validation.json", f'{{"0": {{"top1": 1{"0" * 400}}}}}'),
     ):
         place = changed(name, lambda f: f)
         (place / path).write_text(content)

@@ -9,7 +9,6 @@ folders holds the accuracy of every checkpoint that was evaluated; it tells whic
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from timesformer_jax import storage
+from timesformer_jax.checkpoints import validation
 from timesformer_jax.checkpoints.checksums import array_checksums, check_finite, json_checksum
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.orbax_extensions import (
@@ -36,7 +36,6 @@ from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, para
 
 FOLDER = "checkpoints"  # in a workdir
 BEST = "best"  # given in place of a step: the step with the highest validation top-1
-VALIDATION = "validation.json"
 DAMAGED = ".damaged"  # suffix of the folder of a step that could not be read
 
 # Items that hold arrays, and the field of the training state that each comes from. A field that
@@ -78,7 +77,7 @@ class Checkpoints:
         check_remote_storage(self.directory)
         if read_only and not self.directory.is_dir():
             raise InputError(f"{self.directory}: no checkpoint there; give a run's --workdir")
-        self.validation = _read_validation(self.directory / VALIDATION)
+        self.validation = validation.read(self.directory)
         with without_remark_on_reading():
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -111,15 +110,16 @@ class Checkpoints:
     def _rank(self, steps: Sequence[int]) -> list[int]:
         """The steps that were evaluated, best first."""
         evaluated = [step for step in steps if step in self.validation]
-        return sorted(evaluated, key=lambda s: (_score(self.validation[s]), s), reverse=True)
+        return sorted(
+            evaluated, key=lambda s: (validation.score(self.validation[s]), s), reverse=True
+        )
 
     def record_validation(self, step: int, accuracy: dict[str, float]) -> None:
         """Writes the accuracy of a step; every host calls it, with the same numbers."""
         self.validation[step] = accuracy
         if jax.process_index() == 0:
             with _write_errors(self.directory):
-                content = json.dumps(self.validation, indent=2) + "\n"
-                storage.write_atomically(self.directory / VALIDATION, content.encode())
+                validation.write(self.directory, self.validation)
 
     def save(
         self, step: int, state: Any, progress: dict[str, Any], metadata: CheckpointMetadata
@@ -304,27 +304,6 @@ class Checkpoints:
 def _array_items(state: Any) -> dict[str, Any]:
     items = {name: getattr(state, field) for name, field in _ARRAY_ITEMS.items()}
     return {name: tree for name, tree in items.items() if tree is not None}
-
-
-def _score(accuracy: dict[str, float]) -> float:
-    """By which the best checkpoint is chosen."""
-    return accuracy["mAP"] if "mAP" in accuracy else accuracy["top1"]
-
-
-def _read_validation(path: epath.Path) -> dict[int, dict[str, float]]:
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text()).items()
-        accuracies = {int(step): {k: float(x) for k, x in v.items()} for step, v in found}
-        for accuracy in accuracies.values():
-            _score(accuracy)
-        return accuracies
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise InputError(
-            f"{path} is damaged; remove it: training then continues, but does not know which "
-            "checkpoint was best so far"
-        ) from e
 
 
 def is_native(path: str | os.PathLike) -> bool:
