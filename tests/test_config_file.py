@@ -72,7 +72,10 @@ def test_arguments_come_before_changes_wherever_they_stand():
             [BASE, "--config.data.short_side_range=256,x"],
             "data.short_side_range must be like 256,320, not 256,x",
         ),
-        ([BASE, "--config.data.short_side_range=256.5,320"], "must be like 256,320, not 256.5,320"),
+        (
+            [BASE, "--config.data.short_side_range=256.5,320"],
+            "must be a whole number from 1 to 8,192, not 256.5",
+        ),
         (
             [BASE, "--config.data.short_side_range=256", "--config.data.short_side_range=320"],
             "is given twice",
