@@ -151,7 +151,7 @@ def test_a_sampled_clip_is_taken_as_it_is(checkpoint):
         (b"content", None, "io.BytesIO"),
         (io.StringIO("text"), None, "open(path, 'rb')"),
     ],
-    ids=lambda value: str(getattr(value, "shape", value)),
+    ids=lambda value: str(getattr(value, "shape", type(value).__name__)),
 )
 def test_frames_that_cannot_be_used_are_refused_with_what_to_do(predictor, video, fps, said):
     with pytest.raises(tsf.InputError) as raised:
