@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 from fractions import Fraction
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from selenium.webdriver import ActionChains, Keys
+from videos import damage
 
 import timesformer_jax as tsf
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.store import save_parameters
 from timesformer_jax.cli.main import load_command
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.data.decode import VideoFile, decode
+from timesformer_jax.data.decode import VideoError, VideoFile, decode
 from timesformer_jax.data.encode import encode_mp4
 from timesformer_jax.inference.timeline import page
 from timesformer_jax.models.config import TimeSformerConfig
@@ -132,6 +134,43 @@ def test_a_variable_frame_rate_does_not_move_the_boundaries(predictor, joined, t
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     check_boundaries(predictor.timeline(tmp_path / "a.mkv"))
+
+
+def test_views_that_cover_a_video_are_those_of_its_pieces_alone(
+    checkpoint, predictor, joined, tmp_path, caplog, capsys
+):
+    # 8.5 s in clips of 0.53 s are 16 pieces, of 255 frames in all.
+    bounds = np.arange(17) * 255 // 16
+    pieces = [
+        predictor.probabilities(joined, first / FPS - 1e-3, last / FPS - 1e-3)
+        for first, last in itertools.pairwise(bounds)
+    ]
+    covering = tsf.Predictor(checkpoint, "cover", crops=1)
+    found = covering.probabilities(joined)
+    np.testing.assert_allclose(found, np.mean(pieces, axis=0), atol=1e-5)
+    assert covering.features(joined).clips.shape == (16, 1, MODEL.hidden_size)
+    # A long video with a damaged part has an answer; the middle of the file is not decoded alone.
+    damaged = tmp_path / "damaged.mp4"
+    shutil.copy(joined, damaged)
+    damage(damaged, 3.9, 5.9)
+    with pytest.raises(VideoError):
+        predictor.probabilities(damaged)
+    load_command([
+        "predict", str(damaged), f"--checkpoint={checkpoint}", "--views=cover", "--crops=1",
+        "--json", "--workers=1",
+    ])()  # fmt: skip
+    [line] = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["views"] == "cover"
+    good = [p for p, end in zip(pieces, bounds[1:]) if not 4.1 < end / FPS < 6.1]
+    answer = {c["label"]: c["probability"] for c in line["predictions"]}
+    expected = dict(zip(LABELS, np.mean(good, axis=0).tolist()))
+    assert answer == pytest.approx(expected, abs=0.05)
+    assert "from 3.90 to 5.90 s: damaged" in caplog.text
+
+
+@pytest.mark.parametrize("views", ["cove", "0"])
+def test_other_words_are_no_views(refusal, views):
+    assert "10,000, or cover" in refusal("predict", "a.mp4", "--checkpoint=b", f"--views={views}")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from timesformer_jax.cli.flags import (
     Command,
     boolean,
     integer,
+    integer_or,
     number,
     string,
     strings,
@@ -23,10 +24,8 @@ CHECKPOINT = string(
     None,
     "a run's --workdir, WORKDIR/best or one step, a file, or a name; see docs/checkpoints.md",
 )
-VIEWS = (
-    integer("views", 1, "clips per video, whose probabilities are averaged"),
-    integer("crops", 3, "square crops per clip: 3 (left, centre, right) or 1"),
-)
+CROPS = integer("crops", 3, "square crops per clip: 3 (left, centre, right) or 1")
+VIEWS = (integer("views", 1, "clips per video, whose probabilities are averaged"), CROPS)
 ATTENTION_KERNELS = string(
     "attention_kernels", "auto", "auto for the fastest on the device, xla, or the name of a kernel"
 )
@@ -177,7 +176,14 @@ COMMANDS = {
         "timesformer_jax.inference.predict:predict",
         (
             CHECKPOINT,
-            *VIEWS,
+            integer_or(
+                "cover",
+                "views",
+                1,
+                "clips per video, whose probabilities are averaged; cover: clips that do not"
+                " overlap, along the whole video of any length",
+            ),
+            CROPS,
             *PART,
             integer("top", 5, "number of classes to print"),
             number("threshold", None, "print only classes with at least this probability"),

@@ -54,6 +54,14 @@ def integer(name: str, default: int | None, text: str) -> Define:
     return _number(name, default, text, int, RANGES[name])
 
 
+def integer_or(word: str, name: str, default: int, text: str) -> Define:
+    """A whole number as for `integer`, or a word in place of it."""
+    parser = _NumberParser(int, RANGES[name], word)
+    return lambda values: flags.DEFINE(
+        parser, name, default, text, flag_values=values, serializer=flags.ArgumentSerializer()
+    )
+
+
 def number(name: str, default: float | None, text: str) -> Define:
     """A number in the range that `ranges.RANGES` gives for the name."""
     return _number(name, default, text, float, RANGES[name])
@@ -72,17 +80,19 @@ def _number(
 class _NumberParser(flags.ArgumentParser):
     """Parses a number and holds it to its range; absl's own bounds let NaN pass."""
 
-    def __init__(self, kind: Callable[[Any], float], allowed: Range):
-        self._kind, self._allowed = kind, allowed
-        self.syntactic_help = str(allowed)
+    def __init__(self, kind: Callable[[Any], float], allowed: Range, word: str | None = None):
+        self._kind, self._allowed, self._word = kind, allowed, word
+        self.syntactic_help = str(allowed) if word is None else f"{allowed}, or {word}"
 
-    def parse(self, argument: str | float) -> float:
+    def parse(self, argument: str | float) -> Any:
+        if argument == self._word:
+            return argument
         try:
             value = self._kind(argument)
         except ValueError:
             value = math.nan
         if value not in self._allowed:
-            raise ValueError(f"it must be {self._allowed}")
+            raise ValueError(f"it must be {self.syntactic_help}")
         return value
 
     def flag_type(self) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from timesformer_jax.data.decode import VideoError
-from timesformer_jax.inference.clips import Clips
+
+T = TypeVar("T")
 
 # Videos that wait decoded, per thread. A thread that ends early must find its next one.
 AHEAD = 2
 
 
-def decode_ahead(
-    reads: Iterable[Callable[[], Clips]], workers: int
-) -> Iterator[Clips | VideoError]:
+def decode_ahead(reads: Iterable[Callable[[], T]], workers: int) -> Iterator[T | VideoError]:
     """Calls functions that decode videos, in threads.
 
     Args:
@@ -42,7 +42,7 @@ def decode_ahead(
                 future.cancel()
 
 
-def _clips_or_error(read: Callable[[], Clips]) -> Clips | VideoError:
+def _clips_or_error(read: Callable[[], T]) -> T | VideoError:
     try:
         return read()
     except VideoError as error:

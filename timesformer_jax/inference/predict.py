@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from timesformer_jax.inference.sources import Source, find
 def predict(
     videos: Sequence[str],
     checkpoint: str,
-    views: int = 1,
+    views: int | Literal["cover"] = 1,
     crops: int = 3,
     start: float | None = None,
     end: float | None = None,

@@ -30,7 +30,7 @@ class Settings:
 
     checkpoint: str
     weights: str
-    views: int
+    views: int | str
     crops: int
     start: float | None
     end: float | None

@@ -6,7 +6,7 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -20,11 +20,15 @@ from timesformer_jax.inference.clip_model import ClipInputs, ClipModel, Outputs
 from timesformer_jax.inference.clips import Clips, Video
 from timesformer_jax.inference.decoding import decode_ahead
 from timesformer_jax.inference.results import AttentionMap, Features, Prediction
+from timesformer_jax.inference.streams import Covering
 from timesformer_jax.inference.timeline.find import SWITCH_COST, Progress, find_timeline
 from timesformer_jax.inference.timeline.result import VideoTimeline
 from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 from timesformer_jax.workers import available_cores
+
+# In place of a number of views.
+COVER = "cover"
 
 T = TypeVar("T")
 
@@ -47,7 +51,8 @@ class Predictor:
     Args:
       checkpoint: a run of ours or one of its steps, a Hugging Face directory, a `.pyth` of the
         authors' release, or a name; as for `from_pretrained`.
-      views: clips along a video whose probabilities are averaged.
+      views: clips along a video whose probabilities are averaged; or "cover", for clips that do
+        not overlap along the whole video, which is decoded as a stream, whatever its length.
       crops: crops of each clip: 3 for left, centre and right, 1 for the centre.
       attention_kernels: "auto" for the fastest on the device, "xla", or the name of a kernel (see
         docs/kernels.md).
@@ -71,7 +76,7 @@ class Predictor:
     def __init__(
         self,
         checkpoint: str | os.PathLike,
-        views: int = 1,
+        views: int | Literal["cover"] = 1,
         crops: int = 3,
         attention_kernels: str = "auto",
         *,
@@ -79,8 +84,10 @@ class Predictor:
         batch_size: int | None = None,
         needs_head: bool = True,
     ):
-        if views < 1 or crops not in (1, 3):
-            raise InputError(f"views must be at least 1 and crops 1 or 3, not {views} and {crops}")
+        if (views != COVER and (isinstance(views, str) or views < 1)) or crops not in (1, 3):
+            raise InputError(
+                f"views must be at least 1, or cover, and crops 1 or 3, not {views} and {crops}"
+            )
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
         select.check_name(attention_kernels)
@@ -93,7 +100,8 @@ class Predictor:
             )
         names = labels or self.metadata.labels or [f"class {i}" for i in range(model.num_classes)]
         self.labels = tuple(names)
-        self.views, self.crops, self.attention_kernels = views, crops, attention_kernels
+        self.views: Any = views
+        self.crops, self.attention_kernels = crops, attention_kernels
         self._clips = ClipModel(self.metadata, self._params, crops, batch_size, attention_kernels)
         self.batch_size = self._clips.batch_size
 
@@ -239,9 +247,12 @@ class Predictor:
 
     # ---- for the commands, and for other ways to look at a video -------------------------------
 
-    def read(self, video: Video, *arguments: Any, **options: Any) -> Clips:
+    def read(self, video: Video, *arguments: Any, **options: Any) -> Clips | Covering:
         """The clips of one video; see `clips.read`, which says the other arguments."""
         spec = self.metadata.clip
+        if self.views == COVER:
+            # One video at a time is a stream: all cores decode it.
+            return Covering(video, spec, self.crops, *arguments, **options | {"threads": 0})
         return clips_lib.read(video, spec, self.views, self.crops, *arguments, **options)
 
     def inputs(self, frames: np.ndarray, crop_boxes: np.ndarray) -> jax.Array:
@@ -271,7 +282,7 @@ class Predictor:
     def stream(
         self,
         compute: Callable[[list], T],
-        reads: Iterable[Callable[[], Clips]],
+        reads: Iterable[Callable[[], Clips | Covering]],
         workers: int | None = None,
     ) -> Iterator[T | VideoError]:
         """What `compute` gives for the clips of each video, in order, as soon as it is known.
@@ -289,11 +300,24 @@ class Predictor:
         """
         group: list[Clips | VideoError] = []
         for found in decode_ahead(reads, available_cores() if workers is None else workers):
+            if isinstance(found, Covering):
+                yield from self._computed(compute, group)
+                group = []
+                yield self._cover(compute, found)
+                continue
             group.append(found)
             if sum(len(c.frames) for c in group if isinstance(c, Clips)) >= self.batch_size:
                 yield from self._computed(compute, group)
                 group = []
         yield from self._computed(compute, group)
+
+    def _cover(self, compute: Callable[[Any], Any], clips: Covering) -> Any:
+        """What `compute` gives for the clips of a stream, or the VideoError."""
+        try:
+            outputs = [compute(batch) for batch in clips.batches(self.batch_size)]
+        except VideoError as error:
+            return error
+        return jax.tree.map(lambda *x: np.concatenate(x), *outputs)
 
     def _computed(
         self, compute: Callable[[list], Any], group: list[Clips | VideoError]

@@ -89,6 +89,7 @@ class ClipStream:
         arrays of T ascending ticks, and neither the first nor the last tick of a clip is less than
         that of the clip before.
       start, end: seconds; None: the beginning, the end of the video.
+      frame_range: [first, last) of the video's frames, from 0, instead of start and end.
       short_side: pixels that the shorter side is resized to; None: as stored.
       threads: of the decoder; 0: one per core.
 
@@ -107,16 +108,18 @@ class ClipStream:
         start: float | None = None,
         end: float | None = None,
         *,
+        frame_range: tuple[int, int] | None = None,
         short_side: int | None = None,
         threads: int = 0,
     ):
         self._file = VideoFile(path, threads, UNHURRIED, skip_damage=True)
-        self._sample, self._range, self._short_side = sample, (start, end), short_side
+        self._sample, self._short_side = sample, short_side
+        self._range, self._frame_range = (start, end), frame_range
 
     def __enter__(self):
         self._file.__enter__()
         try:
-            self.timeline = self._file.timeline(*self._range)
+            self.timeline = self._file.timeline(*self._range, frame_range=self._frame_range)
         except BaseException:
             self._file.__exit__()
             raise

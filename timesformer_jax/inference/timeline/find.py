@@ -6,18 +6,24 @@ from the results: a probability for each clip and class.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from timesformer_jax import ranges
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.data.decode import StreamedClip, Timeline, VideoError
+from timesformer_jax.data.decode import Timeline, VideoError
 from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
+from timesformer_jax.inference.clip_model import ClipInputs
 from timesformer_jax.inference.clips import Video
-from timesformer_jax.inference.streams import Stream, one_ahead, open_stream
+from timesformer_jax.inference.streams import (
+    Stream,
+    clip_inputs,
+    in_batches,
+    one_ahead,
+    open_stream,
+)
 from timesformer_jax.inference.timeline.result import VideoTimeline
 from timesformer_jax.inference.timeline.smoothing import Segment, find_segments
 
@@ -29,7 +35,7 @@ OVERLAP = 4
 SWITCH_COST = 1.1
 
 
-Classify = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
+Classify = Callable[[ClipInputs], np.ndarray]
 Progress = Callable[[int, int], None]
 
 
@@ -130,21 +136,13 @@ def _classify_all(
     """Which clips are usable, (n,) bool, and the probabilities of those, (usable, C)."""
     usable: list[bool] = []
     found: list[np.ndarray] = []
-    for batch in one_ahead(_batches(iter(stream), batch_size)):
-        good = [clip.frames for clip in batch if clip.is_usable]
-        if good:
-            height, width = good[0].shape[1:3]
-            boxes = sampling.test_crop_boxes(height, width, crops)
-            found.append(classify([(frames, boxes) for frames in good]))
+    for batch in one_ahead(in_batches(iter(stream), batch_size)):
+        if inputs := clip_inputs(batch, crops):
+            found.append(classify(inputs))
         usable += [clip.is_usable for clip in batch]
         if progress is not None:
             progress(len(usable), total)
     return np.array(usable), np.concatenate(found) if found else np.zeros((0, 0), np.float32)
-
-
-def _batches(clips: Iterator[StreamedClip], size: int) -> Iterator[list[StreamedClip]]:
-    while batch := list(itertools.islice(clips, size)):
-        yield batch
 
 
 def _runs(
