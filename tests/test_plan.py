@@ -28,7 +28,7 @@ from timesformer_jax.models.timesformer import abstract, parameters, with_parame
 from timesformer_jax.planning import make_plan
 from timesformer_jax.planning.collectives import Collective
 from timesformer_jax.planning.command import plan
-from timesformer_jax.planning.largest_batch import largest_batch
+from timesformer_jax.planning.largest import largest
 from timesformer_jax.planning.memory import (
     _residuals,
     counted_memory,
@@ -254,7 +254,7 @@ def test_the_search_finds_the_last_batch_that_fits_in_few_trials(
         return math.inf if silent and value > limit else value
 
     empty = base if line else base / 2
-    found = largest_batch(needed, limit, unit, start * unit, empty)
+    found = largest(needed, limit, unit, start * unit, empty)
     assert found % unit == 0
     assert needed(found + unit) > limit
     assert found == 0 or needed(found) <= limit

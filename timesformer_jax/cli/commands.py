@@ -287,6 +287,7 @@ COMMANDS = {
             ),
             string("work", "training", "training, or inference (evaluate and predict)"),
             boolean("find_batch", "search for the largest batch that fits"),
+            boolean("find_frames", "search for the longest clip that fits"),
             boolean("quick", "on a TPU, compile faster with fewer optimisations"),
             number("memory", None, "GiB of memory per device; by default the device's"),
             string("json", None, "JSON file to write the results to"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from timesformer_jax.distributed.sharding import mesh_size, spec
 
@@ -17,13 +18,30 @@ AXIS = "sequence"
 
 
 def to_positions(patches: jax.Array) -> jax.Array:
-    """Reshards patches (B, T, N, D) from a split by frames to a split by positions."""
+    """Reshards patches (B, T, N, D) from a split by frames to a split by positions.
+
+    Where the devices do not divide N, positions of zeros make up the rest: (B, T, `positions(N)`,
+    D). They attend to one another and are dropped by `to_frames`.
+    """
+    n = patches.shape[2]
+    if (extra := positions(n) - n) > 0:
+        patches = jnp.pad(patches, ((0, 0), (0, 0), (0, extra), (0, 0)))
     return _exchange(patches, "frames", "positions")
 
 
-def to_frames(patches: jax.Array) -> jax.Array:
-    """Reshards patches (B, T, N, D) from a split by positions to a split by frames."""
-    return _exchange(patches, "positions", "frames")
+def to_frames(patches: jax.Array, n: int) -> jax.Array:
+    """Reshards patches (B, T, N', D) from a split by positions to a split by frames.
+
+    The first `n` positions are kept.
+    """
+    patches = _exchange(patches, "positions", "frames")
+    return patches if patches.shape[2] == n else patches[:, :, :n]
+
+
+def positions(n: int) -> int:
+    """`n` or the next number that the devices which share a clip divide."""
+    devices = mesh_size(AXIS)
+    return -(-n // devices) * devices
 
 
 def _exchange(patches: jax.Array, source: str, target: str) -> jax.Array:

@@ -34,7 +34,7 @@ def make_probabilities(
     def probabilities(params: Any, frames: jax.Array, crop_boxes: jax.Array) -> jax.Array:
         views = frames.shape[:2]
         frames = frames.reshape(-1, *frames.shape[2:])  # b v ... -> (b v) ...
-        video = preprocess(frames, crop_boxes.reshape(-1, 3), clip)
+        video = preprocess(frames, crop_boxes.reshape(-1, 3), clip, dtype=model.dtype)
         logits = with_parameters(model, params)(video)
         return class_probabilities(logits, multilabel).reshape(*views, -1).mean(axis=1)
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from timesformer_jax.distributed.sharding import target_device
+from timesformer_jax.models.ops import long_attention
 from timesformer_jax.models.ops.dot_product_attention import dot_product_attention
 from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.tokens import Grid, Tokens, joined
@@ -119,11 +121,31 @@ def sequences_by_length(number: Int[np.ndarray, "t n"]) -> list[tuple[np.ndarray
 
 
 def _temporal(qkv: Tokens, grid: Grid) -> Tokens:
+    if select.is_long(select.local_case("temporal", qkv, grid)):
+        return select.on_each_device("temporal", qkv, grid, _temporal_by_blocks)
     return joined(qkv, attend_along_frames, axis=1)
 
 
 def _spatial(qkv: Tokens, grid: Grid) -> Tokens:
+    if select.is_long(select.local_case("spatial", qkv, grid)):
+        return select.on_each_device("spatial", qkv, grid, _spatial_by_blocks)
     return joined(qkv, attend_along_patches, axis=2)
+
+
+def _temporal_by_blocks(qkv: Tokens, grid: Grid) -> Tokens:
+    return joined(qkv, _by_blocks, axis=1)
+
+
+def _spatial_by_blocks(qkv: Tokens, grid: Grid) -> Tokens:
+    def along_patches(qkv: jax.Array) -> jax.Array:  # b s n ... -> (b s) n 1 ...
+        out = _by_blocks(qkv.reshape(-1, qkv.shape[2], 1, *qkv.shape[3:]))
+        return out.reshape(*qkv.shape[:3], -1)
+
+    return joined(qkv, along_patches, axis=2)
+
+
+def _by_blocks(qkv: jax.Array) -> jax.Array:
+    return long_attention.attention(qkv, target_device().platform)
 
 
 def _joint(qkv: Tokens, grid: Grid) -> Tokens:

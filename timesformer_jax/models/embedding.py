@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from timesformer_jax.distributed.pieces import in_pieces, is_long
 from timesformer_jax.models.attention import Grid, Tokens
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops.linear import Linear
@@ -58,18 +60,32 @@ class Embedding(nnx.Module):
         b, t = video.shape[:2]
         p, grid, dtype = config.patch_size, patch_grid(config, video), jnp.dtype(config.dtype)
         kernel, bias, rule = self.patch.kernel[...], self.patch.bias[...], self.patch.rule
-        patches = patch_embedding(jnp.asarray(video, dtype), kernel, bias, p, rule)
-        # Positions are added in float32, and so are their gradients, which are sums over clips.
-        cls = self.cls[...]
+        cls, space, time = self.cls[...], None, None
         if self.space is not None:
             space = resize_space(self.space[...], config.grid, grid, config.position_resize)
-            cls, patches = cls + space[0], patches + space[1:]
+            cls = cls + space[0]
         if self.time is not None:
             time = resize_time(self.time[...], t, config.position_resize)
-            patches = patches + time[:, None]
+
+        def embed(video: Any, time: jax.Array | None) -> jax.Array:
+            patches = patch_embedding(jnp.asarray(video, dtype), kernel, bias, p, rule)
+            # Positions are added in float32, and so are their gradients, sums over clips.
+            if space is not None:
+                patches = patches + space[1:]
+            if time is not None:
+                patches = patches + time[:, None]
+            return patches.astype(dtype)
+
+        if is_long(t, math.prod(grid)):
+            clip = video, None if time is None else time[None]
+            patches = in_pieces(
+                lambda x: embed(x[0], None if x[1] is None else x[1][0]), clip, math.prod(grid)
+            )
+        else:
+            patches = embed(video, time)
         one_a_frame = (t,) if config.scheme.token_per_frame else ()
         cls = jnp.broadcast_to(cls, (b, *one_a_frame, cls.shape[-1]))
-        return Tokens(cls.astype(dtype), patches.astype(dtype))
+        return Tokens(cls.astype(dtype), patches)
 
 
 def patch_grid(config: TimeSformerConfig, video: Video) -> Grid:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Key
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed import sequence
+from timesformer_jax.distributed.pieces import in_pieces, is_long
 from timesformer_jax.distributed.sharding import constrain, target_device
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import Grid, Tokens
@@ -64,9 +66,12 @@ class Attention(nnx.Module):
         cls = x.cls
         assert cls is not None  # the residual stream always has the token
         sequences = self.layer.partition(x.patches.shape[1], grid)
+        count, n = int(sequences.max()) + 1, x.patches.shape[2]
         if self.layer.within == "position":
             x = x._replace(patches=sequence.to_positions(x.patches))
-        y = Tokens(self._copies(cls, int(sequences.max()) + 1), x.patches)
+            # Positions that were added; they are dropped again, with whatever path they take.
+            sequences = np.pad(sequences, ((0, 0), (0, x.patches.shape[2] - n)))
+        y = Tokens(self._copies(cls, count), x.patches)
         y = jax.tree.map(self._split_heads, self.qkv(jax.tree.map(self.norm, y)))
         attended = self.layer.attend(y, grid)
         if tape.value is not None:
@@ -74,9 +79,11 @@ class Attention(nnx.Module):
         y = _named(OUTPUT, attended)
         y = self._project(y, functools.partial(drop_path, rate=rate, sequences=sequences, key=key))
         if y.cls is not None and y.cls.ndim > cls.ndim:
-            y = y._replace(cls=constrain(y.cls, "token").mean(axis=1))
+            copies = constrain(y.cls, "token")
+            copies = copies if copies.shape[1] == count else copies[:, :count]
+            y = y._replace(cls=copies.mean(axis=1))
         if self.layer.within == "position":
-            y = y._replace(patches=sequence.to_frames(y.patches))
+            y = y._replace(patches=sequence.to_frames(y.patches, n))
         return y
 
     def _copies(self, cls: jax.Array, sequences: int) -> jax.Array | None:
@@ -85,6 +92,8 @@ class Attention(nnx.Module):
         if not self.layer.joins_cls:
             return None
         one_a_sequence = cls.ndim == 3  # space only
+        if self.layer.within == "position":
+            sequences = sequence.positions(sequences)
         copies = cls if one_a_sequence else jnp.repeat(cls[:, None], sequences, axis=1)
         return constrain(copies, "token")
 
@@ -123,9 +132,17 @@ class MLP(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x: Tokens, grid: Grid, key: MaybeKey = None, rate: Rate = 0.0) -> Tokens:
         """The residual update of `x`."""
-        y = self.fc1(jax.tree.map(self.norm, x))
-        y = self.fc2(jax.tree.map(gelu, y))
+        _, frames, tokens, _ = x.patches.shape
+        if is_long(frames, tokens):
+            y = Tokens(self._layers(x.cls), in_pieces(self._layers, x.patches, tokens))
+        else:
+            y = self._layers(x)
         return drop_path(y, rate, self.partition(x.patches.shape[1], grid), key)
+
+    def _layers(self, x: Any) -> Any:
+        """A tree of tokens (..., D); they share one copy of the kernels."""
+        y = self.fc1(jax.tree.map(self.norm, x))
+        return self.fc2(jax.tree.map(gelu, y))
 
 
 class Block(nnx.Module):

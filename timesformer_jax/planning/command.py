@@ -26,6 +26,7 @@ def plan(
     config: ConfigDict,
     topology: str,
     find_batch: bool = False,
+    find_frames: bool = False,
     quick: bool = False,
     memory: float | None = None,
     work: str = "training",
@@ -46,8 +47,9 @@ def plan(
         if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
             raise InputError(f"--{flag}={path} cannot be written: give a file in a folder that is")
     result = make_plan(
-        _as_trained(config), topology, work=work, find_batch=find_batch, quick=quick, memory=memory
-    )
+        _as_trained(config), topology, work=work, find_batch=find_batch, find_frames=find_frames,
+        quick=quick, memory=memory,
+    )  # fmt: skip
     print(as_text(result))
     if json:
         _write("json", json, dumps(as_json(result), indent=2))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from timesformer_jax.distributed.hardware import GIB
+from timesformer_jax.distributed.pieces import is_long
 from timesformer_jax.models.timesformer import (
     TimeSformerConfig,
     abstract,
@@ -20,6 +21,7 @@ from timesformer_jax.models.timesformer import (
 )
 from timesformer_jax.planning.program import Program, bytes_a_chip
 from timesformer_jax.training.optimizer import trained
+from timesformer_jax.transforms.preprocess import tokens_of
 
 
 class Memory(NamedTuple):
@@ -72,7 +74,9 @@ def counted_memory(program: Program) -> Memory:
     params, optimizer, inputs = _arguments(program)
     frames, side = program.clip.frames, program.clip.crop
     clips = program.clips // program.batch_multiple
-    video = clips * program.parts * frames * side * side * 3 * 4
+    # A long clip is rounded to the dtype of the model, and counted with what the embedding saves.
+    long = is_long(frames, tokens_of(program.clip))
+    video = 0 if long else clips * program.parts * frames * side * side * 3 * 4
     gradients = 0
     if program.work == "training":
         gradients = bytes_a_chip(trained(program.state.params, program.train))
@@ -112,7 +116,9 @@ def kept_for_backward(
 
 def _residuals(model: TimeSformerConfig, frames: int, side: int, clips: int) -> int:
     params = parameters(abstract(model))
-    video = jax.ShapeDtypeStruct((clips, frames, side, side, 3), jnp.float32)
+    long = is_long(frames, (side // model.patch_size) ** 2)
+    dtype = jnp.dtype(model.dtype if long else jnp.float32)
+    video = jax.ShapeDtypeStruct((clips, frames, side, side, 3), dtype)
 
     def forward(params: Any, video: jax.Array) -> Any:
         key = jax.random.key(0)

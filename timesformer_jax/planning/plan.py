@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -17,7 +18,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.models.costs import macs
 from timesformer_jax.planning.collectives import Collective, collectives
 from timesformer_jax.planning.cycles import Cycles, count_cycles
-from timesformer_jax.planning.largest_batch import largest_batch
+from timesformer_jax.planning.largest import largest
 from timesformer_jax.planning.memory import Memory, compiled_memory, counted_memory, required_bytes
 from timesformer_jax.planning.program import Program, batch_size_of, build
 from timesformer_jax.planning.roofline import Roofline, roofline
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 # An option of the TPU compiler: a fifth of the time for the divided model, the same FLOPs.
 _QUICK = {"exec_time_optimization_effort": -1.0}
+
+
+FRAMES_STEP = 8  # the longest clip is a multiple of this, on each device that shares it
 
 
 class Estimate(NamedTuple):
@@ -72,6 +76,7 @@ class Plan:
       host_rate: FLOP/s of this machine's matrix products, measured, if the topology is its CPU.
       largest_batch: as `Program.batch_size`, of all devices together; None if it was not searched
         for.
+      longest_clip: frames of the longest clip that fits; None if it was not searched for.
     """
 
     topology: Topology
@@ -85,6 +90,7 @@ class Plan:
     compile_seconds: float | None
     quick: bool
     largest_batch: int | None
+    longest_clip: int | None
     host_rate: float | None = None
 
     @property
@@ -133,6 +139,7 @@ def make_plan(
     *,
     work: str = "training",
     find_batch: bool = False,
+    find_frames: bool = False,
     quick: bool = False,
     memory: float | None = None,
 ) -> Plan:
@@ -143,6 +150,7 @@ def make_plan(
       topology: "v5e:4x4", "h100:8", "cpu:8".
       work: "training", a step of it, or "inference", a batch of the evaluation.
       find_batch: whether to search for the largest batch that fits; it takes more compilations.
+      find_frames: whether to search for the longest clip that fits, to 8 frames on each device.
       quick: whether the TPU compiler optimises less: it takes much less time, and the program
         needs a little more memory.
       memory: GiB that a program can use on a chip; by default the value in the table of chips, on
@@ -154,7 +162,7 @@ def make_plan(
     """
     target = open_topology(topology)
     limit = _limit(target.chip, memory)
-    if find_batch and limit is None:
+    if (find_batch or find_frames) and limit is None:
         raise InputError(f"--topology={topology} has no memory limit; give one, --memory=16 (GiB)")
     options = _QUICK if quick and target.devices[0].platform == "tpu" else {}
     batch_size = batch_size_of(config, work)
@@ -170,23 +178,37 @@ def make_plan(
     compiled = _compiled(target.chip, program, found) if found else None
     cycles = _cycles(target, program, text) if text else None
 
-    def bytes_of(batch: int) -> float:
-        if batch == batch_size:
+    def bytes_of(frames: int, batch: int) -> float:
+        if (frames, batch) == (config.clip.frames, batch_size):
             return needed
-        other = build(config, target.devices, batch, work)
+        other = build(_with_frames(config, frames), target.devices, batch, work)
         if not target.compiles:
             return counted_memory(other).total
-        logging.info("compiling with a batch of %d", batch)
+        logging.info("compiling with a batch of %d clips of %d frames", batch, frames)
         return _compile(other, options)[1]
 
-    largest = None
+    batch = longest = None
+    empty = counted.memory.parameters + counted.memory.optimizer
     if find_batch and limit is not None:
-        empty = counted.memory.parameters + counted.memory.optimizer
-        largest = largest_batch(bytes_of, limit, program.batch_multiple, batch_size, empty)
+        needs = functools.partial(bytes_of, config.clip.frames)
+        batch = largest(needs, limit, program.batch_multiple, batch_size, empty)
+    if find_frames and limit is not None:
+        needs = functools.partial(bytes_of, batch=batch_size)
+        step = FRAMES_STEP * program.mesh.shape["sequence"]
+        longest = largest(needs, limit, step, config.clip.frames, empty)
     return Plan(
         target, program, limit, needed, counted, compiled, cycles, text, seconds, bool(options),
-        largest, None if target.chip else measured_host_rate(program.model.dtype),
+        batch, longest, None if target.chip else measured_host_rate(program.model.dtype),
     )  # fmt: skip
+
+
+def _with_frames(config: ConfigDict, frames: int) -> ConfigDict:
+    """The config for clips of another length; the model follows if it did before."""
+    other = config.copy_and_resolve_references()
+    if other.model.num_frames == other.clip.frames:
+        other.model.num_frames = frames
+    other.clip.frames = frames
+    return other
 
 
 def _limit(chip: Chip | None, memory: float | None) -> float | None:

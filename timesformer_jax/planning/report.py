@@ -54,6 +54,8 @@ def as_text(plan: Plan) -> str:
         lines += ["", *cycles_lines(plan, plan.cycles)]
     if plan.largest_batch is not None:
         lines += ["", _largest(plan)]
+    if plan.longest_clip is not None:
+        lines += ["", _longest(plan)]
     return "\n".join([*lines, "", "assumed:", *(f"  {line}" for line in assumptions(plan))])
 
 
@@ -76,6 +78,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "limit_bytes": plan.limit,
         "needed_bytes": plan.needed if plan.needed < math.inf else None,
         "largest_batch": plan.largest_batch,
+        "longest_clip": plan.longest_clip,
         "source": "compiled" if plan.compiled else "counted",
         "compile_seconds": plan.compile_seconds,
         "quick": plan.quick,
@@ -222,3 +225,12 @@ def _largest(plan: Plan) -> str:
         return f"no batch fits: try {less}, bfloat16 or more chips"
     of = " videos" if inference else ""
     return f"largest batch that fits: {plan.largest_batch}{of}"
+
+
+def _longest(plan: Plan) -> str:
+    if plan.longest_clip == 0:
+        return (
+            "no clip fits: try --config.model.remat=block or offload, a smaller batch, bfloat16, "
+            "or --config.mesh.sequence on more chips"
+        )
+    return f"longest clip that fits: {plan.longest_clip} frames"

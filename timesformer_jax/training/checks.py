@@ -57,14 +57,9 @@ def check_model(mesh: Mesh, model: TimeSformerConfig, clip: ClipSpec) -> None:
             f"attention {model.attention!r} compares patches of different frames and positions, "
             "so that devices cannot share a clip; set --config.mesh.sequence=1"
         )
-    shared = {"frames": clip.frames}
-    if "position" in within:
-        shared["patches a frame"] = (clip.crop // model.patch_size) ** 2
-    for name, parts in shared.items():
-        if parts % sequence:
-            among = " and ".join(f"{count} {what}" for what, count in shared.items())
-            raise InputError(
-                f"{parts} {name} cannot be divided among {sequence} devices; set "
-                f"--config.mesh.sequence to a divisor of {among}, "
-                f"{math.gcd(sequence, *shared.values())} for one"
-            )
+    if clip.frames % sequence:
+        raise InputError(
+            f"{clip.frames} frames cannot be divided among {sequence} devices; set "
+            f"--config.mesh.sequence to a divisor of {clip.frames}, "
+            f"{math.gcd(sequence, clip.frames)} for one"
+        )

@@ -18,7 +18,7 @@ from timesformer_jax.models.timesformer import parameters as parameters_of
 from timesformer_jax.training.optimizer import trained
 from timesformer_jax.transforms.augment import augment
 from timesformer_jax.transforms.augmentation import OFF, Augmentation
-from timesformer_jax.transforms.preprocess import crop, normalise
+from timesformer_jax.transforms.preprocess import crop, normalise, preprocess
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -136,8 +136,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        subset, examples = trained(state.params, trainable), inputs(batch)
+        subset = trained(state.params, trainable)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            examples = inputs(batch)
             (loss, accuracy), grads = gradient(subset, state.params, examples, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -181,14 +182,17 @@ def _make_inputs(
     """A function from a batch as it is loaded to cropped, augmented and normalised examples."""
 
     def inputs(batch: Batch) -> Examples:
-        video = crop(batch["frames"], batch["crop_boxes"], clip.crop, batch["flip"])
         labels = targets = batch["label"]
-        if augmentation.on:
-            with jax.named_scope("preprocessing"):
-                video, targets = augment(
-                    video, labels, batch["augment_seed"], augmentation,
-                    fill=clip.mean, classes=model.num_classes, mesh=mesh,
-                )  # fmt: skip
+        frames = batch["frames"], batch["crop_boxes"]
+        if not augmentation.on:
+            video = preprocess(*frames, clip, batch["flip"], dtype=model.dtype)
+            return Examples(video, targets, labels)
+        video = crop(*frames, clip.crop, batch["flip"])
+        with jax.named_scope("preprocessing"):
+            video, targets = augment(
+                video, labels, batch["augment_seed"], augmentation,
+                fill=clip.mean, classes=model.num_classes, mesh=mesh,
+            )  # fmt: skip
         return Examples(normalise(jnp.asarray(video), clip), jnp.asarray(targets), labels)
 
     return inputs

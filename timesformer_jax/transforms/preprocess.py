@@ -5,6 +5,8 @@ Training, evaluation and prediction share it.
 
 from __future__ import annotations
 
+import math
+
 import dm_pix
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.distributed.pieces import in_pieces, is_long
 
 Frames = UInt8[Array | np.ndarray, "b t h w 3"]
 CropBoxes = Float[Array | np.ndarray, "b 3"]
@@ -19,20 +22,40 @@ Flip = Bool[Array | np.ndarray, " b"] | None
 
 
 def preprocess(
-    frames: Frames, crop_boxes: CropBoxes, spec: ClipSpec, flip: Flip = None
+    frames: Frames,
+    crop_boxes: CropBoxes,
+    spec: ClipSpec,
+    flip: Flip = None,
+    *,
+    dtype: str = "float32",
 ) -> Float[Array, "b t s s 3"]:
     """Crops, resizes, flips and normalises clips in one antialiased resampling.
+
+    Long clips go through it in pieces of frames.
 
     Args:
       frames: (B, T, H, W, 3) uint8 RGB.
       crop_boxes: (B, 3) float32, the square to keep: top, left and side in pixels of `frames`.
       spec: size of the result and its normalisation.
       flip: (B,) bool, which clips to mirror; None for none.
+      dtype: of the model, which a long clip is rounded to.
 
     Returns:
-      (B, T, crop, crop, 3) float32.
+      (B, T, crop, crop, 3) float32; a long clip of `dtype`.
     """
-    return normalise(crop(frames, crop_boxes, spec.crop, flip), spec)
+
+    def of(frames: jax.Array) -> jax.Array:
+        return normalise(crop(frames, crop_boxes, spec.crop, flip), spec)
+
+    tokens = tokens_of(spec)
+    if not is_long(frames.shape[1], tokens):
+        return of(jnp.asarray(frames))
+    return in_pieces(lambda x: of(x).astype(dtype), jnp.asarray(frames), tokens)
+
+
+def tokens_of(spec: ClipSpec) -> int:
+    """What a frame counts as for `distributed.pieces`: its patches of 16 x 16 pixels."""
+    return math.ceil(spec.crop / 16) ** 2
 
 
 @jax.named_scope("preprocessing")

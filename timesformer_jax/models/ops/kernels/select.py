@@ -23,6 +23,7 @@ from timesformer_jax.distributed.sharding import (
     without_uneven_axes,
 )
 from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.models.ops import long_attention
 from timesformer_jax.models.ops.kernels import registry
 from timesformer_jax.models.ops.kernels.registry import KERNELS, Case
 from timesformer_jax.models.ops.reference import use_references
@@ -152,18 +153,35 @@ def unsupported(case: Case, name: str) -> str | None:
 
 def run_kernel(kind: str, qkv: Tokens, grid: Grid, name: str) -> Tokens:
     """Attention by a kernel of `KERNELS`. On a mesh each device runs it on its own shard."""
-    kernel = KERNELS[kind][name].attention
+    return on_each_device(kind, qkv, grid, KERNELS[kind][name].attention)
+
+
+def on_each_device(
+    kind: str, qkv: Tokens, grid: Grid, attention: Callable[[Tokens, Grid], Tokens]
+) -> Tokens:
+    """`attention(qkv, grid)`, by every device of the current mesh on its own shard."""
     if not is_on_mesh():
-        return kernel(qkv, grid)
+        return attention(qkv, grid)
 
     def local(*qkv: Any) -> tuple:
-        return tuple(kernel(Tokens(*qkv), grid))
+        return tuple(attention(Tokens(*qkv), grid))
 
     # The partitioner cannot split a kernel: without shard_map every device gathers the whole batch.
     inputs = _partition_specs(kind, qkv)
     outputs = tuple(P(*axes[:-3], *axes[-2:-1]) for axes in inputs)
     run = jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
     return Tokens(*run(*qkv))
+
+
+def is_long(case: Case) -> bool:
+    """Whether the formulation "xla" computes a case by `long_attention`."""
+    _, t, n, _, heads, _ = case.shape
+    sizes = {"temporal": (t, n), "spatial": (n, t), "joint": (t * n, 1)}
+    if use_references.value or case.kind not in sizes:
+        return False
+    length, sequences = sizes[case.kind]
+    platform = target_device().platform
+    return long_attention.is_long(length + case.cls, sequences * heads, platform)
 
 
 def local_case(kind: str, qkv: Tokens, grid: Grid) -> Case:

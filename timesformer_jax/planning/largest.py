@@ -1,4 +1,4 @@
-"""The largest batch whose step fits."""
+"""The largest batch, or the longest clip, whose step fits."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 from collections.abc import Callable
 
 
-def largest_batch(
+def largest(
     needed: Callable[[int], float], limit: float, multiple: int, start: int, empty: float
 ) -> int:
     """The largest multiple of `multiple` that needs at most `limit` bytes; 0 if there is none.
 
-    Memory is almost linear in the batch size. Each trial is where the line through the two known
-    points nearest to the limit reaches it; every third trial halves the interval, so that the
-    search is short even where memory is not linear.
+    A size is that of a batch, or the frames of a clip. Memory is almost linear in it. Each trial
+    is where the line through the two known points nearest to the limit reaches it; every third
+    trial halves the interval, so that the search is short even where memory is not linear.
 
     Args:
-      needed: bytes that a batch size needs, increasing; inf if the compiler only says that it is
+      needed: bytes that a size needs, increasing; inf if the compiler only says that it is
         too much. It compiles a program, so it is called as rarely as possible.
       limit: bytes.
-      multiple: batch sizes are multiples of this.
-      start: the batch size to try first.
-      empty: bytes that are needed by an empty batch.
+      multiple: sizes are multiples of this.
+      start: the size to try first.
+      empty: bytes that are needed by nothing at all.
     """
-    known = {0: empty}  # by batch size over `multiple`
+    known = {0: empty}  # by size over `multiple`
     low, high = 0, None  # the largest that fits, the smallest that does not
     trial = max(1, start // multiple)
     while high is None or high - low > 1:
