@@ -18,12 +18,12 @@ from test_attention import brute_force, sequences
 
 import timesformer_jax as tsf
 from timesformer_jax.models.attention import Tokens
+from timesformer_jax.models.drop_path import drop_path
 from timesformer_jax.models.embedding import resize_space, resize_time
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import (
     Attention,
     abstract,
-    drop_path,
     parameters,
     with_parameters,
 )

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed import sequence
@@ -28,17 +28,15 @@ from timesformer_jax.distributed.sharding import constrain, target_device
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import Grid, Tokens
 from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.drop_path import MaybeKey, Rate, drop_path
 from timesformer_jax.models.embedding import Embedding, Video, patch_grid
 from timesformer_jax.models.ops.gelu import gelu
 from timesformer_jax.models.ops.layer_norm import LayerNorm
 from timesformer_jax.models.ops.linear import Linear, fused
 from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.remat import BLOCK_INPUT, OUTPUT, checkpointed
-from timesformer_jax.models.schemes import AttentionLayer, Numbers, by_clip, by_frame
+from timesformer_jax.models.schemes import AttentionLayer, by_clip, by_frame
 from timesformer_jax.models.tape import tape
-
-Rate = float | Float[Array, ""]
-MaybeKey = Key[Array, ""] | None
 
 
 class Attention(nnx.Module):
@@ -185,25 +183,6 @@ def _residual_stream(x: Tokens) -> Tokens:
         patches = with_layout_constraint(patches, Layout(tuple(range(patches.ndim))))
     assert x.cls is not None
     return Tokens(constrain(x.cls, "token"), patches)
-
-
-@jax.named_scope("residual")
-def drop_path(x: Tokens, rate: Rate, sequences: Numbers, key: MaybeKey) -> Tokens:
-    """Stochastic depth: zeroes a sequence's residual with probability `rate`, scales up the others.
-
-    Args:
-      x: the residuals, (B, T, N, D) patches and, where it takes part, one token a sequence,
-        (B, S, D).
-      rate: probability of dropping, a number or (). For the number 0 nothing is computed.
-      sequences: (T, N), the number of each patch's sequence; there is one draw for each.
-      key: None outside training: nothing is dropped.
-    """
-    if key is None or (isinstance(rate, float) and rate == 0):
-        return x
-    draws = jax.random.bernoulli(key, 1 - rate, (len(x.patches), sequences.max() + 1))
-    factor = (draws / (1 - rate)).astype(x.patches.dtype)
-    cls = None if x.cls is None else x.cls * factor.reshape(*x.cls.shape[:-1], 1)
-    return Tokens(cls, x.patches * factor[:, sequences, None])
 
 
 def _linear(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from timesformer_jax.distributed.hardware import GIB
-from timesformer_jax.distributed.pieces import is_long
+from timesformer_jax.distributed.pieces import is_long, tokens_of
 from timesformer_jax.models.timesformer import (
     TimeSformerConfig,
     abstract,
@@ -21,7 +21,6 @@ from timesformer_jax.models.timesformer import (
 )
 from timesformer_jax.planning.program import Program, bytes_a_chip
 from timesformer_jax.training.optimizer import trained
-from timesformer_jax.transforms.preprocess import tokens_of
 
 
 class Memory(NamedTuple):
@@ -75,7 +74,7 @@ def counted_memory(program: Program) -> Memory:
     frames, side = program.clip.frames, program.clip.crop
     clips = program.clips // program.batch_multiple
     # A long clip is rounded to the dtype of the model, and counted with what the embedding saves.
-    long = is_long(frames, tokens_of(program.clip))
+    long = is_long(frames, tokens_of(side))
     video = 0 if long else clips * program.parts * frames * side * side * 3 * 4
     gradients = 0
     if program.work == "training":

@@ -193,7 +193,8 @@ def _make_inputs(
                 video, labels, batch["augment_seed"], augmentation,
                 fill=clip.mean, classes=model.num_classes, mesh=mesh,
             )  # fmt: skip
-        return Examples(normalise(jnp.asarray(video), clip), jnp.asarray(targets), labels)
+        video = normalise(jnp.asarray(video), clip, model.dtype)
+        return Examples(video, jnp.asarray(targets), labels)
 
     return inputs
 

@@ -7,6 +7,7 @@ augmented in the same way wherever it lies in the batch or on the mesh, and afte
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -17,8 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from timesformer_jax.distributed.mesh import BATCH_SPEC
-from timesformer_jax.transforms import operations
-from timesformer_jax.transforms.augmentation import Augmentation
+from timesformer_jax.distributed.pieces import in_pieces, is_long, tokens_of
+from timesformer_jax.transforms import augment_long, operations
+from timesformer_jax.transforms.augmentation import OFF, Augmentation
 
 # Every augmentation has a random stream of its own, so that one does not change another.
 _STREAMS = ("color_jitter", "grayscale", "randaugment", "erasing", "mixing")
@@ -44,7 +46,7 @@ def augment(
     """Augments a batch, which is sharded over its leading axis.
 
     Args:
-      clips: (B, T, S, S, 3) float32 RGB in [0, 1].
+      clips: (B, T, S, S, 3) float32 RGB in [0, 1]; float16 if they are long.
       labels: (B,) int32; of multi-label data (B, classes) float32, 0 or 1.
       seeds: (B,) uint32, one for each clip.
       augmentation: which augmentations.
@@ -81,10 +83,13 @@ def distort(
     """Augments the pixels of one clip: colour jitter, greyscale, RandAugment, erasing.
 
     Args:
-      clip: (T, S, S, 3) float32 RGB in [0, 1].
+      clip: (T, S, S, 3) float RGB in [0, 1], float32 unless it is long.
       seed: () uint32.
       augmentation, fill: see `augment`.
     """
+    tokens = tokens_of(clip.shape[1])
+    if is_long(len(clip), tokens):
+        return _distort_long(clip, seed, augmentation, fill, tokens)
     clip = jnp.clip(clip, 0, 1)
     if any(augmentation.color_jitter):
         key = _key(seed, "color_jitter")
@@ -97,6 +102,31 @@ def distort(
         clip = operations.randaugment(_key(seed, "randaugment"), clip, layers, magnitude, fill)
     if augmentation.erasing:
         clip = operations.erase(_key(seed, "erasing"), clip, augmentation.erasing, fill)
+    return clip
+
+
+def _distort_long(
+    clip: Clip,
+    seed: Seed,
+    augmentation: Augmentation,
+    fill: tuple[float, float, float],
+    tokens: int,
+) -> Clip:
+    """`distort`, in pieces of frames."""
+
+    def only(**fields: float) -> Callable[[jax.Array], jax.Array]:
+        return lambda frames: distort(frames, seed, dataclasses.replace(OFF, **fields), fill)
+
+    if any(augmentation.color_jitter):
+        key = _key(seed, "color_jitter")
+        clip = augment_long.jitter_colors(key, clip, augmentation, tokens)
+    if augmentation.grayscale:
+        clip = augment_long.each(only(grayscale=augmentation.grayscale), clip, tokens)
+    if augmentation.randaugment_layers:
+        key = _key(seed, "randaugment")
+        clip = augment_long.randaugment(key, clip, augmentation, fill, tokens)
+    if augmentation.erasing:
+        clip = augment_long.each(only(erasing=augmentation.erasing), clip, tokens)
     return clip
 
 
@@ -124,7 +154,16 @@ def mix(
     mixing = jax.vmap(lambda seed: _mixing(seed, clips.shape[2], augmentation))
     weight, share = _on_each_device(mesh, mixing)(seeds)
     weight, share = weight[:, None, :, :, None], share[:, None]
-    clips = weight * clips + (1 - weight) * jnp.roll(clips, 1, axis=0)
+    tokens = tokens_of(clips.shape[2])
+
+    def mixed(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return weight * pair[0] + (1 - weight) * pair[1]
+
+    pair = clips, jnp.roll(clips, 1, axis=0)
+    if is_long(clips.shape[1], tokens):
+        clips = in_pieces(lambda x: mixed(x).astype(clips.dtype), pair, tokens)
+    else:
+        clips = mixed(pair)
     targets = share * targets + (1 - share) * jnp.roll(targets, 1, axis=0)
     return clips, targets
 

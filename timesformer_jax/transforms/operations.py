@@ -8,7 +8,8 @@ flickers that did not flicker before.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import dm_pix
 import jax
@@ -16,6 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Bool, Float, Int, Key
+
+
+class Whole(NamedTuple):
+    """What operations need to know of a whole clip, of which they change some frames.
+
+    Attributes:
+      gray: () the mean grey level.
+      low, high: (3,) the least and the largest value of each channel.
+      counts: (3, 256) how many pixels have each level.
+    """
+
+    gray: Any = 0.0
+    low: Any = 0.0
+    high: Any = 1.0
+    counts: Any = None
+
 
 Clip = Float[Array | np.ndarray, "t h w 3"]
 Scalar = Float[Array, ""] | float
@@ -25,20 +42,24 @@ Color = tuple[float, float, float]
 ERASED_AREA, ERASED_ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)
 
 
-def jitter_colors(key: Key[Array, ""], clip: Clip, strengths: Sequence[float]) -> Clip:
+def jitter_colors(
+    key: Key[Array, ""], clip: Clip, strengths: Sequence[float], whole: Whole | None = None
+) -> Clip:
     """Changes brightness, contrast, saturation and hue by random amounts, in this order.
 
     Args:
       key: the random key.
       clip: (T, H, W, 3) in [0, 1].
       strengths: see `Augmentation.color_jitter`.
+      whole: of the clip with its new brightness, if `clip` is a part of it.
     """
     *factors, turn = strengths
     draws = jax.random.uniform(key, (4,), minval=-1)
     for adjust, strength, draw in zip((brightness, contrast, saturation), factors, draws):
         if strength:
             low, high = max(0.0, 1 - strength), 1 + strength
-            clip = adjust(clip, low + (high - low) * (draw + 1) / 2)
+            factor = low + (high - low) * (draw + 1) / 2
+            clip = contrast(clip, factor, whole) if adjust is contrast else adjust(clip, factor)
     return jnp.clip(dm_pix.adjust_hue(clip, turn * draws[3]), 0, 1) if turn else clip
 
 
@@ -81,29 +102,35 @@ def randaugment(
         random.
       fill: colour of what comes in from outside the frame.
     """
-    strength = magnitude / 10
 
     def layer(clip: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
-        which, sign = jax.random.split(key)
-        drawn = jax.random.randint(which, (), 0, len(OPERATIONS))
-        signed = jnp.where(jax.random.bernoulli(sign), strength, -strength)
+        drawn, signed = drawn_operation(key, magnitude)
         clip = jax.lax.switch(drawn, tuple(OPERATIONS.values()), clip, signed, jnp.asarray(fill))
         return clip, None
 
     return jax.lax.scan(layer, jnp.asarray(clip), jax.random.split(key, layers))[0]
 
 
-# RandAugment's operations. Each takes a clip, a strength in [-1, 1] and a fill colour.
-OPERATIONS = {
+def drawn_operation(key: Key[Array, ""], magnitude: float) -> tuple[jax.Array, jax.Array]:
+    """The number of one of `OPERATIONS`, and its strength in a random direction."""
+    which, sign = jax.random.split(key)
+    drawn = jax.random.randint(which, (), 0, len(OPERATIONS))
+    strength = magnitude / 10
+    return drawn, jnp.where(jax.random.bernoulli(sign), strength, -strength)
+
+
+# RandAugment's operations. Each takes a clip, a strength in [-1, 1] and a fill colour; some also
+# the `Whole` of a clip of which they are given a part.
+OPERATIONS: dict[str, Callable[..., Clip]] = {
     "identity": lambda clip, s, fill: clip,
-    "autocontrast": lambda clip, s, fill: autocontrast(clip),
-    "equalize": lambda clip, s, fill: equalize(clip),
+    "autocontrast": lambda clip, s, fill, whole=None: autocontrast(clip, whole),
+    "equalize": lambda clip, s, fill, whole=None: equalize(clip, whole),
     "rotate": lambda clip, s, fill: rotate(clip, s * math.radians(30), fill),
     # Above 255, so that at strength 0 white stays white.
     "solarize": lambda clip, s, fill: dm_pix.solarize(clip, (1 - jnp.abs(s)) * 256 / 255),
     "color": lambda clip, s, fill: saturation(clip, 1 + 0.9 * s),
     "posterize": lambda clip, s, fill: posterize(clip, 8 - jnp.round(4 * jnp.abs(s))),
-    "contrast": lambda clip, s, fill: contrast(clip, 1 + 0.9 * s),
+    "contrast": lambda clip, s, fill, whole=None: contrast(clip, 1 + 0.9 * s, whole),
     "brightness": lambda clip, s, fill: brightness(clip, 1 + 0.9 * s),
     "sharpness": lambda clip, s, fill: sharpness(clip, 1 + 0.9 * s),
     "shear_x": lambda clip, s, fill: warp(clip, [[1, 0], [0.3 * s, 1]], [0, 0], fill),
@@ -122,9 +149,9 @@ def brightness(clip: Clip, factor: Scalar) -> Clip:
     return _blend(jnp.zeros_like(clip), clip, factor)
 
 
-def contrast(clip: Clip, factor: Scalar) -> Clip:
+def contrast(clip: Clip, factor: Scalar, whole: Whole | None = None) -> Clip:
     """Blends the clip with the mean grey level of the clip."""
-    return _blend(grayscale(clip).mean(), clip, factor)
+    return _blend(whole.gray if whole else grayscale(clip).mean(), clip, factor)
 
 
 def saturation(clip: Clip, factor: Scalar) -> Clip:
@@ -143,24 +170,35 @@ def sharpness(clip: Clip, factor: Scalar) -> Clip:
     return _blend(jnp.asarray(clip).at[:, 1:-1, 1:-1].set(inner), clip, factor)
 
 
-def autocontrast(clip: Clip) -> Clip:
+def autocontrast(clip: Clip, whole: Whole | None = None) -> Clip:
     """Stretches each channel of the clip to [0, 1]; a channel of one value does not change."""
-    low, high = clip.min((0, 1, 2)), clip.max((0, 1, 2))
+    low, high = (whole.low, whole.high) if whole else extremes(clip)
     stretched = (clip - low) / jnp.where(high > low, high - low, 1)
     return jnp.where(high > low, stretched, clip)
 
 
-def equalize(clip: Clip) -> Clip:
+def extremes(clip: Clip) -> tuple[jax.Array, jax.Array]:
+    """The least and the largest value of each channel, (3,)."""
+    return clip.min((0, 1, 2)), clip.max((0, 1, 2))
+
+
+def histogram(clip: Clip) -> Int[Array, "3 256"]:
+    """How many pixels of each channel have each of 256 levels."""
+    return jax.vmap(lambda x: jnp.bincount(x.ravel(), length=256), -1)(_levels(clip))
+
+
+def equalize(clip: Clip, whole: Whole | None = None) -> Clip:
     """Equalises the histogram of each channel of the clip, over 256 levels, as Pillow does."""
 
-    def channel(levels: jax.Array) -> jax.Array:
-        counts = jnp.bincount(levels.ravel(), length=256)
-        step = (levels.size - counts[levels.max()]) // 255
+    def channel(levels: jax.Array, counts: jax.Array) -> jax.Array:
+        brightest = 255 - jnp.argmax(counts[::-1] > 0)
+        step = (counts.sum() - counts[brightest]) // 255
         below = jnp.cumsum(counts) - counts
         even = jnp.minimum((below + step // 2) // jnp.maximum(step, 1), 255)
         return jnp.where(step > 0, even, jnp.arange(256))[levels]
 
-    return jax.vmap(channel, -1, -1)(_levels(clip)).astype(clip.dtype) / 255
+    counts = whole.counts if whole else histogram(clip)
+    return jax.vmap(channel, (-1, 0), -1)(_levels(clip), counts).astype(clip.dtype) / 255
 
 
 def posterize(clip: Clip, bits: Scalar) -> Clip:

@@ -5,7 +5,7 @@ Training, evaluation and prediction share it.
 
 from __future__ import annotations
 
-import math
+import functools
 
 import dm_pix
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.distributed.pieces import in_pieces, is_long
+from timesformer_jax.distributed.pieces import in_pieces, is_long, tokens_of
 
 Frames = UInt8[Array | np.ndarray, "b t h w 3"]
 CropBoxes = Float[Array | np.ndarray, "b 3"]
@@ -44,18 +44,13 @@ def preprocess(
       (B, T, crop, crop, 3) float32; a long clip of `dtype`.
     """
 
-    def of(frames: jax.Array) -> jax.Array:
+    def of(frames: Frames) -> jax.Array:
         return normalise(crop(frames, crop_boxes, spec.crop, flip), spec)
 
-    tokens = tokens_of(spec)
+    tokens = tokens_of(spec.crop)
     if not is_long(frames.shape[1], tokens):
-        return of(jnp.asarray(frames))
+        return of(frames)
     return in_pieces(lambda x: of(x).astype(dtype), jnp.asarray(frames), tokens)
-
-
-def tokens_of(spec: ClipSpec) -> int:
-    """What a frame counts as for `distributed.pieces`: its patches of 16 x 16 pixels."""
-    return math.ceil(spec.crop / 16) ** 2
 
 
 @jax.named_scope("preprocessing")
@@ -65,8 +60,17 @@ def crop(
     """Crops, resizes and flips clips; see `preprocess` for the arguments.
 
     Returns:
-      (B, T, size, size, 3) float32 RGB in [0, 1], up to rounding.
+      (B, T, size, size, 3) RGB in [0, 1], up to rounding: float32, or float16 of a long clip,
+      which goes through it in pieces of frames.
     """
+    tokens = tokens_of(size)
+    if is_long(frames.shape[1], tokens):
+        few = functools.partial(_crop, crop_boxes=crop_boxes, size=size, flip=flip)
+        return in_pieces(lambda x: few(x).astype(jnp.float16), jnp.asarray(frames), tokens)
+    return _crop(frames, crop_boxes, size, flip)
+
+
+def _crop(frames: Frames, crop_boxes: CropBoxes, size: int, flip: Flip) -> jax.Array:
     clips = jax.vmap(lambda f, box: resample(f.astype(jnp.float32), box, size))(frames, crop_boxes)
     if flip is not None:
         clips = jnp.where(flip[:, None, None, None, None], dm_pix.flip_left_right(clips), clips)
@@ -75,8 +79,17 @@ def crop(
 
 
 @jax.named_scope("preprocessing")
-def normalise(clips: Float[Array, "*b 3"], spec: ClipSpec) -> Float[Array, "*b 3"]:
-    """(..., 3) float32 RGB in [0, 1], normalised and in the channel order of the model."""
+def normalise(
+    clips: Float[Array, "b t s s 3"], spec: ClipSpec, dtype: str = "float32"
+) -> Float[Array, "b t s s 3"]:
+    """Clips of RGB in [0, 1], normalised and in the channel order of the model.
+
+    Returns:
+      Clips of the same shape: float32, or `dtype` of a long clip, which goes through it in pieces.
+    """
+    tokens = tokens_of(clips.shape[2])
+    if is_long(clips.shape[1], tokens):
+        return in_pieces(lambda x: normalise(x, spec).astype(dtype), clips, tokens)
     clips = (clips - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
     return clips[..., ::-1] if spec.channel_order == "bgr" else clips
 
