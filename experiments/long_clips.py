@@ -169,7 +169,8 @@ def draw() -> None:
     ):
         for model, colour in (("small", "tab:blue"), ("base", "tab:orange")):
             points = [(row["frames"], row[key] / unit) for row in rows if row["model"] == model]
-            axis.plot(*zip(*points), marker="o", color=colour, label=NAMES[model])
+            if points:
+                axis.plot(*zip(*points), marker="o", color=colour, label=NAMES[model])
         axis.axvline(PAPER, color="grey", linestyle=":")
         axis.annotate(" the paper's longest, 96", (PAPER, 1), (0, -10), color="grey", fontsize=8,
                       xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip

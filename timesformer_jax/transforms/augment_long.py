@@ -75,24 +75,28 @@ def randaugment(
 
 def _first_passes(tokens: int) -> list[Callable[[jax.Array], Whole]]:
     """What nothing, contrast, autocontrast and equalize need to know, all of one shape."""
-    none = Whole(jnp.zeros(()), jnp.zeros(3), jnp.ones(3), jnp.zeros((3, 256), jnp.int32))
+
+    def nothing(clip: jax.Array) -> Whole:
+        zero = 0 * clip[0, 0, 0, 0].astype(jnp.float32)  # that differs among devices, as the others
+        three, levels = jnp.broadcast_to(zero, 3), jnp.broadcast_to(zero, (3, 256))
+        return Whole(zero, three, three + 1, levels.astype(jnp.int32))
 
     def over(function: Callable, merge: Callable, clip: jax.Array) -> Any:
         return reduced(lambda x: function(x.astype(jnp.float32)), merge, clip, tokens)
 
     def gray(clip: jax.Array) -> Whole:
         total = over(lambda x: operations.grayscale(x).sum(), jnp.add, clip)
-        return none._replace(gray=total / clip.size)
+        return nothing(clip)._replace(gray=total / clip.size)
 
     def extremes(clip: jax.Array) -> Whole:
         def merge(a: tuple, b: tuple) -> tuple:
             return jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])
 
         low, high = over(operations.extremes, merge, clip)
-        return none._replace(low=low, high=high)
+        return nothing(clip)._replace(low=low, high=high)
 
     def counts(clip: jax.Array) -> Whole:
         found = over(operations.histogram, jnp.add, clip)
-        return none._replace(counts=found.astype(jnp.int32))
+        return nothing(clip)._replace(counts=found.astype(jnp.int32))
 
-    return [lambda clip: none, gray, extremes, counts]
+    return [nothing, gray, extremes, counts]
