@@ -51,8 +51,8 @@ class ClipModel:
         self.batch_size = batch_size or (1 if jax.default_backend() == "cpu" else BATCH_SIZE)
         self._lock = threading.Lock()
         self._tuned: set[int] = set()  # sizes of batches that kernels are chosen for
-        spec = metadata.clip
-        self._prepare = jax.jit(lambda frames, boxes: preprocess(frames, boxes, spec))
+        spec, dtype = metadata.clip, metadata.model.dtype
+        self._prepare = jax.jit(lambda frames, boxes: preprocess(frames, boxes, spec, dtype=dtype))
         self._classify = jax.jit(self._probabilities)
         self._encode = jax.jit(self._features, static_argnames=("frames", "positions"))
 
