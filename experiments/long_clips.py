@@ -164,7 +164,7 @@ def draw() -> None:
     PAGE.write_text(replace_table(page, "long_clips.py", "planned", plans))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, key, unit, label in (
-        (axes[0], "peak_bytes", GIB, "peak memory of the process, GiB"),
+        (axes[0], "compiled_bytes", GIB, "arrays of a training step, GiB"),
         (axes[1], "processor_seconds", 1, "processor seconds of a training step"),
     ):
         for model, colour in (("small", "tab:blue"), ("base", "tab:orange")):
@@ -175,7 +175,9 @@ def draw() -> None:
         axis.annotate(" the paper's longest, 96", (PAPER, 1), (0, -10), color="grey", fontsize=8,
                       xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="frames of the clip", ylabel=label)
-        axis.set_xscale("log", base=2)
+        ticks = sorted({row["frames"] for row in rows})
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        axis.minorticks_off()
     axes[0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
     figure.savefig(DOCS / "long_clips.png", dpi=110)
     print(f"written: {PAGE} and {DOCS / 'long_clips.png'}")
