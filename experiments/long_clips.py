@@ -129,6 +129,7 @@ def plan(topology: str, frames: int, remat: str) -> dict[str, Any]:
     config = config_of("base", frames)
     config.model.update({"dtype": "bfloat16", "remat": remat, "num_classes": 400})
     config.mesh.sequence = len(target.devices)
+    config.model.scan_layers = len(target.devices) > 1
     program = build(config, target.devices, 1)
     if target.compiles:
         quick = {"exec_time_optimization_effort": -1.0}
