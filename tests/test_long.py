@@ -177,7 +177,7 @@ def test_a_long_clip_is_augmented_as_a_short_one(fields, short):
     rng = np.random.default_rng(0)
     clips = rng.random((4, 37, 16, 16, 3), np.float32).astype(np.float16)
     clips = clips * np.linspace(0.3, 1, 37, dtype=np.float16)[:, None, None, None]
-    mesh, seeds, labels = mesh_of(ONE), np.arange(4, dtype=np.uint32), np.arange(4)
+    mesh, seeds, labels = mesh_of(ONE), np.arange(4, dtype=np.uint32), jnp.arange(4)
 
     def run(clips):
         return augment(
