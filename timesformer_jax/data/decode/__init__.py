@@ -1,16 +1,12 @@
 """Video files to RGB frames. PyAV, and so every codec, is used in this package only."""
 
+from timesformer_jax.data.decode.clip import DecodedClip, DecodedVideo, decode
 from timesformer_jax.data.decode.container import MISSING_FILE, VideoError, VideoInfo
 from timesformer_jax.data.decode.isolated import crash_reason, decode_clip, isolated
+from timesformer_jax.data.decode.scaling import resize
 from timesformer_jax.data.decode.stream import ClipStream, Gap, StreamedClip
 from timesformer_jax.data.decode.timeline import Timeline, equal_pieces
-from timesformer_jax.data.decode.video import (
-    DecodedClip,
-    DecodedVideo,
-    VideoFile,
-    decode,
-    resize,
-)
+from timesformer_jax.data.decode.video import VideoFile
 
 __all__ = [
     "MISSING_FILE",

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from timesformer_jax.data.decode import video as video_lib
+from timesformer_jax.data.decode import clip as clip_lib
+from timesformer_jax.data.decode.clip import DecodedClip
 from timesformer_jax.data.decode.container import VideoError
-from timesformer_jax.data.decode.video import DecodedClip
 from timesformer_jax.errors import InputError
 from timesformer_jax.workers import HANG_SIGNAL, STALL_SECONDS, watch
 
@@ -54,7 +54,7 @@ def decode_clip(
         "short_side": short_side, "frame_range": frame_range, "threads": threads,
     }  # fmt: skip
     if pool is None or not isinstance(path, str | os.PathLike):
-        return video_lib.decode_clip(path, start, end, sample=sample, **options)
+        return clip_lib.decode_clip(path, start, end, sample=sample, **options)
     with pool.child() as child:
         return child.decode([os.fspath(path), start, end, options], sample)
 
@@ -201,7 +201,7 @@ def serve(connection: Connection, stall_seconds: float) -> None:
 
         try:
             watch(stall_seconds)
-            clip = video_lib.decode_clip(path, start, end, sample=sample, **options)
+            clip = clip_lib.decode_clip(path, start, end, sample=sample, **options)
         except tuple(ERRORS.values()) as error:
             kind = next(name for name, kind in ERRORS.items() if isinstance(error, kind))
             _send(connection, {kind: str(error)})

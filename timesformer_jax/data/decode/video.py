@@ -1,4 +1,4 @@
-"""Decodes frames of a video: all frames of a clip, or only the sampled ones.
+"""`VideoFile`: the packets, the timeline and the frames of one video.
 
 Times are in seconds from the beginning of the video. A clip is the frames shown in [start, end), or
 a range of frame numbers. Frames are sampled and stored by the ticks of the clip's `Timeline`.
@@ -9,14 +9,13 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
 from timesformer_jax.data.decode.container import (
     VideoError,
@@ -29,19 +28,9 @@ from timesformer_jax.data.decode.container import (
     video_source,
 )
 from timesformer_jax.data.decode.limits import LIMITS, Limits
+from timesformer_jax.data.decode.scaling import SCALING, resized
 from timesformer_jax.data.decode.timeline import Timeline
 from timesformer_jax.workers import still_working
-
-# `ffmpeg -vf scale` is bicubic too, so frames equal those of copies that were scaled with ffmpeg.
-# swscale widens its kernel when it shrinks, so it does not alias. The other flags choose exact
-# arithmetic, which gives the same bytes on every processor.
-SCALING = int(
-    Interpolation.BICUBIC
-    | Interpolation.ACCURATE_RND
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-    | Interpolation.BITEXACT
-)
 
 # Seconds: longer than any container's rounding of times, shorter than any frame.
 TIME_TOLERANCE = 5e-7
@@ -53,128 +42,6 @@ MAX_STAMP = 1 << 62
 COMPLETE = 0.9
 
 CUT_PACKET = "truncated: a packet is cut short"
-
-
-@dataclass(frozen=True)
-class DecodedClip:
-    """Frames of a clip.
-
-    Attributes:
-      frames: (T, H, W, 3) uint8 RGB.
-      fps: ticks per second of the clip's timeline.
-      num_frames: ticks of the clip's timeline.
-      times: (T,) float64, when each frame is shown, in seconds from the beginning of the video.
-    """
-
-    frames: np.ndarray
-    fps: float
-    num_frames: int
-    times: np.ndarray
-
-
-class DecodedVideo(NamedTuple):
-    """A whole video in memory: `frames, fps = decode(path)`.
-
-    Attributes:
-      frames: (T, H, W, 3) uint8 RGB.
-      fps: frames per second.
-    """
-
-    frames: np.ndarray
-    fps: float
-
-
-def decode(
-    video: str | os.PathLike | BinaryIO,
-    start: float | None = None,
-    end: float | None = None,
-    *,
-    short_side: int | None = None,
-) -> DecodedVideo:
-    """Decodes a video, or its part [start, end), into memory: `frames, fps = decode(path)`.
-
-    A minute of 30 frames a second takes 0.5 GB at 340 x 256 and 11 GB at 1920 x 1080. Frames are
-    upright, with square pixels. A video with a varying frame rate is resampled to its mean rate.
-
-    Args:
-      video: a file, which may be on gs://; a binary file that is open; or a folder of images.
-      start, end: seconds; None: the beginning, the end of the video.
-      short_side: pixels that the shorter side is resized to; None: as stored.
-
-    Raises:
-      VideoError: it cannot be decoded, has no frame in [start, end), or is truncated.
-    """
-    clip = decode_clip(video, start, end, short_side=short_side)
-    return DecodedVideo(clip.frames, clip.fps)
-
-
-def decode_clip(
-    path: str | os.PathLike | BinaryIO,
-    start: float | None = None,
-    end: float | None = None,
-    *,
-    short_side: int | None = None,
-    sample: Callable[[int, float], np.ndarray] | None = None,
-    frame_range: tuple[int, int] | None = None,
-    threads: int = 0,
-) -> DecodedClip:
-    """Decodes frames of a clip into memory.
-
-    First the packets are read without decoding, to count the frames. Then only the part of the file
-    that holds the sampled frames is decoded.
-
-    Args:
-      path: as for `VideoFile`.
-      start, end: seconds; None: the beginning, the end of the video.
-      short_side: pixels that the shorter side is resized to; None: as stored.
-      frame_range: as for `VideoFile.timeline`, instead of start and end.
-      threads: as for `VideoFile`.
-      sample: a function of the number of ticks and the ticks per second, which returns the ticks
-        to decode, in [0, num_frames), in any order, with repeats. To take every n-th:
-        `lambda num_frames, fps: np.arange(0, num_frames, n)`. None: all ticks.
-
-    Raises:
-      VideoError: the file cannot be decoded, has no frame in [start, end), or is truncated.
-      ValueError: `sample` returns no tick, or one outside the clip.
-    """
-    with VideoFile(path, threads) as video:
-        timeline = video.timeline(start, end, frame_range=frame_range)
-        count = len(timeline)
-        ticks = np.arange(count) if sample is None else np.asarray(sample(count, timeline.fps), int)
-        if ticks.size == 0 or ticks.min() < 0 or ticks.max() >= count:
-            raise ValueError(f"sample gave no index, or one outside [0, {count}): {ticks}")
-        unique, inverse = np.unique(ticks, return_inverse=True)
-        frames = [video.to_rgb(frame, short_side) for frame in video.frames_at(timeline, unique)]
-        times = timeline.times[timeline.frame_indices[ticks]]
-        return DecodedClip(np.stack(frames)[inverse], timeline.fps, count, times)
-
-
-def resize(frames: np.ndarray, short_side: int) -> np.ndarray:
-    """Resizes frames as `decode_clip` does.
-
-    Args:
-      frames: (T, H, W, 3) uint8 RGB.
-      short_side: pixels that the shorter side is resized to.
-
-    Returns:
-      (T, H', W', 3) uint8.
-    """
-    height, width = frames.shape[1:3]
-    if min(height, width) == short_side:
-        return frames
-    width, height = _resized(width, height, short_side)
-    scaler = VideoReformatter()
-    videos = (av.VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24") for f in frames)
-    options: dict[str, Any] = {"interpolation": SCALING, "threads": 1}
-    return np.stack(
-        [scaler.reformat(f, width, height, "rgb24", **options).to_ndarray() for f in videos]
-    )
-
-
-def _resized(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height whose shorter one is `short_side`, in the same proportion."""
-    scale = short_side / min(width, height)
-    return max(short_side, round(scale * width)), max(short_side, round(scale * height))
 
 
 class VideoFile:
@@ -306,7 +173,7 @@ class VideoFile:
         width, height = self._stream.width, self._stream.height
         width = max(round(width * (self._stream.sample_aspect_ratio or 1)), 1)
         if short_side is not None:
-            width, height = _resized(width, height, short_side)
+            width, height = resized(width, height, short_side)
         check_pixels(width, height, self._limits)
         still_working()
         with video_errors():
