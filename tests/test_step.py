@@ -21,7 +21,7 @@ from timesformer_jax.models import costs
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import TimeSformer, parameters, with_parameters
 from timesformer_jax.planning.collectives import collectives
-from timesformer_jax.training import loop
+from timesformer_jax.training import loop, run
 from timesformer_jax.training.optimizer import make_optimizer
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
 from timesformer_jax.transforms.augmentation import OFF, Augmentation
@@ -305,7 +305,7 @@ def poisoned(at, where):
 def test_what_is_not_finite_ends_the_run_and_is_not_saved(
     config, tmp_path, monkeypatch, where, said
 ):
-    monkeypatch.setattr(loop, "make_train_step", poisoned(4, where))
+    monkeypatch.setattr(run, "make_train_step", poisoned(4, where))
     config.checkpoint.every_steps, config.epochs, config.batch_size = 3, 2, 16
     config.eval.batch_size = 16
     with pytest.raises(InputError, match=said) as e:
@@ -316,7 +316,7 @@ def test_what_is_not_finite_ends_the_run_and_is_not_saved(
 
 
 def test_where_nothing_was_saved_the_line_says_so(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "make_train_step", poisoned(1, "loss"))
+    monkeypatch.setattr(run, "make_train_step", poisoned(1, "loss"))
     with pytest.raises(InputError, match=r"at step 1, .*; no checkpoint was saved before"):
         loop.train(config, tmp_path / "run")
 
@@ -346,7 +346,7 @@ def test_the_average_is_saved_goes_on_is_evaluated_and_is_what_one_predicts_with
         evaluated.append(jax.device_get(params))
         return Results(tuple("abcdefgh"), np.array(list("abcdefgh")), np.arange(8), np.eye(8))
 
-    monkeypatch.setattr(loop, "make_train_step", make)
+    monkeypatch.setattr(run, "make_train_step", make)
     monkeypatch.setattr(loop, "evaluate", evaluate)
     config.ema_decay, config.epochs = 0.5, 1
     loop.train(config, tmp_path / "run")
