@@ -175,8 +175,8 @@ def test_a_wrong_recipe_of_a_run_is_one_line(text, said, tmp_path):
 
 def test_what_the_command_line_sets_does_not_yield():
     config = parsed("--config=finetune", "--config.data.flip=true", "--config.clip.frames=16")
-    assert not {"data.flip", "clip.frames"} & fit.undecided(config)
-    assert {"clip.frame_stride", "model.depth"} <= fit.undecided(config)
+    assert not {"data.flip", "clip.frames"} & fit.automatic(config)
+    assert {"clip.frame_stride", "model.depth"} <= fit.automatic(config)
     with pytest.raises(InputError, match=r"no config field defaults\.data\.flip"):
         parsed("--config=finetune", "--config.defaults.data.flip=false")
 

@@ -135,7 +135,7 @@ def test_the_recipe_fits_itself_and_resumes_without_the_file_it_started_from(
 def check_what_repeats_it(workdir, metadata):
     """recipe.json is the config with all that was decided; curves.csv has the scalars."""
     repeated = load(str(workdir / "recipe.json"))
-    assert not fit.undecided(repeated)
+    assert not fit.automatic(repeated)
     fields = json.loads(repeated.to_json())
     assert {k: v for k, v in fields.items() if k in metadata.config} == metadata.config
     assert set(fields) - set(metadata.config) == {"attention_kernels", "defaults"}

@@ -203,7 +203,8 @@ def still_working() -> None:
     The watchdog is a timer of the system: what hangs may hold any lock. If it is not told for
     `stall_seconds`, it ends the process by HANG_SIGNAL.
     """
-    if signal.getitimer(signal.ITIMER_REAL)[0]:
+    # A caller's process may use the timer for something else.
+    if _stall_seconds and signal.getitimer(signal.ITIMER_REAL)[0]:
         signal.setitimer(signal.ITIMER_REAL, _stall_seconds)
 
 

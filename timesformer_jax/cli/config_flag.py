@@ -98,6 +98,8 @@ def combinations(name: str, source: str, words: Sequence[str]) -> dict[str, list
     found = {}
     for chosen in itertools.product(*choices):
         label = ",".join(said for said, _ in chosen if said).replace("/", "_")
+        if label in found:
+            raise InputError(f"two runs would have one folder, {label}; sweep their values apart")
         found[label] = [word for _, word in chosen]
     if len(found) == 1:
         raise InputError(

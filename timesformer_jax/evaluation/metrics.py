@@ -212,14 +212,33 @@ class MultiLabelResults:
         """One line: mAP, and the numbers of videos, views and crops."""
         return accuracy_line(self.to_json())
 
-    def table(self) -> str:
-        """A line for each class that has videos, then the summary."""
+    def worst(self, most: int) -> np.ndarray:
+        """The rows of `most` videos: the largest mean cross-entropy of their classes first."""
+        p = np.where(self.truth, self.probabilities, 1 - self.probabilities)
+        losses = -np.log(np.maximum(p, np.finfo(np.float32).tiny)).mean(axis=1)
+        return np.argsort(-losses, kind="stable")[:most]
+
+    def table(self, worst: int = 5) -> str:
+        """A line for each class that has videos, the worst predictions, and the summary."""
         width = max(len("class"), *(len(label) for label in self.labels))
         lines = [f"{'class':<{width}}  {'videos':>6}  {'AP':>6}"]
         for label, ap, videos in zip(self.labels, self.average_precision, self.truth.sum(axis=0)):
             if videos:
                 lines.append(f"{label:<{width}}  {videos:>6}  {ap:>6.1%}")
+        if len(rows := self.worst(worst)):
+            lines += ["", "worst predictions, the largest loss first:"]
+            lines += [f"  {self._described(row)}" for row in rows] + [""]
         return "\n".join([*lines, self.summary()])
+
+    def _described(self, row: int) -> str:
+        p, truth = self.probabilities[row], self.truth[row]
+        labels = ", ".join(f"{self.labels[i]} ({p[i]:.1%})" for i in np.flatnonzero(truth))
+        others = np.flatnonzero(~truth)
+        line = f"{self.ids[row]}: {labels or 'no label'}"
+        if len(others):
+            first = others[p[others].argmax()]
+            line += f"; of the others most probable {self.labels[first]} ({p[first]:.1%})"
+        return line
 
 
 def average_precision(truth: np.ndarray, scores: np.ndarray) -> float:

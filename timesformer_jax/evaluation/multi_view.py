@@ -124,7 +124,7 @@ def evaluate_checkpoint(
         mesh = make_mesh()
         metadata, params = load(checkpoint, sharding=NamedSharding(mesh, P()))
         # Converted weights have no config.
-        batch_size = batch_size or (metadata.config["eval"]["batch_size"] if metadata.config else 8)
+        batch_size = batch_size or metadata.config.get("eval", {}).get("batch_size", 8)
         evaluated = _open_data(checkpoint, metadata, data, split, fps)
         evaluated = match_labels(metadata, evaluated)
         check_batch(mesh, batch_size, "--batch_size")
@@ -149,7 +149,7 @@ def _open_data(
     fps: float | None,
 ) -> Split:
     """The split to evaluate on; what is None is as in the checkpoint's config."""
-    trained_on = metadata.config["data"] if metadata.config else {}
+    trained_on = metadata.config.get("data", {})
     split = split or trained_on.get("eval_split", "validation")
     if data:
         return open_split(data, split, fps)

@@ -26,7 +26,7 @@ BACKBONES = {
 }
 INITS = {"imagenet21k": "in21k", "imagenet1k": "in1k", "scratch": ""}
 
-# The fields that an argument decides on: they no longer yield to a checkpoint or the data.
+# The fields that an argument sets: a checkpoint or the data no longer change them.
 _DECIDES = {
     "attention": ("model.attention",),
     "position_embedding": ("model.position_embedding",),

@@ -117,7 +117,7 @@ def _line(error: BaseException, path: str) -> str:
 def _from_json(path: str) -> ConfigDict:
     """The config of a run, from the recipe.json in its workdir.
 
-    Its values are all set: none of them yields to the data or to a checkpoint, since the run's did.
+    Its values are all set: the data and the checkpoint of that run have changed them already.
     """
     try:
         with open(path) as f:

@@ -1,7 +1,7 @@
 """Fits a recipe to a checkpoint and to the data: pure functions that say what they would change.
 
-A recipe's `defaults` holds the fields that yield, with the recipe's own values. Such a field is
-undecided until somebody sets it: a value that differs from the default is kept, and the command
+A recipe's `defaults` holds the automatic fields, with the recipe's own values. Such a field is
+automatic until somebody sets it: a value that differs from the default is kept, and the command
 line and the arguments of a config take what they set out of `defaults`.
 """
 
@@ -89,8 +89,8 @@ class Clips:
         return int((self.num_frames + 1 < span).sum())
 
 
-def undecided(config: ConfigDict) -> set[str]:
-    """The fields that nobody set: they have the recipe's default and yield."""
+def automatic(config: ConfigDict) -> set[str]:
+    """The automatic fields: nobody set them, so that they have the recipe's default."""
     fields = flatten(config)
     return {
         name.removeprefix("defaults.")
@@ -104,8 +104,8 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
-def yield_fields(config: ConfigDict, names: Iterable[str]) -> None:
-    """Makes fields yield to a checkpoint and the data, with their present values as defaults."""
+def make_automatic(config: ConfigDict, names: Iterable[str]) -> None:
+    """Makes fields automatic: a checkpoint and the data change them from their present values."""
     fields = flatten(config)
     for name in names:
         group, _, last = name.rpartition(".")
@@ -147,7 +147,7 @@ def to_saved_run(config: ConfigDict, saved: Mapping[str, Any]) -> list[Change]:
     fields = flatten(config)
     kept = {
         name: tuple(saved[name]) if isinstance(fields[name], tuple) else saved[name]
-        for name in sorted(undecided(config))
+        for name in sorted(automatic(config))
         if name in saved
     }
     changed = {name: value for name, value in kept.items() if value != fields[name]}
@@ -168,21 +168,21 @@ def to_checkpoint(
       model, clip: the checkpoint's.
       is_image_model: whether it has no frames, so that the recipe decides on them.
     """
-    fields, yields = flatten(config), undecided(config)
+    fields, automatic_fields = flatten(config), automatic(config)
     found = {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
     found |= {f"clip.{name}": value for name, value in dataclasses.asdict(clip).items()}
     taken = {
         name: found[name]
         for name in (OF_IMAGE_MODEL if is_image_model else OF_VIDEO_MODEL)
-        if name in yields and found[name] != fields[name]
+        if name in automatic_fields and found[name] != fields[name]
     }
     frames = taken.get("clip.frames", fields["clip.frames"])
-    if not is_image_model and frames != clip.frames and "clip.frame_stride" in yields:
+    if not is_image_model and frames != clip.frames and "clip.frame_stride" in automatic_fields:
         # Another number of frames, which somebody set, spans the checkpoint's time.
         taken["clip.frame_stride"] = max(round(clip.frames * clip.frame_stride / frames), 1)
     said = [f"{name} {_text(value)}" for name, value in taken.items()]
     crop = taken.get("clip.crop", fields["clip.crop"])
-    if "data.short_side_range" in yields and crop != fields["clip.crop"]:
+    if "data.short_side_range" in automatic_fields and crop != fields["clip.crop"]:
         low, high = fields["data.short_side_range"]
         scale = crop / fields["clip.crop"]
         taken["data.short_side_range"] = (round(low * scale), round(high * scale))
@@ -193,7 +193,7 @@ def to_checkpoint(
 
 def without_checkpoint(config: ConfigDict) -> list[Change]:
     """What a run from random parameters changes: with AdamW, a higher learning rate."""
-    if config.optimizer.name != "adamw" or "optimizer.learning_rate" not in undecided(config):
+    if config.optimizer.name != "adamw" or "optimizer.learning_rate" not in automatic(config):
         return []
     if config.optimizer.learning_rate >= RATE_FROM_SCRATCH:
         return []
@@ -220,11 +220,11 @@ def to_data(
       labels: class names.
       batch_multiple: what a batch size must be a multiple of.
     """
-    yields = undecided(config)
+    automatic_fields = automatic(config)
     changes = []
-    if "clip.frame_stride" in yields:
+    if "clip.frame_stride" in automatic_fields:
         changes += _frame_stride(config.clip, train)
-    if "data.flip" in yields and config.data.flip and (sided := sided_labels(labels)):
+    if "data.flip" in automatic_fields and config.data.flip and (sided := sided_labels(labels)):
         changes.append(
             Change(
                 {"data.flip": False},
@@ -233,13 +233,13 @@ def to_data(
             )
         )
     batch_size = config.batch_size
-    if "batch_size" in yields and len(train) < batch_size:
+    if "batch_size" in automatic_fields and len(train) < batch_size:
         largest = len(train) // batch_multiple * batch_multiple
         if largest:
             batch_size = largest
             reason = f"there are {len(train)} clips: batch_size {largest}, not {config.batch_size}"
             changes.append(Change({"batch_size": largest}, reason))
-    if "log_every_steps" in yields:
+    if "log_every_steps" in automatic_fields:
         steps = config.epochs * (len(train) // batch_size)
         every = max(min(config.log_every_steps, steps // REPORTS), 1)
         if every != config.log_every_steps:

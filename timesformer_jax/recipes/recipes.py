@@ -58,9 +58,9 @@ def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> Config
     config.checkpoint.keep_best = 1  # those best by validation top-1, in addition
     # Writes a trace of these steps, counted from 1, to profile/ in the workdir; 0 steps: no trace.
     config.profile = ConfigDict({"start_step": 10, "steps": 0})
-    # Fields that yield to the checkpoint and the data unless they are set, see `recipes.fit`.
+    # Fields that the checkpoint and the data change unless they are set, see `recipes.fit`.
     config.defaults = ConfigDict()
-    fit.yield_fields(config, ["log_every_steps"])
+    fit.make_automatic(config, ["log_every_steps"])
     return config
 
 
@@ -202,7 +202,7 @@ def finetune(model: str = "timesformer_base") -> ConfigDict:
     config.optimizer.warmup_epochs = config.get_ref("epochs").to_float() / 15
     config.eval.every_epochs = 1
     shape = ("optimizer.learning_rate", "data.short_side_range")
-    fit.yield_fields(config, [*fit.OF_VIDEO_MODEL, *fit.OF_DATA, *shape])
+    fit.make_automatic(config, [*fit.OF_VIDEO_MODEL, *fit.OF_DATA, *shape])
     return config
 
 
@@ -218,7 +218,7 @@ def from_scratch_small() -> ConfigDict:
     config.augment.color_jitter = (0.3, 0.3, 0.3, 0.0)
     config.augment.label_smoothing = 0.1
     config.eval.every_epochs = 5
-    fit.yield_fields(config, [*fit.OF_VIDEO_MODEL, *fit.OF_DATA, "data.short_side_range"])
+    fit.make_automatic(config, [*fit.OF_VIDEO_MODEL, *fit.OF_DATA, "data.short_side_range"])
     return config
 
 
@@ -241,5 +241,5 @@ def demo() -> ConfigDict:
     config.optimizer.warmup_epochs = config.get_ref("epochs").to_float() / 6
     config.eval.every_epochs = 1
     config.eval.batch_size = 80
-    fit.yield_fields(config, ["data.directory"])
+    fit.make_automatic(config, ["data.directory"])
     return config

@@ -17,6 +17,9 @@ from timesformer_jax import storage
 from timesformer_jax.errors import InputError
 
 # In a workdir.
+# Of scalars, before the slash of their names; in the order of the columns.
+GROUPS = ("train", "validation", "final")
+
 TENSORBOARD, TABLE, PICTURE = "tensorboard", "curves.csv", "curves.png"
 
 
@@ -69,8 +72,7 @@ class Scalars:
         if not self._writes or not self._rows:
             return
         names = {name for row in self._rows.values() for name in row}
-        groups = ("train", "validation", "final")
-        names = sorted(names, key=lambda name: (groups.index(name.partition("/")[0]), name))
+        names = sorted(names, key=lambda name: (GROUPS.index(name.partition("/")[0]), name))
         text = io.StringIO()
         table = csv.DictWriter(text, ["step", *names], lineterminator="\n")
         table.writeheader()
@@ -133,7 +135,11 @@ def _read(path: epath.Path) -> dict[int, dict[str, float]]:
         return {}
     try:
         return {
-            int(row.pop("step")): {name: float(value) for name, value in row.items() if value}
+            int(row.pop("step")): {
+                name: float(value)
+                for name, value in row.items()
+                if value and name.partition("/")[0] in GROUPS
+            }
             for row in csv.DictReader(path.read_text().splitlines())
         }
     except (ValueError, KeyError, TypeError):

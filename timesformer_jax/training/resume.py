@@ -138,7 +138,7 @@ def open_pretrained(config: ConfigDict) -> Checkpoint | None:
             f"to start from none{recipes.where_to_get(config.pretrained)}"
         ) from None
     source, heads = convert.open_checkpoint(found), config.model.num_heads
-    decided = "model.num_heads" not in fit.undecided(config)
+    decided = "model.num_heads" not in fit.automatic(config)
     same_width = source.config.hidden_size == config.model.hidden_size
     if decided and same_width and source.config.num_heads != heads:  # few files tell theirs
         source = convert.open_checkpoint(found, heads)

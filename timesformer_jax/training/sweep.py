@@ -50,8 +50,9 @@ def sweep(configs: Mapping[str, ConfigDict], workdir: str | os.PathLike, **proce
                 logging.info("run %d of %d: %s", i, len(configs), name)
             try:
                 results[name] = train(config, workdir / name)
-            except InputError as e:
-                failed[name] = str(e)
+            # The second is what an accelerator's lack of memory raises, among others.
+            except (InputError, jax.errors.JaxRuntimeError) as e:
+                failed[name] = str(e).partition("\n")[0]
                 logging.error("%s failed: %s", name, e)
             except Preempted as e:
                 if jax.process_index() == 0:

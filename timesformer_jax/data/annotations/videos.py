@@ -21,7 +21,7 @@ IMAGE_EXTENSIONS = (".jpeg", ".jpg", ".png")
 
 
 # How often the links of a folder may lead to the same folder. Links among a few folders can make
-# more paths than there are atoms.
+# more paths than can be listed.
 MAX_VISITS = 100
 
 

@@ -60,7 +60,8 @@ def is_free(directory: str | os.PathLike) -> bool:
     directory = Path(directory)
     if (directory / "videos" / SETTINGS).exists():
         return True
-    return not any(path.is_file() for path in directory.rglob("*"))
+    # `rglob` does not follow links, which may lead to a person's files.
+    return not any(path.is_file() or path.is_symlink() for path in directory.rglob("*"))
 
 
 def prepare_demo(

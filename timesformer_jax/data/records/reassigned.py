@@ -48,8 +48,9 @@ def read_reassigned(directory: str) -> Reassigned | None:
         return None
     try:
         found = json.loads(path.read_text())
-        return Reassigned(tuple(found["labels"]), dict(found["splits"]), found["clips"])
-    except (ValueError, KeyError, TypeError) as error:
+        splits = {name: dict(records) for name, records in found["splits"].items()}
+        return Reassigned(tuple(found["labels"]), splits, found["clips"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is damaged ({error}); delete it, and run `timesformer prepare --resplit` again"
         ) from error
@@ -71,10 +72,16 @@ def select_split(indexed: Sequence[Split], reassigned: Reassigned, name: str) ->
         )
     classes = {label: i for i, label in enumerate(reassigned.labels)}
     found = replace(everything, name=name, label_names=reassigned.labels)
-    named = [label_of[i] for i in found.ids.tolist()]
-    targets = np.zeros((len(named), len(classes)), bool)
-    for row, labels in enumerate(named):
-        targets[row, [classes[x] for x in ([labels] if isinstance(labels, str) else labels)]] = True
+    targets = np.zeros((len(found), len(classes)), bool)
+    for row, record in enumerate(found.ids.tolist()):
+        labels = label_of[record]
+        for label in [labels] if isinstance(labels, str) else labels:
+            if label not in classes:
+                raise InputError(
+                    f"{SPLITS_FILE} gives {record} the label {label!r}, which it does not list; run"
+                    " `timesformer prepare --resplit` again"
+                )
+            targets[row, classes[label]] = True
     if everything.targets is None:
         return replace(found, label=first_class(targets))
     return replace(found, label=first_class(targets), targets=targets)
