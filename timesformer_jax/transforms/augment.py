@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,7 @@ def _distort_long(
 ) -> Clip:
     """`distort`, in pieces of frames."""
 
-    def only(**fields: float) -> Callable[[jax.Array], jax.Array]:
+    def only(**fields: Any) -> Callable[[jax.Array], Any]:
         return lambda frames: distort(frames, seed, dataclasses.replace(OFF, **fields), fill)
 
     if any(augmentation.color_jitter):
@@ -156,7 +157,7 @@ def mix(
     weight, share = weight[:, None, :, :, None], share[:, None]
     tokens = tokens_of(clips.shape[2])
 
-    def mixed(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def mixed(pair: Any) -> jax.Array:
         return weight * pair[0] + (1 - weight) * pair[1]
 
     pair = clips, jnp.roll(clips, 1, axis=0)

@@ -23,8 +23,8 @@ from timesformer_jax.transforms.operations import OPERATIONS, Whole
 Clip = Float[Array | np.ndarray, "t s s 3"]
 
 
-def each(function: Callable[[jax.Array], jax.Array], clip: Clip, tokens: int) -> Clip:
-    """`function` of float32 frames, for all frames of a clip (T, S, S, 3)."""
+def each(function: Callable[[jax.Array], Any], clip: Clip, tokens: int) -> Any:
+    """`function` of float32 frames, for all frames of a clip (T, S, S, 3); returns such a clip."""
 
     def piece(frames: jax.Array) -> jax.Array:
         return function(frames[0].astype(jnp.float32)).astype(clip.dtype)[None]
@@ -42,7 +42,7 @@ def jitter_colors(key: Key[Array, ""], clip: Clip, augmentation: Augmentation, t
         frames = operations.jitter_colors(key, frames, bright)
         return operations.grayscale(frames).sum()
 
-    whole = Whole(gray=reduced(sums, jnp.add, clip, tokens) / clip.size)
+    whole = Whole(gray=reduced(sums, jnp.add, jnp.asarray(clip), tokens) / clip.size)
     return each(lambda x: operations.jitter_colors(key, x, strengths, whole), clip, tokens)
 
 
@@ -70,7 +70,9 @@ def randaugment(
 
         return each(change, clip, tokens), None
 
-    return jax.lax.scan(layer, clip, jax.random.split(key, augmentation.randaugment_layers))[0]
+    return jax.lax.scan(
+        layer, jnp.asarray(clip), jax.random.split(key, augmentation.randaugment_layers)
+    )[0]
 
 
 def _first_passes(tokens: int) -> list[Callable[[jax.Array], Whole]]:

@@ -101,7 +101,7 @@ def _backward(cut: Plan, saved: tuple, g: jax.Array) -> tuple:
     fill = ((0, 0),) * 3 + ((0, cut.blocks * cut.block - length),)
 
     def group(i: Any, j: Any, qkv_bar: jax.Array) -> jax.Array:
-        operands = _blocks(cut, _slice(cut, qkv, i, j))
+        q, k, v = _blocks(cut, _slice(cut, qkv, i, j))
         o, do = (
             _blocks(cut, _slice(cut, x, i, j).reshape(*_group_shape(cut, length), 1, heads, d))[0]
             for x in (out, g)
@@ -110,7 +110,7 @@ def _backward(cut: Plan, saved: tuple, g: jax.Array) -> tuple:
         log = jnp.pad(log, fill, constant_values=jnp.inf)
         log = jnp.moveaxis(log.reshape(-1, cut.blocks, cut.block), 1, 0)
         along = (o.astype(log.dtype) * do).sum(-1)
-        bars = _backward_group(cut, length, *operands, do, log, along)
+        bars = _backward_group(cut, length, q, k, v, do, log, along)
         bars = [_unblocked(cut, x, length).astype(qkv.dtype) for x in bars]
         bars = [x.reshape(*x.shape[:-1], 1, heads, d) for x in bars]
         return _put(cut, qkv_bar, jnp.concatenate(bars, axis=3), i, j)
