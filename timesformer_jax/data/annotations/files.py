@@ -91,8 +91,11 @@ def lines(path: epath.Path) -> Iterator[str]:
     encoding = "utf-8-sig"
     require_no_device(path)
     with read_errors(path), path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
-            if len(line) == MAX_LINE:
+        # Files on gs:// read whole lines only.
+        local = not is_remote(path)
+        read = (lambda: file.readline(MAX_LINE)) if local else file.readline
+        for number, line in enumerate(iter(read, b""), start=1):
+            if len(line) >= MAX_LINE:
                 raise InputError(f"{path} line {number} has over {MAX_LINE} bytes: it is no text")
             try:
                 yield line.decode(encoding)

@@ -164,7 +164,7 @@ def _indexed_shards(root: epath.Path, split: Split) -> list[IndexedShard]:
     rows: list[list[dict]] = [[] for _ in split.files]
     columns = (getattr(split, column).tolist() for column in INDEX_DTYPES)
     classes = (
-        [[label] for label in split.label.tolist()]
+        split.label.tolist()
         if split.targets is None
         else [np.flatnonzero(targets).tolist() for targets in split.targets]
     )
@@ -240,6 +240,11 @@ def _check_records(shard: IndexedShard, num_bytes: int, decode_fraction: float) 
         yield f"has {num_bytes - position} bytes after its {len(shard.rows)} records"
 
 
+def _one_or_all(labels: list[int], indexed: int | list[int]) -> int | list[int]:
+    """The label of a record, or the list of them if the index has a list or there is not one."""
+    return labels[0] if len(labels) == 1 and not isinstance(indexed, list) else labels
+
+
 def _differences(
     serialized: tf.Tensor, position: int, row: Mapping, decode_fraction: float
 ) -> Iterator[str]:
@@ -257,7 +262,7 @@ def _differences(
         "id": record["id"].numpy().decode(errors="replace"),
         "offset": position,
         "size": len(serialized.numpy()),
-        "label": sorted(record["label"].numpy().tolist()),
+        "label": _one_or_all(sorted(record["label"].numpy().tolist()), row["label"]),
         **{name: record[name].numpy() for name in ("num_frames", "fps", "stride")},
         "stored frames": len(record["video"]),
     }
