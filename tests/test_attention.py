@@ -1,6 +1,5 @@
 """Every attention against a brute-force mask over all tokens in float64, forward and gradient."""
 
-import functools
 import math
 
 import hypothesis
@@ -16,6 +15,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.models import attention, schemes
 from timesformer_jax.models.attention import Tokens
 from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.ops import long_attention
 from timesformer_jax.models.ops.dot_product_attention import dot_product_attention
 from timesformer_jax.models.schemes import AttentionLayer
 
@@ -143,23 +143,49 @@ def test_sequences_are_numbered_as_the_definitions_list_them(name, t, h, w):
         assert sequence == [tuple(index) for index in np.argwhere(number.reshape(t, h, w) == i)]
 
 
-@functools.cache
-def jaxpr_sizes(layer: AttentionLayer, t: int, grid: tuple[int, int]) -> list[int]:
-    """Sizes of every array in the traced program."""
+def traced(layer: AttentionLayer, t: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """The size of the largest array in the traced program, and how many logits blocks compute."""
     s = layer.partition(t, grid).max() + 1
     qkv = Tokens(
         jax.ShapeDtypeStruct((1, s, 3, 1, 4), jnp.float32) if layer.joins_cls else None,
         jax.ShapeDtypeStruct((1, t, math.prod(grid), 3, 1, 4), jnp.float32),
     )
-    jaxpr = jax.make_jaxpr(lambda qkv: layer.attend(qkv, grid))(qkv)
-    return [v.aval.size for eqn in equations(jaxpr) for v in (*eqn.invars, *eqn.outvars)]
+    logits, by_blocks = [0], long_attention.attention
+
+    def noted(qkv, platform):
+        a, length, s, _, heads, _ = qkv.shape
+        logits.append(a * s * heads * length**2)
+        return by_blocks(qkv, platform)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_attention, "attention", noted)
+        jaxpr = jax.make_jaxpr(lambda qkv: layer.attend(qkv, grid))(qkv)
+    sizes = [v.aval.size for eqn in equations(jaxpr) for v in (*eqn.invars, *eqn.outvars)]
+    return max(sizes), sum(logits)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("joint")])
-@pytest.mark.parametrize(("t", "grid"), [(16, (16, 16)), (15, (15, 17))])
-def test_sparse_attention_holds_no_square_of_all_patches(name, t, grid):
-    assert max(jaxpr_sizes(LAYERS[name], t, grid)) < (t * math.prod(grid)) ** 2 / 3
-    assert max(jaxpr_sizes(schemes.JOINT, t, grid)) > (t * math.prod(grid)) ** 2
+LONG_CLIPS = pytest.mark.parametrize(("t", "grid"), [(16, (16, 16)), (15, (15, 17))])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@LONG_CLIPS
+def test_sparse_attention_holds_no_square_of_all_patches(name, t, grid, monkeypatch):
+    monkeypatch.setattr(long_attention, "SHORT", math.inf)  # all weights of a sequence at once
+    largest, by_blocks = traced(LAYERS[name], t, grid)
+    square = (t * math.prod(grid)) ** 2
+    assert largest > square if name.startswith("joint") else largest < square / 3
+    assert by_blocks == 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@LONG_CLIPS
+def test_by_blocks_none_holds_the_square_and_sparse_attention_does_not_compute_it(name, t, grid):
+    largest, by_blocks = traced(LAYERS[name], t, grid)
+    square = (t * math.prod(grid)) ** 2
+    assert largest < square / 3
+    assert by_blocks > square if name.startswith("joint") else by_blocks < square / 3
+    longest = np.bincount(LAYERS[name].partition(t, grid).reshape(-1)).max()
+    assert (by_blocks > 0) == (longest + LAYERS[name].joins_cls > long_attention.SHORT)
 
 
 def test_a_scheme_is_registered_once_and_checked():

@@ -131,21 +131,22 @@ def test_a_step_says_what_its_sequences_lie_within(name, t, h, w):
             assert len(np.unique(position[number == which])) == 1
 
 
-def test_an_exchange_moves_patches_and_changes_none():
+@pytest.mark.parametrize("n", [6, 5])  # positions; zeros make up what 2 devices do not divide
+def test_an_exchange_moves_patches_and_changes_none(n):
     mesh = mesh_of(ALL)
-    patches = np.random.default_rng(0).standard_normal((4, 4, 6, 3)).astype(np.float32)
+    patches = np.random.default_rng(0).standard_normal((4, 4, n, 3)).astype(np.float32)
     here = jax.NamedSharding(mesh, spec("activations/frames", 4))
     there = jax.NamedSharding(mesh, spec("activations/positions", 4))
 
     with jax.set_mesh(mesh):
         array = jax.device_put(patches, here)
         moved = jax.jit(sequence.to_positions)(array)
-        back = jax.jit(sequence.to_frames)(moved)
+        back = jax.jit(lambda moved: sequence.to_frames(moved, n))(moved)
     assert moved.sharding.is_equivalent_to(there, 4)
     assert moved.addressable_shards[0].data.shape == (2, 4, 3, 3)
     assert back.sharding.is_equivalent_to(here, 4)
-    assert back.addressable_shards[0].data.shape == (2, 2, 6, 3)
-    np.testing.assert_array_equal(moved, patches)
+    assert back.addressable_shards[0].data.shape == (2, 2, n, 3)
+    np.testing.assert_array_equal(moved, np.pad(patches, ((0, 0), (0, 0), (0, 6 - n), (0, 0))))
     np.testing.assert_array_equal(back, patches)
 
 
