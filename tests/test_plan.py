@@ -25,7 +25,7 @@ from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
-from timesformer_jax.planning import make_plan
+from timesformer_jax.planning import command, make_plan
 from timesformer_jax.planning.collectives import Collective
 from timesformer_jax.planning.command import plan
 from timesformer_jax.planning.largest import largest
@@ -449,9 +449,14 @@ def test_a_search_without_a_limit_is_refused():
         make_plan(tiny(), "cpu:8", find_batch=True)
 
 
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(tsf.InputError, match="cannot be written: Is a directory"):
-        plan(tiny(**{"model.depth": 1}), "h100:8", json=str(tmp_path))
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(command, "make_plan", lambda *_, **__: compiled.append(1))
+    for flag, path in (("json", tmp_path), ("hlo", tmp_path), ("json", tmp_path / "no" / "a.json")):
+        said = f"--{flag}={path} cannot be written: give a file in a folder that is"
+        with pytest.raises(tsf.InputError, match=f"^{re.escape(said)}$"):
+            plan(tiny(**{"model.depth": 1}), "h100:8", **{flag: str(path)})
+    assert not compiled  # it is refused before the work
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):

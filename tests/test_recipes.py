@@ -98,6 +98,7 @@ def check_step(config):
         "frames": ((clip.frames, side, side, 3), np.uint8),
         "crop_boxes": ((3,), np.float32),
         "flip": ((), bool),
+        "augment_seed": ((), np.uint32),
         "label": ((), np.int32),
     }
     batch = {
@@ -123,7 +124,7 @@ def test_every_config_trains_its_model_on_its_clips(name):
 
 
 def test_every_recipe_of_the_paper_has_its_file():
-    assert set(PUBLISHED) | {"demo", "finetune"} == set(CONFIGS)
+    assert set(PUBLISHED) | {"demo", "finetune", "from_scratch_small"} == set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -178,8 +179,10 @@ def test_the_commands_of_a_config_parse_and_name_it(name, monkeypatch):
         else:
             trained.append((command, arguments["workdir"]))
             assert arguments["config"].name == name
-            assert name == "demo" or arguments["config"].pretrained
-    assert trained == [("train", f"runs/{'mine' if name == 'finetune' else name}")]
+            from_random = name in ("demo", "from_scratch_small")
+            assert bool(arguments["config"].pretrained) != from_random
+    workdir = {"finetune": "mine", "from_scratch_small": "small"}.get(name, name)
+    assert trained == [("train", f"runs/{workdir}")]
 
 
 def test_pieces_of_howto100m_are_as_long_as_a_clip():

@@ -83,7 +83,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     """
     if config.trainable not in TRAINABLE:
         raise InputError(f"optimizer.trainable must be all or head, not {config.trainable!r}")
-    ranges.check_fields(config.to_dict(), "optimizer.")
+    for name in ("momentum", "weight_decay", "clip_norm", "layer_decay"):
+        ranges.check(f"optimizer.{name}", getattr(config, name))
     # identity keeps the structure of the state, so that a run can resume with another value.
     clip, decay = optax.identity(), optax.identity()
     if config.clip_norm:
