@@ -19,6 +19,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 
+import absl.logging
+
 # Imported before the first fork; none of them may start a thread or JAX's devices.
 PRELOADED = (
     "timesformer_jax.cli.main",
@@ -116,6 +118,8 @@ def _run(writers, environment, cwd, function, *arguments):
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     # A module that logs while it is imported adds a handler where the command has added none yet.
     logging.getLogger().handlers.clear()
+    # absl's handler has the standard error of its import, and writes to another one as well.
+    absl.logging.get_absl_handler().python_handler.stream = sys.stderr
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     imported_with = dict(os.environ)
