@@ -466,8 +466,11 @@ def test_every_command_chooses_before_it_traces(demo_data, tmp_path, monkeypatch
     asks("temporal", 8 * 3, gradients=False)
     load_command(["evaluate", f"--checkpoint={workdir}", "--crops=1"])()
     asks("spatial", 8, gradients=False)
-    Predictor(workdir, views=2)
-    assert {case.shape[0] for case, _ in asked} == {6}
+    predictor = Predictor(workdir, views=2, batch_size=2)
+    assert not asked  # until it has clips, it does not know how many go through the model at a time
+    predictor.predict(np.zeros((40, 40, 40, 3), np.uint8), fps=30)
+    assert {(case.shape[0], gradients) for case, gradients in asked} == {(2 * 3, False)}
+    assert set(traced) == {"other"}
     program = model.training(dataclasses.replace(SMALL, depth=1), 2)
     asked.clear()
     measured = programs.measure_program(program, PEAK, seconds=60)
