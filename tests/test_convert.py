@@ -125,6 +125,26 @@ def test_any_number_of_labels_stays_with_a_model(tmp_path):
     assert not checkpoints.load_parameters(tmp_path / "c")[0].multilabel
 
 
+@pytest.mark.parametrize("form", ["hf", "release"])
+def test_clips_labels_and_license_come_back_from_other_formats(form, tmp_path, monkeypatch):
+    """Of a model of one's own, whatever published model has its shape."""
+    clip = ClipSpec(
+        frames=8, frame_stride=3, crop=16, sampling="segments", channel_order="bgr",
+        mean=(0.1, 0.2, 0.3), start="first", short_side=40,
+    )  # fmt: skip
+    metadata = CheckpointMetadata(tiny().config, clip, ("x", "y", "z"), {}, multilabel=True)
+    checkpoints.save_parameters(tmp_path / "a", parameters(tiny()), metadata)
+    known = catalogue.by_name("TimeSformer_divST_8x32_224_K400.pyth")
+    monkeypatch.setattr(catalogue, "authors_model", lambda config: known)
+    convert(tmp_path / "a", tmp_path / "b", to=form)
+    convert(tmp_path / "b", tmp_path / "c")
+    found = checkpoints.load_parameters(tmp_path / "c")[0]
+    assert found.clip == clip
+    assert found.labels == ("x", "y", "z")
+    assert found.multilabel
+    assert found.license == ""
+
+
 def test_license_of_the_authors_stays_with_their_weights(tmp_path, caplog, monkeypatch):
     """Theirs are known by their names and shapes, here those of a tiny model."""
     known = catalogue.by_name("TimeSformer_divST_8x32_224_K400.pyth")

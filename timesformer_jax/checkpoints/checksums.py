@@ -37,8 +37,8 @@ def check_finite(file: str, name: str, value: np.ndarray | jax.Array) -> None:
         if count := np.size(shard) - np.count_nonzero(np.isfinite(shard)):
             raise InputError(
                 f"{file}: {count} of {np.size(shard)} numbers of {name} are infinite or not a "
-                "number: the training that wrote them had failed; take an earlier checkpoint, or "
-                "ask for them with allow_nonfinite"
+                "number: the training that wrote them had failed; take an earlier checkpoint (to "
+                "look at these, from_pretrained and convert have allow_nonfinite)"
             )
 
 

@@ -50,8 +50,9 @@ class WeightsFile(NamedTuple):
 
     Attributes:
       arrays: by name, without wrappers and common prefixes.
-      metadata: "config" and "preprocessor" (JSON objects) of a directory; "cfg", "license" and
-        "num_heads" of a torch file; "is_release", True if the arrays are wrapped as in the
+      metadata: "config" and "preprocessor" (JSON objects) of a directory; "cfg" and "num_heads" of
+        a torch file; "license" ("" if whoever wrote the file knew of none), "clip" (ClipSpec) and
+        "multilabel" of files that we wrote; "is_release", True if the arrays are wrapped as in the
         authors' release.
     """
 
@@ -178,6 +179,7 @@ def _torch_metadata(content: dict[Any, Any]) -> dict[str, Any]:
     checks = {
         "cfg": schema.text, "license": schema.text, "license_note": schema.text,
         "num_heads": schema.whole_number, "labels": schema.label_names,
+        "clip": lambda value, _: schema.clip_spec(value), "multilabel": schema.boolean,
     }  # fmt: skip
     return {
         key: check(content[key], key)
@@ -220,9 +222,12 @@ def _read_safetensors(path: str) -> WeightsFile:
                 name: LazyArray(tuple(f.get_slice(name).get_shape()), functools.partial(load, name))
                 for name in f.keys()  # noqa: SIM118 (not a mapping)
             }
-            metadata = {
-                k: v for k, v in (f.metadata() or {}).items() if k in ("license", "license_note")
-            }
+            written = f.metadata() or {}
+        metadata: dict[str, Any] = {
+            k: v for k, v in written.items() if k in ("license", "license_note")
+        }
+        if "clip" in written:
+            metadata["clip"] = schema.clip_spec(json.loads(written["clip"]))
     except safetensors.SafetensorError as e:
         raise ValueError(str(e)) from None
     return WeightsFile(_without_prefixes(arrays), metadata)
@@ -282,7 +287,7 @@ def _read_directory(path: str) -> WeightsFile:
         whole, index = os.path.join(path, name), os.path.join(path, f"{name}.index.json")
         if os.path.isfile(whole):
             file = read_file(whole)
-            return WeightsFile(file.arrays, metadata | file.metadata)
+            return WeightsFile(file.arrays, _merged(metadata, file.metadata))
         if os.path.isfile(index):
             return _read_shards(path, index, metadata)
     raise InputError(
@@ -306,13 +311,18 @@ def _read_shards(path: str, index: str, metadata: dict[str, Any]) -> WeightsFile
             )
         file = read_file(shard_path)
         arrays |= file.arrays
-        metadata = metadata | file.metadata
+        metadata = _merged(metadata, file.metadata)
     for name, shard in shard_of.items():
         if name not in arrays:
             raise InputError(
                 f"{path}: {name} is not in {shard}, though the index says so; download both again"
             )
     return WeightsFile(arrays, metadata)
+
+
+def _merged(beside: dict[str, Any], inside: dict[str, Any]) -> dict[str, Any]:
+    """What is beside weights and in them, which comes first unless it is empty."""
+    return beside | {key: value for key, value in inside.items() if value or key not in beside}
 
 
 def _readme_license(path: str) -> str | None:

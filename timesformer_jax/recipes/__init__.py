@@ -13,7 +13,6 @@ from timesformer_jax.recipes.recipes import (
     kinetics600,
     recipe,
     something_v2,
-    where_to_get,
 )
 
 __all__ = [
@@ -29,6 +28,5 @@ __all__ = [
     "load",
     "recipe",
     "something_v2",
-    "where_to_get",
     "with_arguments",
 ]

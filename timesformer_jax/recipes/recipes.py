@@ -172,20 +172,6 @@ def image_vit(size: str = "base", patch_size: int = 16, images: str = "in21k") -
     return f"vit_{size}_patch{patch_size}_224_{images}.pth"
 
 
-def where_to_get(pretrained: str) -> str:
-    """Where a pretrained file of a recipe is to be had, to append to a message; "" if unknown."""
-    name = pretrained.rpartition("/")[2]
-    if name.startswith("TimeSformer_"):
-        return (
-            "; the authors' model zoo has it (https://github.com/facebookresearch/TimeSformer), "
-            "under CC BY-NC 4.0"
-        )
-    if name.startswith("vit_") and name.endswith(".pth"):
-        stem, _, images = name.removesuffix(".pth").rpartition("_")
-        return f"; timm has it (https://huggingface.co/timm/{stem}.augreg_{images}), Apache-2.0"
-    return ""
-
-
 def finetune(model: str = "timesformer_base") -> ConfigDict:
     """Fine-tunes a pretrained model on your own videos, with any number of classes."""
     config = recipe(model)

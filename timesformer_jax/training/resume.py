@@ -13,7 +13,6 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from timesformer_jax import recipes
 from timesformer_jax.checkpoints import convert, store
 from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata, flatten_config
@@ -135,7 +134,7 @@ def open_pretrained(config: ConfigDict) -> Checkpoint | None:
     except NoCheckpoint as e:
         raise InputError(
             f"{e}; say with --config.pretrained=FILE where it is, or with --config.pretrained= "
-            f"to start from none{recipes.where_to_get(config.pretrained)}"
+            "to start from none"
         ) from None
     source, heads = convert.open_checkpoint(found), config.model.num_heads
     decided = "model.num_heads" not in fit.automatic(config)

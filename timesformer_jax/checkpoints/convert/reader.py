@@ -171,11 +171,13 @@ def _read_external(found: Located, num_heads: int | None, allow_nonfinite: bool)
         path=path,
         config=config,
         params=params,
-        clip=_clip(path, config, told, known, certain=bool(found.known)),
+        clip=file.metadata.get("clip")
+        or _clip(path, config, told, known, certain=bool(found.known)),
         labels=labels,
         license=license,
         license_note=note,
-        multilabel=file.metadata.get("config", {}).get("problem_type") == hf.MULTILABEL,
+        multilabel=file.metadata.get("multilabel", False)
+        or file.metadata.get("config", {}).get("problem_type") == hf.MULTILABEL,
         is_image_model=is_image_model,
         has_head="num_classes" in fields,
     )
@@ -183,6 +185,8 @@ def _read_external(found: Located, num_heads: int | None, allow_nonfinite: bool)
 
 def _license(file: WeightsFile, known: Pretrained | None) -> tuple[str, str]:
     """The license of the weights, and how it is known; "" and "" if it is not."""
+    if file.metadata.get("license") == "":  # our own file of weights of which none is known
+        return "", ""
     if license := file.metadata.get("license"):
         note = file.metadata.get("license_note") or "the file that was read says so"
         return schema.text(license, "license"), schema.text(note, "license_note")

@@ -151,6 +151,7 @@ def _write_hf(path: str, checkpoint: Checkpoint) -> None:
     # transformers needs "format"; an empty license says that none is known.
     metadata = {"format": "pt", "license": checkpoint.license}
     metadata["license_note"] = checkpoint.license_note
+    metadata["clip"] = json.dumps(dataclasses.asdict(checkpoint.clip))
     save_file(arrays, os.path.join(path, "model.safetensors"), metadata=metadata)
     config = hf.config_json(checkpoint.config, checkpoint.labels, checkpoint.multilabel)
     _write_json(path, "config.json", config)
@@ -175,6 +176,8 @@ def _write_release(path: str, checkpoint: Checkpoint) -> None:
         "license": checkpoint.license,
         "license_note": checkpoint.license_note,
         "labels": list(checkpoint.labels),
+        "clip": dataclasses.asdict(checkpoint.clip),
+        "multilabel": checkpoint.multilabel,
     }
     torch.save(content, path)
 
