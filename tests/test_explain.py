@@ -239,3 +239,22 @@ def test_what_cannot_be_done_is_refused(checkpoint, real_videos, refusal, flags,
     video = real_videos / "bikes.mp4"
     assert message in refusal("explain", video, f"--checkpoint={checkpoint}", *page, *flags)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--output", "--video"])
+def test_the_video_itself_is_not_replaced(flag, real_videos, refusal, tmp_path):
+    video, link = real_videos / "bikes.mp4", tmp_path / "link.mp4"
+    link.symlink_to(video)
+    message = refusal("explain", video, "--checkpoint=/nowhere", f"{flag}={link}")
+    assert f"{flag}={link} is the input itself" in message
+    message = refusal("explain", video, "--checkpoint=/nowhere", f"{flag}={tmp_path}")
+    assert f"{flag}={tmp_path} is a folder" in message
+
+
+def test_a_page_whose_name_was_not_given_replaces_no_file(
+    real_videos, refusal, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bikes.html").write_text("notes")
+    message = refusal("explain", real_videos / "bikes.mp4", "--checkpoint=/nowhere")
+    assert message.startswith("bikes.html exists; give --output=bikes.html to replace it")

@@ -481,6 +481,32 @@ def test_a_table_goes_on_after_a_killed_run_and_grows(kind, tmp_path):
         pass
 
 
+def test_a_run_killed_while_it_removes_the_folder_keeps_the_table(tmp_path, monkeypatch):
+    output = str(tmp_path / "f.npz")
+    shapes = {"features": (3,)}
+    row = {"features": np.zeros(3, np.float32)}
+
+    class Killed(BaseException):
+        pass
+
+    def remove_one_file(folder, **_):
+        if os.path.isdir(folder):
+            os.remove(os.path.join(folder, "features.f32"))
+            raise Killed
+
+    with GrowingTable(output, {}, shapes) as table:
+        table.append(Source("a", "a.mp4"), row)
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", remove_one_file)
+            with pytest.raises(Killed):
+                table.finish()
+    with GrowingTable(output, {}, shapes) as table:
+        assert table.ids == {"a"}
+        table.append(Source("b", "b.mp4"), row)
+        assert table.finish() == 2
+    assert os.listdir(tmp_path) == ["f.npz"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

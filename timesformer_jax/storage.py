@@ -134,13 +134,21 @@ def locked(directory: epath.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_folder(flag: str, path: str) -> None:
-    """Raises InputError if there is no folder for a file that is to be written.
+def check_folder(flag: str, path: str, source: str | os.PathLike | None = None) -> None:
+    """Raises InputError if a file cannot be written: before the work, so that none is lost.
 
     Args:
       flag: that gave the path, such as "--output".
+      source: the input, which the file must not replace.
     """
-    if not is_remote(path) and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+    if is_remote(path):
+        return
+    if os.path.isdir(path):
+        raise InputError(f"{flag}={path} is a folder; give the name of a file in it")
+    there = os.path.exists(path)
+    if there and source and os.path.exists(source) and os.path.samefile(path, source):
+        raise InputError(f"{flag}={path} is the input itself; give another name")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise InputError(f"the folder of {flag}={path} does not exist")
 
 

@@ -260,7 +260,11 @@ COMMANDS = {
         "timesformer_jax.inference.explain:explain",
         (
             CHECKPOINT,
-            string("output", None, "the page; by default the video's name with .html"),
+            string(
+                "output",
+                None,
+                "the page; by default the video's name with .html, if no file has it",
+            ),
             string("video", None, "MP4 file to write the clip to, with the heat over it"),
             string(
                 "class",

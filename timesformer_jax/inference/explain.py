@@ -64,7 +64,8 @@ def explain(
     Args:
       file: the video.
       checkpoint: as for `Predictor`.
-      output: the page; by default the video's name with .html, in the current folder.
+      output: the page; by default the video's name with .html, in the current folder, where
+        no file may have this name.
       video: an MP4 of the clip with the heat over it.
       start, end: seconds; the clip lies in this part.
       top: how many classes the page shows, each with a map of its own.
@@ -77,7 +78,8 @@ def explain(
     """
     for flag, path in (("--output", output), ("--video", video)):
         if path is not None:
-            storage.check_folder(flag, path)
+            storage.check_folder(flag, path, file)
+    output = output or _default_output(file)
     clock = Clock()
     predictor = Predictor(checkpoint, 1, 1, attention_kernels)
     chosen = named.get("class")
@@ -101,13 +103,20 @@ def explain(
     if video is not None:
         _write(video, overlay_video(played, first))
     clock.lap("clip decoded to be played, and encoded")
-    output = output or f"{epath.Path(os.fspath(file).rstrip('/')).stem}.html"
     page.write(output, report(predictor, checkpoint, file, played, maps, first, clock))
     for label in shown:
         print(f"  {maps[0].probabilities[predictor.labels.index(label)]:7.2%}  {label}")
     print(f"page   {output}")
     if video is not None:
         print(f"video  {video}")
+
+
+def _default_output(file: str) -> str:
+    """The video's name with .html: a name that nobody chose, so it replaces no file."""
+    output = f"{epath.Path(os.fspath(file).rstrip('/')).stem}.html"
+    if os.path.lexists(output):
+        raise InputError(f"{output} exists; give --output={output} to replace it, or another name")
+    return output
 
 
 def play(file: str, times: np.ndarray) -> Played:

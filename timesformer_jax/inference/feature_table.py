@@ -82,6 +82,7 @@ class GrowingTable:
 
     def __enter__(self) -> GrowingTable:
         self._opened = ExitStack()
+        self._remove_old()
         if os.path.isdir(self.part) or not os.path.exists(self.output):
             self._open()
         else:
@@ -115,13 +116,20 @@ class GrowingTable:
             return len(self.ids)
         with open(os.path.join(self.part, "rows.jsonl"), encoding="utf-8") as file:
             rows = [json.loads(line) for line in file.readlines()[1:]]
-        self._opened.close()
         if rows:
             write = _write_parquet if self.output.endswith(".parquet") else _write_npz
             with disk_errors(self.output), atomic_path(absolute(self.output)) as temporary:
                 write(temporary, self.part, rows, self._shapes, self._about)
-        shutil.rmtree(self.part)
+        # Renamed first: of a folder that is removed in part, the next run would take no row and
+        # replace the table by its own videos. The lock lasts until there is nothing to take.
+        with disk_errors(self.part):
+            os.rename(self.part, f"{self.part}.old")
+        self._remove_old()
+        self._opened.close()
         return len(rows)
+
+    def _remove_old(self) -> None:
+        shutil.rmtree(f"{self.part}.old", ignore_errors=True)
 
     def _open(self) -> None:
         """Opens the folder, and cuts off what a killed run left of a row."""
