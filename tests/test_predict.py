@@ -347,6 +347,9 @@ def test_a_killed_run_leaves_whole_lines_and_the_next_goes_on(checkpoint, good, 
         assert run("predict", *flags, more) == 2
         assert said in capsys.readouterr().err
     assert output.read_bytes() == content
+    (tmp_path / "labels.txt").write_text("eins\nzwei\ndrei\n")
+    assert run("predict", *flags, f"--labels={tmp_path / 'labels.txt'}") == 2
+    assert "predictions with classes=" in capsys.readouterr().err
 
 
 def test_files_of_others_are_not_touched(tmp_path):

@@ -201,6 +201,7 @@ COMMANDS = {
         ),
         required=("checkpoint",),
         positional=("videos...",),
+        isolated=True,
     ),
     "features": Command(
         "writes the feature vectors of video files to a table",
@@ -225,6 +226,7 @@ COMMANDS = {
         ),
         required=("checkpoint", "output"),
         positional=("videos...",),
+        isolated=True,
     ),
     "timeline": Command(
         "finds what happens when in a long video",
@@ -254,6 +256,7 @@ COMMANDS = {
         ),
         required=("checkpoint",),
         positional=("video",),
+        isolated=True,
     ),
     "explain": Command(
         "writes a page that shows what a prediction looks at, in space and time",
@@ -278,6 +281,7 @@ COMMANDS = {
         ),
         required=("checkpoint",),
         positional=("file",),
+        isolated=True,
     ),
     "plan": Command(
         "predicts memory, time and largest batch of a recipe on hardware you do not have",

@@ -28,6 +28,8 @@ class Command(NamedTuple):
         argument is a list of any length.
       sweeps: whether fields of --config may have several values; the function then gets `configs`,
         one for each combination, by name.
+      isolated: whether its videos are decoded in processes of their own, so that one that crashes
+        or hangs the decoder does not end the command.
     """
 
     summary: str
@@ -36,6 +38,7 @@ class Command(NamedTuple):
     required: Sequence[str] = ()
     positional: Sequence[str] = ()
     sweeps: bool = False
+    isolated: bool = False
 
     def define_flags(self) -> FlagValues:
         """Returns the command's flags, each with its default value."""

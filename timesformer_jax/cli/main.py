@@ -101,7 +101,7 @@ def load_command(words: Sequence[str]) -> Callable[[], None]:
         if e.name and e.name.startswith("timesformer_jax"):
             raise
         raise InputError(f"{name} needs the package {e.name}: {install('data')}") from e
-    if any(argument.startswith("video") for argument in command.positional):
+    if command.isolated:
         return functools.partial(_run_isolated, run, arguments)
     return functools.partial(run, **arguments)
 

@@ -99,7 +99,10 @@ def explain(
     maps += [predictor.look(clip, label) for label in shown]
     clock.lap(f"maps of {len(shown)} classes, with compilation")
     first = maps[0] if chosen is None else maps[1 + shown.index(chosen)]
-    played = play(file, clip.times[0])
+    try:
+        played = play(file, clip.times[0])
+    except decode.VideoError as error:
+        raise InputError(f"{file}: {error}") from error
     if video is not None:
         _write(video, overlay_video(played, first))
     clock.lap("clip decoded to be played, and encoded")
@@ -251,7 +254,7 @@ def _model_facts(predictor: Predictor, checkpoint: str) -> dict[str, str]:
         "Patches": f"{model.patch_size} x {model.patch_size} pixels",
         "Classes": f"{model.num_classes}",
         "Computed in": model.dtype,
-        "Weights' licence": predictor.metadata.license or "not stated in the checkpoint",
+        "Weights' license": predictor.metadata.license or "not stated in the checkpoint",
     }
 
 

@@ -61,6 +61,8 @@ def features(
         "weights": predictor.fingerprint,
         "views": views,
         "crops": crops,
+        "start": start,
+        "end": end,
     }
     encode = functools.partial(predictor.encode, frames=frames, positions=positions)
     shapes = _shapes(predictor, frames, positions)

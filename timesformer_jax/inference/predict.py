@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -66,7 +67,10 @@ def predict(
     predictor = Predictor(
         checkpoint, views, crops, attention_kernels, labels=names, batch_size=batch_size
     )
-    settings = Settings(checkpoint, predictor.fingerprint, views, crops, start, end, threshold)
+    classes = zlib.crc32("\n".join(predictor.labels).encode())
+    settings = Settings(
+        checkpoint, predictor.fingerprint, views, crops, start, end, threshold, classes
+    )
     writer = Writer(form, settings, min(top, len(predictor.labels)))
     with _opened(writer, output) as (write, done):
         left = [source for source in sources if source.id not in done]

@@ -26,6 +26,7 @@ class Settings:
       views, crops: as in `Predictor`.
       start, end: seconds, of every video; None: no bound.
       threshold: least probability of a class; None: no bound.
+      classes: a CRC of their names, which --labels may change.
     """
 
     checkpoint: str
@@ -35,6 +36,7 @@ class Settings:
     start: float | None
     end: float | None
     threshold: float | None = None
+    classes: int = 0
 
 
 def choose_format(as_json: bool, as_csv: bool, output: str | None) -> str:

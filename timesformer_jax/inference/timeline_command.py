@@ -94,7 +94,12 @@ def _as_text(
         ("Checkpoint", checkpoint),
         ("Model", f"{model.attention}, {clip.frames} frames of {clip.crop} x {clip.crop} pixels"),
         ("Crops of a clip", str(predictor.crops)),
-        *([("Licence", predictor.metadata.license)] if predictor.metadata.license else []),
+        *([("License", predictor.metadata.license)] if predictor.metadata.license else []),
     ]
-    source = page.find_source(video, os.path.dirname(os.path.abspath(path)))
+    try:
+        source = page.find_source(video, os.path.dirname(os.path.abspath(path)))
+    except VideoError as error:
+        raise InputError(
+            f"{video}: {error}; the other kinds of --output need less of it"
+        ) from error
     return page.render(found, os.path.basename(os.path.abspath(video)), source, facts)
