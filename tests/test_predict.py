@@ -391,13 +391,16 @@ def test_what_predict_refuses(checkpoint, good, flags, said, refusal):
 
 
 def test_tables_hold_the_features_with_ids_and_labels(
-    checkpoint, folder, good, predictor, tmp_path
+    checkpoint, folder, good, predictor, tmp_path, capsys
 ):
     import pyarrow.parquet
 
     flags = [folder, f"--checkpoint={checkpoint}", "--views=2", "--frames", "--positions"]
     assert run("features", *flags, f"--output={tmp_path / 'f.npz'}") == 1  # one is broken
     assert run("features", *flags, f"--output={tmp_path / 'f.parquet'}") == 1
+    capsys.readouterr()
+    assert run("features", *flags, f"--output={tmp_path / 'f.npz'}", "--end=0.2") == 2
+    assert "features of other settings" in capsys.readouterr().err
     table = pyarrow.parquet.read_table(tmp_path / "f.parquet").to_pydict()
     with np.load(tmp_path / "f.npz") as arrays:
         assert list(arrays["id"]) == table["id"] == good
