@@ -324,10 +324,13 @@ def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatc
 
 def test_a_missing_pretrained_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = r"vit_base_patch16_224_in21k\.pth: no checkpoint there.* timm has it .*Apache-2\.0"
+    said = (
+        r"vit_base_patch16_224_in21k\.pth: no checkpoint there.*"
+        r"timm/vit_base_patch16_224\.augreg_in21k.*Apache-2\.0"
+    )
     with pytest.raises(InputError, match=said):
         resume.open_pretrained(config_of("k400_base"))
     with pytest.raises(
-        InputError, match=r"TimeSformer_divST_8x32_224_K400\.pyth: .* CC BY-NC 4\.0"
+        InputError, match=r"TimeSformer_divST_8x32_224_K400\.pyth: .*license CC-BY-NC-4\.0"
     ):
         resume.open_pretrained(config_of("finetune"))
