@@ -13,7 +13,7 @@ train: .venv/data
 # Before each commit.
 check: lint types fast-tests
 
-# Before each push: everything; 19 minutes on two cores.
+# Before each push: everything; 15 minutes on two cores.
 test: .venv/test
 	$(PYTEST) --durations=20
 
