@@ -5,6 +5,7 @@ import functools
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -74,7 +75,7 @@ def slow(attention, seconds):
 
 
 good = attention._temporal
-xla = slow(good, 0.03)
+xla = slow(good, 0.2)  # far above what else runs on the machine adds to the others
 
 
 def wrong_values(qkv, grid):
@@ -101,11 +102,6 @@ def broken(qkv, grid):
     raise RuntimeError("no kernel image\nand more")
 
 
-def endless_compilation(qkv, grid):
-    time.sleep(30)
-    return good(qkv, grid)
-
-
 def fails(x):
     raise ValueError("illegal address")
 
@@ -123,24 +119,36 @@ def forbidden(*_):
 
 
 def test_the_fastest_that_agrees_is_taken_and_the_others_are_named(monkeypatch):
-    monkeypatch.setattr(measure, "COMPILE_SECONDS", 10.0)
     kernels(
         monkeypatch, good=good, values=wrong_values, gradients=wrong_gradients, broken=broken,
-        endless=endless_compilation, down=breaks_down,
+        down=breaks_down,
     )  # fmt: skip
     entry, new = fastest()
     tried = entry["tried"]
     assert new
     assert entry["chosen"] == "good"
-    assert 0 < tried["good"] < 0.03 < tried["xla"]
+    assert 0 < tried["good"] < 0.2 < tried["xla"]
     assert "its values differ from the reference's by 0.0" in tried["values"]
     assert "its gradients of the keys differ from the reference's by 1 of" in tried["gradients"]
     assert tried["broken"] == "it does not compile (RuntimeError: no kernel image)"
-    assert "does not compile (TimeoutError: not over after 10 s)" in tried["endless"]
     assert tried["down"].startswith("it does not run (")
     text = tuning.describe(entry)
     assert text.startswith("temporal of 3 x 4 x 6 patches by good ")
-    assert all(f"not {name}: " in text for name in ("values", "gradients", "broken", "endless"))
+    assert all(f"not {name}: " in text for name in ("values", "gradients", "broken", "down"))
+
+
+def test_a_compilation_that_does_not_end_is_passed_over(monkeypatch):
+    over = threading.Event()
+
+    def endless(qkv, grid):
+        monkeypatch.setattr(measure, "COMPILE_SECONDS", 1.0)
+        over.wait()
+        return good(qkv, grid)
+
+    kernels(monkeypatch, endless=endless)
+    tried = fastest()[0]["tried"]
+    over.set()
+    assert tried["endless"] == "it does not compile (TimeoutError: not over after 1 s)"
 
 
 def test_gradients_count_only_where_the_program_needs_them(monkeypatch):
