@@ -9,7 +9,7 @@ import pytest
 import timesformer_jax as tsf
 from timesformer_jax.models import costs
 from timesformer_jax.models.ops.reference import use_references
-from timesformer_jax.models.schemes import SCHEMES
+from timesformer_jax.models.schemes import SCHEMES, SPATIAL, TIME, Scheme
 from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
 
 
@@ -109,6 +109,16 @@ SMALL = {
 def test_macs_are_the_products_of_the_traced_program(scheme, clip):
     config = tsf.TimeSformerConfig(attention=scheme, **SMALL)
     assert costs.macs(config, *clip) == traced_macs(config, *clip)
+
+
+def test_costs_of_blocks_that_differ_and_of_a_narrow_attention(monkeypatch):
+    narrow = TIME._replace(has_temporal_fc=True, width=1 / 3, every=2)
+    monkeypatch.setitem(SCHEMES, "uneven", Scheme((narrow, SPATIAL)))
+    config = tsf.TimeSformerConfig(attention="uneven", **SMALL | {"depth": 3})
+    assert costs.macs(config) == traced_macs(config)
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(parameters(abstract(config)))]
+    assert costs.parameter_count(config) == sum(sizes)
+    assert costs.comparisons(config) == pytest.approx((49 + 1) + 2 / 3 * (5 + 1))
 
 
 @pytest.mark.compiles

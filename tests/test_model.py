@@ -20,7 +20,7 @@ import timesformer_jax as tsf
 from timesformer_jax.models.attention import Tokens
 from timesformer_jax.models.drop_path import drop_path
 from timesformer_jax.models.embedding import resize_space, resize_time
-from timesformer_jax.models.schemes import SCHEMES
+from timesformer_jax.models.schemes import SCHEMES, SPATIAL, TIME, Scheme
 from timesformer_jax.models.timesformer import (
     Attention,
     abstract,
@@ -120,12 +120,14 @@ def reference(
         block_input = cls, patches
         for name, oracle, has_fc in BLOCKS[config.attention]:
             at = f"blocks/{block}/attention/{name}"
+            if f"{at}/qkv/kernel" not in p:  # not in this block
+                continue
             read_cls, read = block_input if config.attention == "parallel" else (cls, patches)
 
             def project_in(x, at=at):
                 kernel, bias = p[f"{at}/qkv/kernel"].flatten(1), p[f"{at}/qkv/bias"].flatten()
                 qkv = norm(x, f"{at}/norm") @ kernel + bias
-                return qkv.reshape(*x.shape[:-1], 3, config.num_heads, -1)
+                return qkv.reshape(*x.shape[:-1], 3, -1, d // config.num_heads)
 
             def project_out(x, at=at, has_fc=has_fc):
                 x = linear(x, f"{at}/proj")
@@ -155,10 +157,34 @@ def assert_near(ours, theirs, rtol):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=rtol * max(np.abs(theirs).max(), 1e-6))
 
 
+@pytest.fixture
+def uneven(monkeypatch):
+    """A scheme whose blocks differ, and of whose attentions one is narrower: its name."""
+    temporal = TIME._replace(has_temporal_fc=True, width=0.5, every=2)
+    monkeypatch.setitem(SCHEMES, "uneven", Scheme((temporal, SPATIAL)))
+    oracles = [("temporal", "temporal_with_token", True), ("spatial", "spatial", False)]
+    monkeypatch.setitem(BLOCKS, "uneven", oracles)
+    return "uneven"
+
+
+def test_blocks_that_differ_equal_the_same_written_out(uneven):
+    check_against_reference(config_of(uneven, depth=3))
+    params = parameters(abstract(config_of(uneven, depth=3)))["blocks"]
+    assert ["temporal" in params[i]["attention"] for i in "012"] == [True, False, True]
+    assert params["0"]["attention"]["temporal"]["qkv"]["kernel"].shape == (8, 3, 4)
+    with pytest.raises(tsf.InputError, match="set scan_layers=False"):
+        config_of(uneven, scan_layers=True)
+    with pytest.raises(tsf.InputError, match="times num_heads 1, which is no whole number"):
+        config_of(uneven, num_heads=1)
+
+
 @pytest.mark.compiles
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_logits_and_gradients_equal_the_paper_written_out(scheme):
-    config = config_of(scheme)
+    check_against_reference(config_of(scheme))
+
+
+def check_against_reference(config):
     params, video = random_parameters(config), random_video()
     (logits, (params_bar, video_bar)), direction = run(config, params, video)
 

@@ -136,8 +136,8 @@ def test_rollout_is_the_product_of_explicit_matrices(scheme, target):
 
 @pytest.mark.parametrize("target", [None, TARGETS], ids=["plain", "weighted"])
 def test_a_registered_scheme_in_chunks_too(monkeypatch, target):
-    """Both layers have the token, sequences differ in length, and 5 queries make a chunk."""
-    scheme = Scheme((TIME._replace(name="moments", attention_fn=None), LOCAL))
+    """Layers have the token, sequences and heads differ, and 5 or 10 queries make a chunk."""
+    scheme = Scheme((TIME._replace(name="moments", attention_fn=None, width=0.5), LOCAL))
     monkeypatch.setitem(SCHEMES, "mine", scheme)
     monkeypatch.setitem(
         BLOCKS, "mine", [("moments", "temporal_with_token", False), ("local", "local", True)]

@@ -8,7 +8,7 @@ from timesformer_jax import ranges
 from timesformer_jax.errors import InputError, did_you_mean
 from timesformer_jax.models.attention import Grid
 from timesformer_jax.models.remat import REMATS
-from timesformer_jax.models.schemes import SCHEMES, Scheme, import_asked_for
+from timesformer_jax.models.schemes import SCHEMES, AttentionLayer, Scheme, import_asked_for
 
 POSITION_EMBEDDINGS = ("none", "space", "space_time")
 POSITION_RESIZES = ("nearest", "bicubic")
@@ -101,6 +101,21 @@ class TimeSformerConfig:
             raise InputError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )
+        for layer in self.scheme.layers:
+            self._check_layer(layer)
+
+    def _check_layer(self, layer: AttentionLayer) -> None:
+        heads = self.num_heads * layer.width
+        if heads < 1 or heads % 1:
+            raise InputError(
+                f"the {layer.name} attention of {self.attention!r} has {layer.width:g} times "
+                f"num_heads {self.num_heads}, which is no whole number of heads"
+            )
+        if self.scan_layers and layer.every > 1:
+            raise InputError(
+                f"the blocks of {self.attention!r} differ ({layer.name} is in one of "
+                f"{layer.every}); set scan_layers=False, which compiles each"
+            )
 
     @property
     def scheme(self) -> Scheme:
@@ -111,6 +126,11 @@ class TimeSformerConfig:
         """Patches down and across that the position embedding is made for."""
         side = self.image_size // self.patch_size
         return side, side
+
+    def heads_and_width(self, layer: AttentionLayer) -> tuple[int, int]:
+        """Heads of an attention, and channels of its queries, keys and values."""
+        heads = round(self.num_heads * layer.width)
+        return heads, heads * self.hidden_size // self.num_heads
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:

@@ -18,24 +18,26 @@ from timesformer_jax.models.schemes import AttentionLayer
 def parameter_count(config: TimeSformerConfig) -> int:
     """Parameters of the model, head included.
 
-    With D channels, an MLP of M, C classes, K attentions a block and L blocks:
+    With D channels, an MLP of M, C classes, A attentions in all L blocks, and W channels of the
+    queries, keys and values of an attention (W = D in the paper's schemes):
 
         embedding   3 P^2 D + D, D for the token, (N + 1) D in space, T D in time
-        attention   4 D^2 + 6 D, norm included; D^2 + D more where it has a `temporal_fc`
+        attention   4 D W + 3 D + 3 W, norm included; D^2 + D more where it has a `temporal_fc`
         MLP         2 D M + M + 3 D
-        model       embedding + L (K attentions + MLP) + 2 D + D C + C
+        model       embedding + A attentions + L MLP + 2 D + D C + C
     """
     d, m, c = config.hidden_size, config.mlp_size, config.num_classes
-    layers = config.scheme.layers
-    temporal_fcs = sum(layer.has_temporal_fc for layer in layers)
     embedding = 3 * config.patch_size**2 * d + d + d
     if config.position_embedding != "none":
         embedding += (_patches(config.grid) + 1) * d
     if config.position_embedding == "space_time" and config.scheme.time_embedding:
         embedding += config.num_frames * d
-    attentions = len(layers) * (4 * d * d + 6 * d) + temporal_fcs * (d * d + d)
+    attentions = 0
+    for layer in _attentions(config):
+        _, w = config.heads_and_width(layer)
+        attentions += 4 * d * w + 3 * (d + w) + layer.has_temporal_fc * (d * d + d)
     mlp = 2 * d * m + m + 3 * d
-    return embedding + config.depth * (attentions + mlp) + 2 * d + d * c + c
+    return embedding + attentions + config.depth * mlp + 2 * d + d * c + c
 
 
 def comparisons(
@@ -44,7 +46,7 @@ def comparisons(
     height: int | None = None,
     width: int | None = None,
 ) -> float:
-    """Query-key comparisons a patch makes in one block, summed over the block's attentions.
+    """Query-key comparisons a patch makes in a block, summed over its attentions; the blocks' mean.
 
     Counted as the paper counts: in each attention, the patches of its sequence (itself included)
     and one classification token; NF + 1 for joint, N + F + 2 for divided. The token counts for
@@ -52,9 +54,12 @@ def comparisons(
     differ in length (local_global on odd sides), the mean over the patches.
     """
     t, grid = _sizes(config, frames, height, width)
-    return sum(
-        float((_lengths(layer, t, grid) ** 2).sum() / (t * _patches(grid))) + 1
-        for layer in config.scheme.layers
+    return (
+        sum(
+            float((_lengths(layer, t, grid) ** 2).sum() / (t * _patches(grid))) + 1
+            for layer in _attentions(config)
+        )
+        / config.depth
     )
 
 
@@ -69,24 +74,31 @@ def macs(
     Counts the matrix products, including QK^T and AV of the attentions, and the patch embedding.
     The products of the last block on the patches are counted, although no output depends on them
     and a compiler may drop them; so is `temporal_fc`, which is usually fused with the projection.
-    A sequence of l tokens costs 2 D l^2, a token D^2 for each of q, k, v, projection and
-    `temporal_fc`. Not counted: norms, softmax, GELU, additions, resizing of position embeddings.
+    With W channels of the queries (D in the paper's schemes), a sequence of l tokens costs 2 W l^2,
+    a token D W for each of q, k, v and projection, and D^2 for `temporal_fc`. Not counted: norms,
+    softmax, GELU, additions, resizing of position embeddings.
 
     Args:
       frames, height, width: the clip, in frames and pixels; the config's own sizes by default.
     """
     t, grid = _sizes(config, frames, height, width)
     d, patches = config.hidden_size, t * _patches(grid)
-    block = 0
-    for layer in config.scheme.layers:
+    attentions = 0
+    for layer in _attentions(config):
+        _, w = config.heads_and_width(layer)
         lengths = _lengths(layer, t, grid)
         tokens = patches + layer.joins_cls * len(lengths)  # one copy of the token a sequence
-        block += tokens * (4 + layer.has_temporal_fc) * d * d
-        block += int(2 * d * ((lengths + layer.joins_cls) ** 2).sum())
+        attentions += tokens * (4 * w + layer.has_temporal_fc * d) * d
+        attentions += int(2 * w * ((lengths + layer.joins_cls) ** 2).sum())
     tokens = patches + (t if config.scheme.token_per_frame else 1)
-    block += tokens * 2 * d * config.mlp_size
+    mlp = tokens * 2 * d * config.mlp_size
     embedding = patches * 3 * config.patch_size**2 * d
-    return embedding + config.depth * block + d * config.num_classes
+    return embedding + attentions + config.depth * mlp + d * config.num_classes
+
+
+def _attentions(config: TimeSformerConfig) -> list[AttentionLayer]:
+    """Those of all blocks."""
+    return [layer for i in range(config.depth) for layer in config.scheme.layers_of(i)]
 
 
 def _sizes(

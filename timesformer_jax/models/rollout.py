@@ -25,7 +25,7 @@ from timesformer_jax.models.attention import sequences_by_length
 from timesformer_jax.models.embedding import Video, patch_grid
 from timesformer_jax.models.schemes import AttentionLayer
 from timesformer_jax.models.tape import Tape, tape
-from timesformer_jax.models.timesformer import Block, TimeSformer
+from timesformer_jax.models.timesformer import Attention, Block, TimeSformer
 from timesformer_jax.models.tokens import Grid, Tokens
 
 # Attention weights that are in memory at a time: 64 MiB in float32. Queries are taken in chunks.
@@ -107,17 +107,21 @@ def layer_attention(
     Raises:
       InputError: if there is no such block or layer.
     """
-    layers = model.config.scheme.layers
+    if not -len(model.blocks) <= block < len(model.blocks):
+        raise InputError(f"there is no block {block}; the model has {len(model.blocks)}")
+    block %= len(model.blocks)
+    layers = model.config.scheme.layers_of(block)
     joined = [found for found in layers if found.joins_cls]
     chosen = [found for found in layers if found.name == layer] if layer else joined[-1:]
     if not chosen:
         names = ", ".join(found.name for found in layers)
-        raise InputError(f"a {model.config.attention} block has no layer {layer!r}; it has {names}")
-    if not -len(model.blocks) <= block < len(model.blocks):
-        raise InputError(f"there is no block {block}; the model has {len(model.blocks)}")
+        wanted = f"layer {layer!r}" if layer else "layer that the classification token joins"
+        raise InputError(
+            f"block {block} of a {model.config.attention} model has no {wanted}; it has {names}"
+        )
     x = _embed(*nnx.split(model), video)
     grid = patch_grid(model.config, video)
-    for before in model.blocks[: block % len(model.blocks)]:
+    for before in model.blocks[:block]:
         x = _forward(*nnx.split(before), x, grid)
     return _raw(*nnx.split(model.blocks[block]), x, chosen[0].name, grid)
 
@@ -159,7 +163,7 @@ def _backward(
     if x_bar is None:
         _, qkv = _taped(block, x, grid)
         return _relevance_before(block, qkv, None, row, grid), None
-    zeros = [_zeros(block.attention[name].layer, x, grid) for name in block.order]
+    zeros = [_zeros(block.attention[name], x, grid) for name in block.order]
     run = functools.partial(_taped, block, grid=grid)
     _, vjp, qkv = jax.vjp(lambda x, added: run(x, added=added), x, zeros, has_aux=True)
     x_bar, attended_bar = vjp(x_bar)
@@ -188,12 +192,13 @@ def _taped(
     return out, found.qkv
 
 
-def _zeros(layer: AttentionLayer, x: Tokens, grid: Grid) -> Tokens:
-    """Zeros of the shape of the values that the layer attends to."""
-    b, t, _, width = x.patches.shape
+def _zeros(attention: Attention, x: Tokens, grid: Grid) -> Tokens:
+    """Zeros of the shape of the attended values."""
+    layer, width = attention.layer, attention.proj.kernel.shape[0]
+    b, t, n, _ = x.patches.shape
     sequences = int(layer.partition(t, grid).max()) + 1
     cls = jnp.zeros((b, sequences, width), x.patches.dtype) if layer.joins_cls else None
-    return Tokens(cls, jnp.zeros_like(x.patches))
+    return Tokens(cls, jnp.zeros((b, t, n, width), x.patches.dtype))
 
 
 # Within a block.

@@ -92,6 +92,9 @@ class AttentionLayer(NamedTuple):
         it is made from.
       within: what each of its sequences lies within: "frame", "position", or "clip" for neither.
         Devices that share a clip by frames, or by positions, then exchange nothing for it.
+      every: the distance between the blocks that have the layer: 1 for all, 2 for the first, the
+        third and so on.
+      width: of its queries, keys and values, and its number of heads, over those of the model.
     """
 
     name: str
@@ -100,6 +103,8 @@ class AttentionLayer(NamedTuple):
     joins_cls: bool = True
     has_temporal_fc: bool = False
     within: str = "clip"
+    every: int = 1
+    width: float = 1.0
 
     def attend(self, qkv: Tokens, grid: Grid) -> Tokens:
         """The attended values: see `attention.over_time` for the shapes."""
@@ -122,6 +127,10 @@ class Scheme(NamedTuple):
     parallel: bool = False
     time_embedding: bool = True
     token_per_frame: bool = False
+
+    def layers_of(self, block: int) -> tuple[AttentionLayer, ...]:
+        """The attentions of a block, which is numbered from 0."""
+        return tuple(layer for layer in self.layers if block % layer.every == 0)
 
 
 # In the released models the classification token takes no part in temporal attention.

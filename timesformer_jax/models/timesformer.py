@@ -48,10 +48,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TimeSformerConfig, layer: AttentionLayer, *, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.layer, self.heads = layer, config.num_heads
+        self.layer, (self.heads, attended) = layer, config.heads_and_width(layer)
         self.norm = LayerNorm(width, rngs)
-        self.qkv = _linear(config, "qkv", width, (3, width), rngs)
-        self.proj = _linear(config, "proj", width, width, rngs)
+        self.qkv = _linear(config, "qkv", width, (3, attended), rngs)
+        self.proj = _linear(config, "proj", attended, width, rngs)
         zero = config.init == "release"
         self.temporal_fc = (
             _linear(config, "temporal_fc", width, width, rngs, zero=zero)
@@ -144,10 +144,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One encoder block: the attentions of the scheme, then the MLP, each a residual."""
+    """One encoder block: its attentions of the scheme, then the MLP, each a residual."""
 
-    def __init__(self, config: TimeSformerConfig, *, rngs: nnx.Rngs):
-        layers = config.scheme.layers
+    def __init__(self, config: TimeSformerConfig, number: int, *, rngs: nnx.Rngs):
+        layers = config.scheme.layers_of(number)
         self.order = tuple(layer.name for layer in layers)  # an nnx.Dict sorts its keys
         self.parallel = config.scheme.parallel
         self.attention = nnx.Dict(
@@ -234,7 +234,7 @@ class TimeSformer(nnx.Module):
     def __init__(self, config: TimeSformerConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Embedding(config, rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = nnx.List([Block(config, i, rngs=rngs) for i in range(config.depth)])
         self.norm = LayerNorm(config.hidden_size, rngs)
         self.head = _head(config, rngs)
 

@@ -96,10 +96,10 @@ def kept_for_backward(
 ) -> int:
     """Bytes that the forward pass of `clips` clips saves for the backward pass.
 
-    With rematerialisation: what all blocks save, and everything inside one of them. All blocks but
-    the first, which has no drop path, save the same; so two blocks are traced and the others
-    counted. If only the head is trained, or nothing is, there is no backward pass, and the arrays
-    inside one block exist at a time.
+    With rematerialisation: what all blocks save, and everything inside one of them. If all blocks
+    have the same attentions, two are traced and the others counted: all save the same but the
+    first, which has no drop path. If only the head is trained, or nothing is, there is no backward
+    pass, and the arrays inside one block exist at a time.
     """
 
     def kept(depth: int, remat: str = model.remat) -> int:
@@ -107,6 +107,8 @@ def kept_for_backward(
 
     if train != "all":
         return kept(1, "none")
+    if any(layer.every > 1 for layer in model.scheme.layers):
+        return kept(model.depth) + (0 if model.remat == "none" else kept(1, "none"))
     total = kept(1)
     if model.depth > 1:
         total += (model.depth - 1) * (kept(2) - total)

@@ -45,7 +45,9 @@ def model_config(config: ConfigDict, labels: tuple[str, ...]) -> TimeSformerConf
 def check_model(mesh: Mesh, model: TimeSformerConfig, clip: ClipSpec) -> None:
     """Raises InputError, naming the flag to change, unless the mesh divides model and clips."""
     tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
-    for parts, name in ((model.num_heads, "heads"), (model.mlp_size, "hidden units of an MLP")):
+    heads = [model.heads_and_width(layer)[0] for layer in model.scheme.layers]
+    parts_of = [(math.gcd(*heads), "heads"), (model.mlp_size, "hidden units of an MLP")]
+    for parts, name in parts_of:
         if parts % tensor:
             raise InputError(
                 f"{parts} {name} cannot be divided among {tensor} devices; set "
