@@ -1,6 +1,7 @@
 """`timesformer check` on data with known damage."""
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -8,14 +9,20 @@ import json
 import os
 import re
 import shutil
+from logging import WARNING, Handler
 
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import logging
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from videos import write_audio, write_video
 
+from timesformer_jax import recipes
+from timesformer_jax.data import problems
 from timesformer_jax.data.annotations import Clip
 from timesformer_jax.data.check.check import check
 from timesformer_jax.data.check.prepared import check_prepared
@@ -26,7 +33,9 @@ from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.data.records import prepared as records
 from timesformer_jax.data.records import wire
 from timesformer_jax.data.records.open import open_split
+from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
+from timesformer_jax.training.fitting import fitted
 
 pytestmark = pytest.mark.processes
 
@@ -93,12 +102,20 @@ def damaged(prepared, tmp_path):
 
 
 def problems_of(capsys, directory, **options):
-    """The printed problems; their number must be the one in the error."""
+    """The printed errors, whose number must be the one in the exception, and the warnings.
+
+    Without the warning of the class `unseen`, which all of these directories have.
+    """
     capsys.readouterr()
-    with pytest.raises(InputError) as error:
+    count = 0
+    try:
         check([directory], workers=1, **options)
-    count = re.fullmatch(rf"(\d+) problems? in {re.escape(str(directory))}", str(error.value))[1]
-    return capsys.readouterr().out.splitlines()[-int(count) :]
+    except InputError as error:
+        count = int(re.fullmatch(rf"(\d+) errors? in {re.escape(str(directory))}", str(error))[1])
+    found = re.findall(r"^(error|warning): (.*)$", capsys.readouterr().out, re.MULTILINE)
+    errors = [text for kind, text in found if kind == "error"]
+    assert len(errors) == count
+    return [text for _, text in found if "(unseen)" not in text]
 
 
 # ---- a prepared directory -----------------------------------------------------------------------
@@ -130,7 +147,8 @@ def test_a_good_directory(prepared, capsys):
     assert lines[4:] == [
         *("train: 2 of 3 classes have clips", "  no clip of: unseen", "       5 b", "       3 a"),
         *("validation: 2 of 3 classes have clips", "  no clip of: unseen"),
-        *("       2 b", "       1 a", "no problems"),
+        *("       2 b", "       1 a"),
+        "warning: 1 class (unseen) with no training clip: it cannot be learned",
     ]
 
 
@@ -310,7 +328,7 @@ def test_damage_is_named_with_what_to_do(damaged, capsys, name):
 def test_a_fraction_of_the_frames_is_decoded(damaged):
     rewrite(damaged, without_the_last_jpeg)
     check([damaged], decode_fraction=0.0)
-    with pytest.raises(InputError, match="1 problem in"):
+    with pytest.raises(InputError, match="1 error in"):
         check([damaged], decode_fraction=1.0)
 
 
@@ -343,9 +361,9 @@ def test_any_flipped_bit_is_found_in_its_record(flippable, data):
         _, problems = check_prepared(flippable, 0.0, workers=1)
     finally:
         flip(flippable / SHARD, position, bit)
-    assert len(problems) == 1
+    assert [p.is_error for p in problems] == [True, False]  # the class unseen
     where = f"{SHARD} record {record} ({ids[record]}) "
-    assert problems[0].startswith((f"{where}has a wrong checksum", f"{where}is truncated"))
+    assert problems[0].text.startswith((f"{where}has a wrong checksum", f"{where}is truncated"))
 
 
 def digests(directory):
@@ -444,10 +462,10 @@ def test_on_a_bucket_from_the_command_line(prepared, gcs, timesformer, monkeypat
     flip(gcs.root / "bucket" / "bad" / SHARD, 100)
     done = timesformer("check", "gs://bucket/bad", check=False, fresh=True)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: 1 problem in gs://bucket/bad"
+    assert done.stderr.splitlines()[-1] == "error: 1 error in gs://bucket/bad"
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("gs://bucket/bad: every record is read, and the frames of ")
-    assert re.search(rf"\n{SHARD} record 0 \({ID}\) has a wrong checksum.*\n$", done.stdout)
+    assert re.search(rf"\nerror: {SHARD} record 0 \({ID}\) has a wrong checksum", done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -478,8 +496,7 @@ def test_check_and_prepare_find_the_same_failures(source_of_all_kinds, tmp_path,
     prepare_from(source, tmp_path / "prepared")
     capsys.readouterr()
     listed = {"annotations": source / "clips.csv", "labels": source / "labels.txt"}
-    with pytest.raises(InputError, match=f"6 problems in {source}"):
-        check(videos=source, **listed, decode_fraction=1.0, workers=2, output=tmp_path / "bad.csv")
+    check(videos=source, **listed, decode_fraction=1.0, workers=2, output=tmp_path / "bad.csv")
     assert (tmp_path / "bad.csv").read_text() == (tmp_path / "prepared/failures.csv").read_text()
 
     lines = capsys.readouterr().out.splitlines()
@@ -498,10 +515,144 @@ def test_check_and_prepare_find_the_same_failures(source_of_all_kinds, tmp_path,
         ["fps", "25", "10"], ["fps", "30", "1"], ["fps", "15", "1"],
     ):  # fmt: skip
         assert row in words
-    problems = [line.split(": ")[0] for line in lines[-6:]]
+    assert lines[-7] == "warning: 1 class (unseen) with no training clip: it cannot be learned"
+    problems = [line.removeprefix("warning: ").split(": ")[0] for line in lines[-6:]]
     assert problems == [
         *("audio.mp4", "cut.mp4", "empty.mp4", "noise.mp4", "text.mp4", "missing.mp4")
     ]
+
+
+def test_prepare_check_and_training_say_the_same(prepared, source, tmp_path, monkeypatch, capsys):
+    """Of videos and of what is prepared, with one judgement; by splits that are drawn again."""
+    monkeypatch.setattr("timesformer_jax.data.check.videos.run_tasks", in_this_process)
+    rows = [f"{i}.mp4" for i in range(11)]
+    cases = {
+        "good": ([(path, "ab"[i % 2], "") for i, path in enumerate(rows)], []),
+        "one clip of a class": (
+            [(path, "ab"[i > 9], "") for i, path in enumerate(rows)],
+            [
+                "warning: 1 class (b) with one training clip",
+                "warning: 1 class (b) without a clip in validation",
+            ],
+        ),
+        "one clip of each": (
+            [(path, path, "train") for path in rows[:3]] + [(rows[3], rows[0], "validation")],
+            [
+                "warning: 3 classes (0.mp4, 1.mp4, 2.mp4) with one training clip",
+                "warning: 2 classes (1.mp4, 2.mp4) without a clip in validation",
+            ],
+        ),
+        "no clip but one of each": (
+            [(path, path, "") for path in rows[:3]],
+            [
+                f"error: {problems.NO_VALIDATION}",
+                "warning: 3 classes (0.mp4, 1.mp4, 2.mp4) with one training clip",
+            ],
+        ),
+        "fewer clips than classes": (
+            [(rows[0], "a", "train"), (rows[1], "a", "validation")],
+            [
+                "warning: 1 training clips are fewer than the 3 classes",
+                "warning: 2 classes (b, unseen) with no training clip: it cannot be learned",
+                "warning: 1 class (a) with one training clip",
+            ],
+        ),
+        "no clip for training": (
+            [(rows[0], "a", "validation")],
+            [f"error: {problems.NO_TRAINING}"],
+        ),
+    }
+    for number, (name, (clips, expected)) in enumerate(cases.items()):
+        directory = shutil.copytree(prepared, tmp_path / str(number))
+        table = tmp_path / f"{number}.csv"
+        table.write_text("\n".join(["path,label,split", *map(",".join, clips)]))
+        labels = source / "labels.txt" if "fewer" in name or "no clip for" in name else None
+        listed = {"annotations": table, "labels": labels}
+        capsys.readouterr()
+        prepare(source, directory, **listed, name="tiny", **PREPARED, resplit=True)
+        said = {"prepare": said_problems(capsys)}
+        for key, options in {
+            "check DIR": {"directories": [directory]},
+            "check --videos": {"videos": source, **listed},
+        }.items():
+            try:
+                check(**options, decode_fraction=0.0, workers=1)
+                failed = False
+            except InputError:
+                failed = True
+            said[key] = said_problems(capsys)
+            assert failed == any(line.startswith("error") for line in expected), name
+        said["train"] = training_problems(directory)
+        assert said == dict.fromkeys(said, expected), name
+
+
+PREPARED = {"short_side": 24, "store_stride": 3, "clips_per_shard": 3, "workers": 1}
+
+
+def in_this_process(function, tasks, *_):
+    return {name: function(*arguments, {}) for name, arguments in tasks.items()}
+
+
+def said_problems(capsys):
+    """The lines of problems, without those of single videos."""
+    lines = capsys.readouterr().out.splitlines()
+    return [s for s in lines if s.startswith(("error: ", "warning: ")) and ".mp4: " not in s]
+
+
+def training_problems(directory):
+    """What training says when it opens the data: the error that ends it, and the warnings."""
+    config = recipes.from_scratch_small()
+    config.data.directory = os.fspath(directory)
+    said = []
+    try:
+        train, held_out = (open_split(directory, name) for name in ("train", "validation"))
+    except InputError as error:
+        said = [f"error: {str(error).removeprefix(f'{directory}: ')}"]
+        if problems.NO_VALIDATION not in said[0]:
+            return said
+        # The way out that the error names.
+        train = held_out = open_split(directory, "train")
+    with warnings_of_absl() as warned:
+        fitted(config, epath.Path(directory / "run"), one_device(), train, held_out)
+    other = ("batch_size", "measured with the training clips")
+    return said + [f"warning: {text}" for text in warned if not any(o in text for o in other)]
+
+
+@contextlib.contextmanager
+def warnings_of_absl():
+    found = []
+    logging.get_absl_logger().addHandler(handler := Collecting(found))
+    try:
+        yield found
+    finally:
+        logging.get_absl_logger().removeHandler(handler)
+
+
+class Collecting(Handler):
+    def __init__(self, found):
+        super().__init__(WARNING)
+        self._found = found
+
+    def emit(self, record):
+        self._found.append(record.getMessage())
+
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def test_a_folder_of_videos_is_checked_without_the_flag(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("timesformer_jax.data.check.videos.run_tasks", in_this_process)
+    monkeypatch.setattr("timesformer_jax.data.check.check.import_prepared", None)  # no TensorFlow
+    for name in "ab":
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        shutil.copy(source / "1.mp4", tmp_path / "videos" / name)
+    with pytest.raises(InputError, match=f"1 error in {tmp_path / 'videos'}"):
+        check([tmp_path / "videos"])
+    assert "the packets of 2 clips are read" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"was not written by .*, and holds no videos"):
+        check([tmp_path / "empty"])
 
 
 def test_an_output_that_cannot_be_written_fails_first(source, tmp_path, monkeypatch):
@@ -517,7 +668,7 @@ def test_good_videos_from_the_command_line(source, timesformer, tmp_path):
         for number in range(2):
             shutil.copy(source / f"{number}.mp4", tmp_path / name)
     done = timesformer("check", f"--videos={tmp_path}", f"--output={tmp_path / 'bad.csv'}")
-    assert done.stdout.splitlines()[-1] == "no problems"
+    assert done.stdout.splitlines()[-1] == "warning: 2 classes (a, b) with one training clip"
     with open(tmp_path / "bad.csv", newline="") as file:
         assert list(csv.DictReader(file)) == []
 

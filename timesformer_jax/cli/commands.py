@@ -79,9 +79,7 @@ COMMANDS = {
                 "kinetics400, kinetics600, something_v2, diving48, howto100m,"
                 " ucf101 or hmdb51; by default none of these",
             ),
-            string(
-                "labels", None, "file of class names, one per line; by default those that occur"
-            ),
+            string("labels", None, "file of class names, one a line; by default those that occur"),
             MULTILABEL,
             string("name", None, "name of the data set, used in file names"),
             integer("short_side", 256, "short side of the stored frames in pixels"),
@@ -117,6 +115,7 @@ COMMANDS = {
             boolean("follow", "accept videos outside of --videos: paths with .., links"),
         ),
         required=("videos", "output"),
+        meant=("videos", "output"),
     ),
     "check": Command(
         "finds errors in prepared directories, or in videos before they are prepared",
@@ -129,6 +128,9 @@ COMMANDS = {
             MULTILABEL,
             number("decode_fraction", 0.05, "fraction of the clips whose frames are decoded"),
             integer("workers", 0, "number of threads, or processes for videos; 0: one per core"),
+            number(
+                "validation_fraction", 0.1, "fraction of the videos for validation, as for prepare"
+            ),
             string("output", None, "csv file to write unusable videos to, with the reason"),
             boolean("follow", "accept videos outside of --videos: paths with .., links"),
         ),
@@ -139,6 +141,7 @@ COMMANDS = {
         "timesformer_jax.training.loop:train_and_report",
         (CONFIG, string("workdir", None, "folder for checkpoints, logs and results"), *PROCESSES),
         required=("config", "workdir"),
+        meant=("config", "workdir"),
     ),
     "sweep": Command(
         "trains a recipe for each of several values of its fields, and compares the results",
@@ -149,6 +152,7 @@ COMMANDS = {
             *PROCESSES,
         ),
         required=("config", "workdir"),
+        meant=("config", "workdir"),
         sweeps=True,
     ),
     "evaluate": Command(
@@ -170,6 +174,7 @@ COMMANDS = {
             *PROCESSES,
         ),
         required=("checkpoint",),
+        meant=("checkpoint",),
     ),
     "predict": Command(
         "prints the most probable classes of video files",
@@ -200,6 +205,7 @@ COMMANDS = {
             ATTENTION_KERNELS,
         ),
         required=("checkpoint",),
+        meant=("checkpoint",),
         positional=("videos...",),
         isolated=True,
     ),
@@ -225,6 +231,7 @@ COMMANDS = {
             ATTENTION_KERNELS,
         ),
         required=("checkpoint", "output"),
+        meant=("checkpoint",),
         positional=("videos...",),
         isolated=True,
     ),
@@ -255,6 +262,7 @@ COMMANDS = {
             ATTENTION_KERNELS,
         ),
         required=("checkpoint",),
+        meant=("checkpoint",),
         positional=("video",),
         isolated=True,
     ),
@@ -280,6 +288,7 @@ COMMANDS = {
             ATTENTION_KERNELS,
         ),
         required=("checkpoint",),
+        meant=("checkpoint",),
         positional=("file",),
         isolated=True,
     ),
@@ -302,6 +311,7 @@ COMMANDS = {
             string("hlo", None, "file to write the compiled program to, as text"),
         ),
         required=("config", "topology"),
+        meant=("config", "topology"),
     ),
     "convert": Command(
         "converts a checkpoint to our format, Hugging Face's or the paper's release's",
@@ -358,6 +368,7 @@ COMMANDS = {
             boolean("reference", "also measure a loop over simplejpeg and OpenCV"),
             string("json", None, "JSON file to write the results to"),
         ),
+        meant=("data",),
     ),
     "benchmark attention": Command(
         "measures time and memory of each attention scheme by length and size of the clip",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Command(NamedTuple):
         one for each combination, by name.
       isolated: whether its videos are decoded in processes of their own, so that one that crashes
         or hangs the decoder does not end the command.
+      meant: the flags that words without a flag are likely meant for, in order.
     """
 
     summary: str
@@ -39,6 +41,7 @@ class Command(NamedTuple):
     positional: Sequence[str] = ()
     sweeps: bool = False
     isolated: bool = False
+    meant: Sequence[str] = ()
 
     def define_flags(self) -> FlagValues:
         """Returns the command's flags, each with its default value."""
@@ -143,9 +146,12 @@ def parse(name: str, command: Command, values: FlagValues, words: Sequence[str])
             rest = values(rest)
     except (flags.Error, InputError) as e:
         raise InputError(f"timesformer {name}: {' '.join(str(e).split())}") from e
+    hint = _hint(command, values, rest[1:])
+    if rest[1:] and not command.positional:
+        raise InputError(f"timesformer {name} takes flags only, not {rest[1]!r:.200}{hint}")
     for flag in command.required:
         if values[flag].value is None:
-            raise InputError(f"timesformer {name} needs --{flag} ({values[flag].help})")
+            raise InputError(f"timesformer {name} needs --{flag} ({values[flag].help}){hint}")
     # The fields of a config, such as config.batch_size, are no arguments.
     arguments = {
         flag: values[flag].value
@@ -174,6 +180,30 @@ def _parse_sweep(name: str, command: Command, words: Sequence[str]) -> dict[str,
         arguments = parse(name, single, single.define_flags(), line)
         configs[label] = arguments.pop("config")
     return arguments | {"configs": configs}
+
+
+def _hint(command: Command, values: FlagValues, words: Sequence[str]) -> str:
+    """Which flags words without a flag are meant for, to append to a message; "" if unknown."""
+    missing = [flag for flag in command.meant if values[flag].value is None]
+    if command.positional:  # whose words have their own meaning, unless one is a checkpoint
+        words = [word for word in words if _is_checkpoint(word)][:1]
+    known = {flag for flag in values if values[flag].value is not None}
+    given = []
+    for word in words:
+        if (name := word.partition("=")[0]) in values or name.startswith("config."):
+            given.append(f"--{word}" if name not in known else "")
+        elif missing:
+            given.append(f"--{missing.pop(0)}={word}")
+    given = list(filter(None, given))
+    return f"; did you mean {' '.join(given)}?" if given else ""
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether a path is one of a checkpoint rather than of a video."""
+    inside = ("checkpoints", "config.json", "metadata")
+    return path.endswith((".pyth", ".pth", ".safetensors", ".bin", ".npz")) or any(
+        os.path.exists(os.path.join(path, name)) for name in inside
+    )
 
 
 def _positional(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:

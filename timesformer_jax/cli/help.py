@@ -15,7 +15,7 @@ from timesformer_jax.cli.flags import Command
 WAY = """
   timesformer check --videos=VIDEOS                    names the files that cannot be used
   timesformer prepare --videos=VIDEOS --output=DATA    writes the others as records for training
-  timesformer train --config=configs/finetune.py --config.data.directory=DATA --workdir=RUN
+  timesformer train --config=finetune --config.data.directory=DATA --workdir=RUN
                                                        fine-tunes a pretrained model on them
   timesformer evaluate --checkpoint=RUN                its accuracy, class by class
   timesformer predict VIDEO --checkpoint=RUN           the most probable classes of a video

@@ -17,6 +17,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.problems import some
 from timesformer_jax.models.config import TimeSformerConfig
 
 # The shape of a model and its clips, which a checkpoint decides. An image model leaves the rest to
@@ -52,10 +53,12 @@ class Change(NamedTuple):
     Attributes:
       fields: new values by dotted name.
       reason: a sentence for the log: why, and how to keep the old value.
+      is_warning: the data is less than what the recipe is meant for.
     """
 
     fields: dict[str, Any]
     reason: str
+    is_warning: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +68,13 @@ class Clips:
     Attributes:
       num_frames: (n,) int, frames of the source.
       fps: (n,) float, its frame rate.
-      label: (n,) int, the class.
-      targets: (n, classes) bool, the classes of multi-label records; else None.
     """
 
     num_frames: np.ndarray
     fps: np.ndarray
-    label: np.ndarray
-    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.label)
-
-    def of_class(self, classes: int) -> np.ndarray:
-        """(classes,) int, the number of records of each class."""
-        if self.targets is not None:
-            return self.targets.sum(axis=0)
-        return np.bincount(self.label, minlength=classes)
+        return len(self.num_frames)
 
     def shorter_than(self, frames: int, stride: int) -> int:
         """How many records have fewer frames than a clip spans, by more than one frame."""
@@ -228,7 +221,7 @@ def to_data(
         changes.append(
             Change(
                 {"data.flip": False},
-                f"classes tell left from right ({_some(sided)}): clips are not mirrored; "
+                f"classes tell left from right ({some(sided)}): clips are not mirrored; "
                 "--config.data.flip=true mirrors them",
             )
         )
@@ -238,7 +231,7 @@ def to_data(
         if largest:
             batch_size = largest
             reason = f"there are {len(train)} clips: batch_size {largest}, not {config.batch_size}"
-            changes.append(Change({"batch_size": largest}, reason))
+            changes.append(Change({"batch_size": largest}, reason, is_warning=True))
     if "log_every_steps" in automatic_fields:
         steps = config.epochs * (len(train) // batch_size)
         every = max(min(config.log_every_steps, steps // REPORTS), 1)
@@ -282,25 +275,15 @@ def _words(label: str) -> str:
 # ---- what to tell -------------------------------------------------------------------------------
 
 
-def warnings(
-    config: ConfigDict, train: Clips, validation: Clips, labels: tuple[str, ...]
-) -> list[str]:
-    """What in the data makes a bad model or an uncertain result, a sentence each.
+def warnings(config: ConfigDict, train: Clips, labels: tuple[str, ...]) -> list[str]:
+    """Where the recipe does not fit the data, a sentence each.
 
     Args:
       config: the recipe, fitted to the data.
-      train, validation: the records.
+      train: the training records.
       labels: class names.
     """
     found = []
-    counts, held_out = train.of_class(len(labels)), validation.of_class(len(labels))
-    if len(train) < len(labels):
-        found.append(f"{len(train)} training clips are fewer than the {len(labels)} classes")
-    for number, what in ((0, "no training clip: it cannot be learned"), (1, "one training clip")):
-        if names := _names(labels, counts == number):
-            found.append(f"{_count(names)} ({_some(names)}) with {what}")
-    if names := _names(labels, (held_out == 0) & (counts > 0)):
-        found.append(f"{_count(names)} ({_some(names)}) without a clip in validation")
     clip = config.clip
     short = train.shorter_than(clip.frames, clip.frame_stride)
     if clip.sampling == "stride" and short > len(train) // SHORT_ONE_IN:
@@ -311,22 +294,10 @@ def warnings(
         )
     if config.data.flip and (sided := sided_labels(labels)):
         found.append(
-            f"classes tell left from right ({_some(sided)}), but clips are mirrored; "
+            f"classes tell left from right ({some(sided)}), but clips are mirrored; "
             "--config.data.flip=false leaves them as they are"
         )
     return found
-
-
-def _names(labels: tuple[str, ...], chosen: np.ndarray) -> list[str]:
-    return [labels[i] for i in np.flatnonzero(chosen)]
-
-
-def _count(names: list[str]) -> str:
-    return f"{len(names)} class{'es' * (len(names) > 1)}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def _text(value: Any) -> str:

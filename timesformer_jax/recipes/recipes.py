@@ -60,7 +60,7 @@ def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> Config
     config.profile = ConfigDict({"start_step": 10, "steps": 0})
     # Fields that the checkpoint and the data change unless they are set, see `recipes.fit`.
     config.defaults = ConfigDict()
-    fit.make_automatic(config, ["log_every_steps"])
+    fit.make_automatic(config, ["batch_size", "log_every_steps"])
     return config
 
 
@@ -227,5 +227,5 @@ def demo() -> ConfigDict:
     config.optimizer.warmup_epochs = config.get_ref("epochs").to_float() / 6
     config.eval.every_epochs = 1
     config.eval.batch_size = 80
-    fit.make_automatic(config, ["data.directory"])
+    fit.make_automatic(config, ["batch_size", "data.directory"])
     return config

@@ -1,13 +1,15 @@
 """Checks data before training: prepared directories, or videos before they are prepared.
 
-Every problem is printed as one line; no file is changed.
+Every problem is printed as one line, errors and warnings (`data.problems`); no file is changed.
 """
 
 import os
 from collections.abc import Sequence
 
 from timesformer_jax import ranges
+from timesformer_jax.data.check.sources import holds_videos, require_prepared
 from timesformer_jax.data.check.videos import check_videos
+from timesformer_jax.data.problems import Problem
 from timesformer_jax.data.records.quiet_import import import_prepared
 from timesformer_jax.errors import InputError
 
@@ -26,6 +28,7 @@ def check(
     workers: int = 0,
     output: str | os.PathLike | None = None,
     follow: bool = False,
+    validation_fraction: float = 0.1,
 ) -> None:
     """Prints the content of prepared directories or the properties of videos, and all problems.
 
@@ -34,37 +37,34 @@ def check(
     shard. Of videos the packets of every clip are read. All paths may be on gs://.
 
     Args:
-      directories: prepared ones; none if `videos` is given.
+      directories: prepared ones, or one folder of videos as `videos`.
       videos: the folder that holds the video files.
-      annotations, dataset, labels, follow, multilabel: of the videos; see `prepare.prepare`.
+      annotations, dataset, labels, follow, multilabel, validation_fraction: of the videos; see
+        `prepare.prepare`.
       decode_fraction: fraction of the clips whose frames are decoded. Which ones follows from
         their ids.
       workers: threads, or for videos processes; 0: one for each processor.
       output: a csv for the videos that cannot be used, with the columns of failures.csv.
 
     Raises:
-      InputError: the arguments cannot be used, or, after everything is printed, there are
-        problems.
+      InputError: the arguments cannot be used, or, after everything is printed, there are errors.
     """
     ranges.check_given(decode_fraction=decode_fraction, workers=workers)
+    if len(directories) == 1 and not videos and holds_videos(directories[0]):
+        directories, videos = (), directories[0]
     if bool(directories) == bool(videos):
         raise InputError("give prepared directories to check, or the folder of --videos")
     if not videos and (annotations or dataset or labels or output):
         raise InputError("annotations, dataset, labels and output go with --videos only")
     if videos:
         result = check_videos(
-            videos,
-            annotations,
-            dataset,
-            labels,
-            decode_fraction,
-            workers,
-            output,
-            follow,
-            multilabel,
-        )
+            videos, annotations, dataset, labels, decode_fraction, workers, output, follow,
+            multilabel, validation_fraction,
+        )  # fmt: skip
         counts = [_print(videos, *result)]
     else:
+        for path in directories:
+            require_prepared(path)
         import_prepared()  # TensorFlow, which the check of videos does not need
         from timesformer_jax.data.check.prepared import check_prepared
 
@@ -75,12 +75,14 @@ def check(
         raise InputError(", ".join(filter(None, counts)))
 
 
-def _print(source: str | os.PathLike, summary: str, problems: Sequence[str]) -> str:
-    """Prints the result of a check; returns the number of problems as text, empty for none."""
+def _print(source: str | os.PathLike, summary: str, problems: Sequence[Problem]) -> str:
+    """Prints the result of a check; returns the number of errors as text, empty for none."""
+    errors = [problem for problem in problems if problem.is_error]
+    ordered = [*errors, *(problem for problem in problems if not problem.is_error)]
     print(summary)
-    print("\n".join(problems[:MAX_LINES]) or "no problems")
+    print("\n".join(map(str, ordered[:MAX_LINES])) or "no problems")
     if len(problems) > MAX_LINES:
         print(f"... and {len(problems) - MAX_LINES} more")
-    if not problems:
+    if not errors:
         return ""
-    return f"{len(problems)} problem{'s' * (len(problems) > 1)} in {source}"
+    return f"{len(errors)} error{'s' * (len(errors) > 1)} in {source}"

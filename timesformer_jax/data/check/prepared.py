@@ -20,16 +20,18 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
+from timesformer_jax.data import problems
 from timesformer_jax.data.check.prepared_summary import summarize
 from timesformer_jax.data.check.report import is_decoded
+from timesformer_jax.data.check.sources import RUN_AGAIN, require_prepared
 from timesformer_jax.data.layout import (
     INDEX_DTYPES,
     INFO_FILE,
     LABELS_FILE,
     MANIFESTS,
-    OPTIONS_FILE,
     SPLITS_FILE,
 )
+from timesformer_jax.data.problems import Problem
 from timesformer_jax.data.records import prepared as records
 from timesformer_jax.data.records.reassigned import read_reassigned, select_split
 from timesformer_jax.data.records.split import Split
@@ -37,7 +39,6 @@ from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 from timesformer_jax.workers import available_cores
 
-RUN_AGAIN = "run `timesformer prepare` again with the arguments it had"
 REWRITE_SHARD = f"delete it and {RUN_AGAIN}: it writes only this shard again"
 REWRITE_INDEX = f"delete {INFO_FILE} and {RUN_AGAIN}: it writes the indices again, and no shard"
 
@@ -70,7 +71,7 @@ class ShardResult:
 
 def check_prepared(
     directory: str | os.PathLike, decode_fraction: float, workers: int
-) -> tuple[str, list[str]]:
+) -> tuple[str, list[Problem]]:
     """Checks a prepared directory.
 
     Args:
@@ -79,41 +80,29 @@ def check_prepared(
       workers: threads; 0: one for each processor.
 
     Returns:
-      A summary of the directory, and a line for each problem.
+      A summary of the directory, and its problems.
 
     Raises:
       InputError: there is no such folder, or `prepare` did not write or complete it.
     """
     root = epath.Path(directory)
-    _require_prepared(root)
-    splits, problems = _open_splits(root)
+    require_prepared(root)
+    splits, damage = _open_splits(root)
     for split in splits:
-        problems += _check_index(split)
+        damage += _check_index(split)
     shards = [shard for split in splits for shard in _indexed_shards(root, split)]
     results = _check_shards(shards, decode_fraction, workers)
-    problems += _check_description(root, splits, results)
-    # If an index cannot be read, it is unknown which shards belong to the data set.
-    problems += _unexpected_files(root, expected=None if problems else results.keys())
-    problems += (problem for result in results.values() for problem in result.problems)
+    damage += _check_description(root, splits, results)
+    # If an index cannot be read, it is unknown which shards and clips belong to the data set.
+    is_known = not damage
+    stray = _unexpected_files(root, expected=results.keys() if is_known else None)
+    damage += (fault for result in results.values() for fault in result.problems)
     num_bytes = {name: result.num_bytes for name, result in results.items()}
     used, unusable = _used_splits(root, splits)
-    return summarize(root, splits, used, num_bytes, decode_fraction), problems + unusable
-
-
-def _require_prepared(root: epath.Path) -> None:
-    if not root.is_dir():
-        raise InputError(f"there is no folder {root}; give one that `timesformer prepare` wrote")
-    if not (root / OPTIONS_FILE).exists() and not records.split_names(os.fspath(root)):
-        raise InputError(
-            f"{root} was not written by `timesformer prepare`; only its output can be checked"
-        )
-    if not (root / INFO_FILE).exists():
-        manifests = root / MANIFESTS
-        done = len(list(manifests.glob("*.json"))) if manifests.is_dir() else 0
-        raise InputError(
-            f"{root} is incomplete: {done} shards are done, and {INFO_FILE}, which is written"
-            f" last, is missing; {RUN_AGAIN}: it continues where it stopped"
-        )
+    found = [Problem(text, True) for text in damage + unusable]
+    found += _few_clips(used) if is_known and not unusable else []
+    found += map(Problem, stray)
+    return summarize(root, splits, used, num_bytes, decode_fraction), found
 
 
 # ---- the index ----------------------------------------------------------------------------------
@@ -144,6 +133,16 @@ def _used_splits(root: epath.Path, splits: list[Split]) -> tuple[list[Split], li
         return [select_split(splits, reassigned, name) for name in sorted(reassigned.splits)], []
     except (InputError, *UNREADABLE) as error:
         return [], [f"{SPLITS_FILE}: {_reason(error)}"]
+
+
+def _few_clips(splits: list[Split]) -> list[Problem]:
+    """What is wrong with the numbers of clips that training reads."""
+    counts = {
+        s.name: problems.count_classes(s.label, s.video, s.targets, len(s.label_names))
+        for s in splits
+        if len(s)
+    }
+    return problems.of_classes(counts, splits[0].label_names if splits else ())
 
 
 def _check_index(split: Split) -> Iterator[str]:

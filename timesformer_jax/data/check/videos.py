@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from timesformer_jax.data import annotations as annotations_lib
-from timesformer_jax.data.annotations import Clip, Listing
+from timesformer_jax.data.annotations import Clip, Listing, assign_splits
 from timesformer_jax.data.check.report import format_table, is_decoded
 from timesformer_jax.data.decode import MISSING_FILE, VideoError, VideoFile, VideoInfo, crash_reason
 from timesformer_jax.data.failures import failure, write_failures
+from timesformer_jax.data.problems import Problem, of_clips
 from timesformer_jax.storage import absolute, disk_errors
 from timesformer_jax.workers import available_cores, report_progress, run_tasks
 
@@ -45,18 +46,20 @@ def check_videos(
     output: str | os.PathLike | None,
     follow: bool = False,
     multilabel: str | None = None,
-) -> tuple[str, list[str]]:
+    validation_fraction: float = 0.1,
+) -> tuple[str, list[Problem]]:
     """Checks the videos of a data set.
 
     Args:
-      videos, annotations, dataset, labels, multilabel, follow: see `prepare.prepare`.
+      videos, annotations, dataset, labels, multilabel, follow, validation_fraction: see
+        `prepare.prepare`.
       decode_fraction: fraction of the clips that are decoded.
       workers: processes; 0: one for each processor.
       output: a csv for the clips that cannot be used, with the columns of failures.csv; None: none.
 
     Returns:
-      A summary of the videos, and a line for each problem: a clip that is missing or cannot be
-      decoded.
+      A summary of the videos, and the problems: clips that are missing or cannot be decoded, which
+      `prepare` would leave out, and what is wrong with the others.
 
     Raises:
       InputError: annotations or labels that cannot be used, an output that cannot be written, a
@@ -64,7 +67,7 @@ def check_videos(
     """
     names = None if labels is None else annotations_lib.read_labels(labels)
     listing = annotations_lib.read(
-        videos, annotations, names, dataset=dataset, follow=follow, multilabel=multilabel
+        videos, annotations, names, validation_fraction, dataset, follow, multilabel
     )
     _write_output(output, {}, ())  # fails now rather than after hours if it cannot be written
     missing = frozenset(listing.missing)
@@ -75,11 +78,17 @@ def check_videos(
     bad = [clip for clip in listing.clips if results[clip.id].reason]
     _write_output(output, results, bad)
     # Missing files come last: there may be many of them.
-    problems = [
-        f"{clip.id}: {results[clip.id].reason}"
+    unusable = [
+        Problem(f"{clip.id}: {results[clip.id].reason}; `prepare` leaves it out")
         for clip in sorted(bad, key=lambda clip: clip.id in missing)
     ]
-    return _summary(listing, results, decode_fraction), problems
+    usable = [clip for clip in listing.clips if not results[clip.id].reason]
+    if not usable:
+        unusable.append(Problem("no clip can be used", True))
+        return _summary(listing, results, decode_fraction), unusable
+    drawn = assign_splits(usable, validation_fraction)
+    few = of_clips(((clip.split, clip.names) for clip in drawn), listing.labels)
+    return _summary(listing, results, decode_fraction), few + unusable
 
 
 def _write_output(

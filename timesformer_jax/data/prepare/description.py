@@ -14,6 +14,7 @@ from timesformer_jax.data.annotations import Clip
 from timesformer_jax.data.layout import FAILURES_FILE
 from timesformer_jax.data.prepare.shards import Shard, read_manifests
 from timesformer_jax.data.prepare.splits import class_table
+from timesformer_jax.data.problems import Problem, of_clips
 from timesformer_jax.data.records.quiet_import import import_prepared
 from timesformer_jax.errors import InputError
 
@@ -25,7 +26,8 @@ class Summary:
     output: the directory. clips, records: how many each split has; a long clip may be cut into
     several records. classes: number of labels. failures: number of clips that are missing or could
     not be decoded; failures.csv lists them. num_bytes: size of all shards. table: text, the clips
-    of each class in each split.
+    of each class in each split. problems: what is wrong with these, as `timesformer check` finds
+    it.
     """
 
     output: str
@@ -35,6 +37,7 @@ class Summary:
     failures: int
     num_bytes: int
     table: str
+    problems: tuple[Problem, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.output}: {self.classes} classes, {self.num_bytes / 1e6:.1f} MB"]
@@ -43,14 +46,12 @@ class Summary:
             cut = f" in {records} records" if records != count else ""
             lines.append(f"  {split}: {count} clips{cut}")
         lines.append(self.table)
-        if "validation" not in self.clips and "test" not in self.clips:
-            lines.append("  no clip is for validation: training cannot measure its accuracy")
         if self.failures:
             listed = os.path.join(self.output, FAILURES_FILE)
             lines.append(
                 f"  {self.failures} clips are missing or not decoded; see the reasons in {listed}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.problems)])
 
 
 def write_description(
@@ -118,4 +119,5 @@ def summarize(output: epath.Path, clips: Sequence[Clip], labels: Sequence[str]) 
         failures=sum(len(manifest["failures"]) for manifest in manifests),
         num_bytes=sum(manifest["bytes"] for manifest in manifests),
         table=class_table(clips, labels),
+        problems=tuple(of_clips(((clip.split, clip.names) for clip in clips), labels)),
     )

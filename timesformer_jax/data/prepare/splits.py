@@ -94,8 +94,4 @@ def class_table(clips: Sequence[Clip], labels: Sequence[str]) -> str:
         lines.append(f"  {label:<{width}}" + "".join(f"  {count:>10}" for count in row))
     if len(rows) > len(shown):
         lines.append(f"  ... the other {len(rows) - len(shown)} classes have more")
-    for place, split in enumerate(splits, start=1):
-        if none := [row[0] for row in rows if not row[place]]:
-            names = ", ".join(none[:5]) + (", ..." if len(none) > 5 else "")
-            lines.append(f"  no clip of {split} for {len(none)} of {len(rows)} classes: {names}")
     return "\n".join(lines)

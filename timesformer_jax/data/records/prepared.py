@@ -32,6 +32,7 @@ from timesformer_jax.data.layout import (
     TARGETS,
     index_path,
 )
+from timesformer_jax.data.problems import NO_TRAINING, NO_VALIDATION
 from timesformer_jax.data.records.reassigned import read_reassigned, select_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.errors import InputError
@@ -85,6 +86,10 @@ def open_prepared(directory: str, split: str) -> Split:
     names = split_names(directory)
     there = names if reassigned is None else sorted(reassigned.splits)
     if split not in there:
+        if split == "train" and there:
+            raise InputError(f"{directory}: {NO_TRAINING}")
+        if split == "validation" and there == ["train"]:
+            raise InputError(f"{directory}: {NO_VALIDATION}")
         raise InputError(f"{directory} has no split '{split}'; there: {', '.join(there) or 'none'}")
     found = (
         open_indexed(directory, split)
