@@ -17,8 +17,6 @@ from flax import nnx, traverse_util
 from test_attention import brute_force, sequences
 
 import timesformer_jax as tsf
-from timesformer_jax.models.attention import Tokens
-from timesformer_jax.models.drop_path import drop_path
 from timesformer_jax.models.embedding import resize_space, resize_time
 from timesformer_jax.models.schemes import SCHEMES, SPATIAL, TIME, Scheme
 from timesformer_jax.models.timesformer import (
@@ -27,6 +25,7 @@ from timesformer_jax.models.timesformer import (
     parameters,
     with_parameters,
 )
+from timesformer_jax.models.tokens import Tokens, drop_path
 
 # The attentions of a block in the order of the paper, with the oracle's name of each, and whether
 # it has a temporal_fc.

@@ -12,11 +12,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from test_costs import equations
 from test_model import assert_near, config_of, random_parameters, random_video
 
+from timesformer_jax.models.embedding import patch_embedding
 from timesformer_jax.models.ops.dot_product_attention import dot_product_attention
-from timesformer_jax.models.ops.gelu import gelu
 from timesformer_jax.models.ops.layer_norm import layer_norm
-from timesformer_jax.models.ops.linear import linear
-from timesformer_jax.models.ops.patch_embedding import patch_embedding
+from timesformer_jax.models.ops.linear import gelu, linear
 from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.timesformer import with_parameters
 

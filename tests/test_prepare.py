@@ -30,7 +30,7 @@ from timesformer_jax.data.prepare import shards
 from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.data.records import prepared as records
 from timesformer_jax.data.records.open import open_split
-from timesformer_jax.data.records.reassigned import read_reassigned
+from timesformer_jax.data.records.split import read_reassigned
 from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
 from timesformer_jax.errors import InputError
 

@@ -26,9 +26,8 @@ import timesformer_jax as tsf
 from timesformer_jax.models import rollout
 from timesformer_jax.models.rollout import attention_rollout, layer_attention
 from timesformer_jax.models.schemes import LOCAL, SCHEMES, TIME, Scheme
-from timesformer_jax.models.tape import Tape, tape
 from timesformer_jax.models.timesformer import with_parameters
-from timesformer_jax.models.tokens import Tokens
+from timesformer_jax.models.tokens import Tape, Tokens, tape
 
 PATCHES = FRAMES * math.prod(GRID)
 TARGETS = np.array([2, 0])

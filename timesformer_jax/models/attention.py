@@ -16,16 +16,17 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from timesformer_jax.distributed.sharding import target_device
 from timesformer_jax.models.ops import long_attention
 from timesformer_jax.models.ops.dot_product_attention import dot_product_attention
 from timesformer_jax.models.ops.kernels import select
-from timesformer_jax.models.tokens import Grid, Tokens, joined
+from timesformer_jax.models.tokens import Grid, Numbers, Tokens, joined
 
-# The number of each patch's sequence, (T, N), from 0; patches of one number attend to each other.
-Partition = Callable[[int, Grid], Int[np.ndarray, "t n"]]
+# From frames and grid to the number of each patch's sequence; patches of one number attend to each
+# other.
+Partition = Callable[[int, Grid], Numbers]
 
 
 def attend(qkv: Float[Array, "l 3 h d"]) -> Float[Array, "l hd"]:
@@ -99,7 +100,7 @@ def over_partition(qkv: Tokens, grid: Grid, partition: Partition) -> Tokens:
     return Tokens(cls, patches.reshape(*qkv.patches.shape[:3], -1))
 
 
-def sequences_by_length(number: Int[np.ndarray, "t n"]) -> list[tuple[np.ndarray, np.ndarray]]:
+def sequences_by_length(number: Numbers) -> list[tuple[np.ndarray, np.ndarray]]:
     """The sequences of a partition, those of one length together.
 
     Args:

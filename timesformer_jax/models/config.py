@@ -6,9 +6,9 @@ import dataclasses
 
 from timesformer_jax import ranges
 from timesformer_jax.errors import InputError, did_you_mean
-from timesformer_jax.models.attention import Grid
 from timesformer_jax.models.remat import REMATS
 from timesformer_jax.models.schemes import SCHEMES, AttentionLayer, Scheme, import_asked_for
+from timesformer_jax.models.tokens import Grid
 
 POSITION_EMBEDDINGS = ("none", "space", "space_time")
 POSITION_RESIZES = ("nearest", "bicubic")

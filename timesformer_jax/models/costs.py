@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from timesformer_jax.errors import InputError
-from timesformer_jax.models.attention import Grid
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.schemes import AttentionLayer
+from timesformer_jax.models.tokens import Grid
 
 
 def parameter_count(config: TimeSformerConfig) -> int:

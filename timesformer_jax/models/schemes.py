@@ -16,13 +16,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 
 from timesformer_jax.errors import InputError
 from timesformer_jax.models import attention
-from timesformer_jax.models.attention import Grid, Partition, Tokens
-
-Numbers = Int[np.ndarray, "t n"]
+from timesformer_jax.models.attention import Partition
+from timesformer_jax.models.tokens import Grid, Numbers, Tokens
 
 # Partitions: the number of every patch's sequence, (T, N) integers from 0, without gaps.
 

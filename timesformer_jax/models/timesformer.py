@@ -26,17 +26,14 @@ from timesformer_jax.distributed import sequence
 from timesformer_jax.distributed.pieces import in_pieces, is_long
 from timesformer_jax.distributed.sharding import constrain, target_device
 from timesformer_jax.errors import InputError
-from timesformer_jax.models.attention import Grid, Tokens
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.models.drop_path import MaybeKey, Rate, drop_path
 from timesformer_jax.models.embedding import Embedding, Video, patch_grid
-from timesformer_jax.models.ops.gelu import gelu
 from timesformer_jax.models.ops.layer_norm import LayerNorm
-from timesformer_jax.models.ops.linear import Linear, fused
+from timesformer_jax.models.ops.linear import Linear, fused, gelu
 from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.remat import BLOCK_INPUT, OUTPUT, checkpointed
 from timesformer_jax.models.schemes import AttentionLayer, by_clip, by_frame
-from timesformer_jax.models.tape import tape
+from timesformer_jax.models.tokens import Grid, MaybeKey, Rate, Tokens, drop_path, tape
 
 
 class Attention(nnx.Module):

@@ -33,8 +33,7 @@ from timesformer_jax.data.layout import (
 )
 from timesformer_jax.data.problems import Problem
 from timesformer_jax.data.records import prepared as records
-from timesformer_jax.data.records.reassigned import read_reassigned, select_split
-from timesformer_jax.data.records.split import Split
+from timesformer_jax.data.records.split import Split, read_reassigned, select_split
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
 from timesformer_jax.errors import InputError
 from timesformer_jax.workers import available_cores

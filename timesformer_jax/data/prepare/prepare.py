@@ -43,7 +43,7 @@ from timesformer_jax.data.prepare.runners import (
 )
 from timesformer_jax.data.prepare.shards import Shard, ShardOptions, assign_shards
 from timesformer_jax.data.prepare.splits import draw_splits, fingerprint
-from timesformer_jax.data.records.reassigned import read_reassigned
+from timesformer_jax.data.records.split import read_reassigned
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import absolute, disk_errors, locked, write_atomically
 from timesformer_jax.workers import available_cores

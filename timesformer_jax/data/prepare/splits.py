@@ -11,7 +11,7 @@ from timesformer_jax.data.annotations import Clip, Listing, assign_splits
 from timesformer_jax.data.annotations.listing import SPLIT_ORDER
 from timesformer_jax.data.layout import SPLITS_FILE
 from timesformer_jax.data.prepare.shards import read_manifests
-from timesformer_jax.data.records.reassigned import Reassigned
+from timesformer_jax.data.records.split import Reassigned
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import write_atomically
 

@@ -33,8 +33,7 @@ from timesformer_jax.data.layout import (
     index_path,
 )
 from timesformer_jax.data.problems import NO_TRAINING, NO_VALIDATION
-from timesformer_jax.data.records.reassigned import read_reassigned, select_split
-from timesformer_jax.data.records.split import Split
+from timesformer_jax.data.records.split import Split, read_reassigned, select_split
 from timesformer_jax.errors import InputError
 
 # TensorFlow only reads and decodes. By default it would take all GPU memory, which JAX needs.
