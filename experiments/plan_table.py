@@ -4,9 +4,10 @@
 
 Runs `timesformer plan` for every row, which compiles the program for the chip or slice. After each
 row it writes docs/plan.json and the tables of docs/plan.md with the rows so far. Rows in the folder
-of plans are not compiled again, so an interrupted run resumes. A row takes one to five minutes of
-one core, and 1 to 5 GB. --only compiles the rows that have all of these words, searches if "search"
-is among them, and the tables get every row that there is.
+of plans or in docs/plan.json are not compiled again, so an interrupted run resumes; delete both to
+have all of them anew. A row takes one to ten minutes of one core, and 1 to 5 GB. --only compiles
+the rows that have all of these words, searches if "search" is among them, and the tables get every
+row that there is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from docs_tables import DOCS, markdown_table, replace_table
 from timesformer_jax.distributed.hardware import GIB
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE = DOCS / "plan.md"
+PAGE, PUBLISHED = DOCS / "plan.md", DOCS / "plan.json"
 
 PLANS = flags.DEFINE_string("plans", "runs/plan", "folder for the plans")
 ONLY = flags.DEFINE_list("only", [], "words, such as base,training,v5e:1x1; by default all rows")
@@ -84,8 +85,8 @@ def main(_) -> None:
 
 def tabulate(plans: dict[Row, dict]) -> None:
     """Writes the rows that there are, in the order of the tables."""
-    rows = [plans[row] | {"model": row.model} for row in ROWS if row in plans and not row.search]
-    (DOCS / "plan.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows = [plans[row] | {"model": row.model, "search": row.search} for row in ROWS if row in plans]
+    PUBLISHED.write_text(json.dumps(rows, indent=1) + "\n")
     for name, table in {"time": time, "parts": parts, "memory": memory, "scaling": scaling}.items():
         page = PAGE.read_text()
         PAGE.write_text(replace_table(page, "plan_table.py", name, table(plans)))
@@ -94,7 +95,15 @@ def tabulate(plans: dict[Row, dict]) -> None:
 def kept(row: Row) -> dict | None:
     """The plan of a row that was compiled earlier."""
     file = pathlib.Path(PLANS.value) / f"{row.name}.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    if file.exists():
+        return json.loads(file.read_text())
+    published = json.loads(PUBLISHED.read_text()) if PUBLISHED.exists() else []
+    return next((plan for plan in published if row_of(plan) == row), None)
+
+
+def row_of(plan: dict) -> Row:
+    """The row of a plan of docs/plan.json."""
+    return Row(plan["model"], plan["work"], plan["topology"], plan.get("search", False))
 
 
 def planned(row: Row) -> dict:

@@ -205,12 +205,17 @@ def test_a_batch_that_the_mesh_cannot_share_is_one_line():
             "6 hidden units of an MLP .* 2",
         ),
         (
-            {"sequence": 2},
+            {"sequence": 8},
             {"attention": "joint"},
             {},
-            "'joint' compares .* --config.mesh.sequence=1",
+            "heads of attention 'joint', and 12 .* 8; .*sequence to a divisor of 12, 4 for one",
         ),
-        ({"sequence": 2}, {"attention": "local_global"}, {}, "--config.mesh.sequence=1"),
+        (
+            {"sequence": 2, "tensor": 4},
+            {"attention": "local_global"},
+            {},
+            "and 3 .* 2; .*sequence to a divisor of 3, 1 for one",
+        ),
         ({"sequence": 8}, {}, {"frames": 12}, "12 frames cannot .* a divisor of 12, 4 for one"),
         (
             {"sequence": 8},
@@ -233,6 +238,6 @@ def test_the_paper_models_can_be_split():
         ({"sequence": 8}, {"image_size": 448}, {"frames": 16, "crop": 448}),
         ({"sequence": 8}, {}, {"frames": 16}),
         ({"sequence": 8}, {"attention": "space"}, {}),
-        ({"tensor": 4}, {"attention": "joint"}, {}),
+        ({"tensor": 2, "sequence": 2}, {"attention": "joint"}, {}),
     ):
         check_model(make_mesh(**sizes), TimeSformerConfig(**model), ClipSpec(**clip))

@@ -1,6 +1,7 @@
 """Devices that share a clip: what they exchange, and that nothing changes by it."""
 
 import math
+from collections import Counter
 
 import hypothesis
 import hypothesis.strategies as st
@@ -33,22 +34,28 @@ from timesformer_jax.planning.collectives import collectives
 pytestmark = pytest.mark.compiles
 
 SEQUENCE, ALL = (2, 1, 1, 4), (2, 1, 2, 2)
-SHARED = [
-    name
-    for name, scheme in SCHEMES.items()
-    if all(layer.within in ("frame", "position") for layer in scheme.layers)
-]
 
 
 def exchanged(found, config, devices):
-    """How often devices exchange their patches; asserts that they send them in no other way."""
+    """How often devices exchange their patches, and their projections, three times as large.
+
+    Asserts that they send them in no other way. What is gathered are tokens of shared heads.
+    """
+    whole = patch_bytes(config, devices)
     exchanges = [c for c in found if c.kind == "all-to-all"]
     assert {(c.num_bytes, c.axes) for c in exchanges} <= {
-        (patch_bytes(config, devices), ("sequence",))
+        (size, ("sequence",)) for size in (whole, 3 * whole)
     }
+    wide = [layer for layer in config.scheme.layers if layer.within == "clip"]
+    tokens = [layer.partition(config.num_frames, config.grid).max() + 1 for layer in wide]
+    tokens = [s * CLIPS * config.hidden_size * 4 for s in tokens]  # bytes
     others = [c for c in found if c.kind not in ("all-to-all", "all-reduce")]
-    assert all(c.num_bytes < patch_bytes(config, devices) / 10 for c in others), others
-    return sum(c.count for c in exchanges)
+    others = [c for c in others if c.num_bytes >= whole / 10]
+    assert all(c.kind == "all-gather" for c in others), others
+    assert {c.num_bytes for c in others} <= {
+        k * s // n for s in tokens for k in (1, 3) for n in (2, 4)
+    }
+    return tuple(sum(c.count for c in exchanges if c.num_bytes == k * whole) for k in (1, 3))
 
 
 @pytest.mark.parametrize(
@@ -63,8 +70,17 @@ def exchanged(found, config, devices):
 def test_a_training_step_exchanges_twice_each_way_in_a_layer(fields, sizes, each):
     config = tiny("divided", **fields)
     run = trained(config, sizes)
-    assert exchanged(run.collectives, config, sizes[0] * sizes[3]) == each * config.depth
+    assert exchanged(run.collectives, config, sizes[0] * sizes[3]) == (each * config.depth, 0)
     assert_same_training(run, trained(tiny("divided"), ONE))
+
+
+def test_devices_that_share_heads_too():
+    # Projections to heads, results to frames, and the gradients of both; patches of the last block
+    # are not computed. The heads are split by "tensor" already.
+    config = tiny("joint", num_heads=4)
+    run = trained(config, ALL, steps=2)
+    assert exchanged(run.collectives, config, 8) == (2 * config.depth - 2, 2 * config.depth)
+    assert_same_training(run, trained(config, ONE, steps=2))
 
 
 def block(config, sizes):
@@ -101,20 +117,17 @@ def block(config, sizes):
     return jax.device_get(program(params, x)), collectives(program, mesh)
 
 
-@pytest.mark.parametrize("scheme", SHARED)
-def test_the_block_of_every_scheme_that_can_be_shared_computes_the_same(scheme):
-    config = tiny(scheme)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_block_of_every_scheme_can_be_shared_and_computes_the_same(scheme):
+    config = tiny(scheme, num_heads=4)
     found, exchanges = block(config, SEQUENCE)
     expected, _ = block(config, ONE)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected
     )
-    through_time = sum(layer.within == "position" for layer in config.scheme.layers)
-    assert exchanged(exchanges, config, 8) == 4 * through_time
-
-
-def test_which_schemes_can_be_shared():
-    assert set(SHARED) == set(SCHEMES) - {"joint", "local_global"}
+    by = Counter(layer.within for layer in config.scheme.layers)
+    expected = 4 * by["position"] + 2 * by["clip"], 2 * by["clip"]
+    assert exchanged(exchanges, config, 8) == expected
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -185,4 +198,4 @@ def test_evaluation_shares_every_view_and_exchanges_twice_in_a_layer():
 
     found, exchanges = probabilities(SEQUENCE)
     np.testing.assert_allclose(found, probabilities(ONE)[0], rtol=1e-4)
-    assert exchanged(exchanges, config, 8) == 2 * config.depth
+    assert exchanged(exchanges, config, 8) == (2 * config.depth, 0)

@@ -14,7 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from timesformer_jax.distributed.sharding import BATCH_AXES, axis_size, constrain, mesh_size
+from timesformer_jax.distributed.sharding import (
+    BATCH_AXES,
+    axis_size,
+    constrain,
+    current_mesh,
+    mesh_size,
+)
 
 # Tokens of a clip on one device above which it is cut, and tokens of a piece. No recipe of the
 # paper reaches it (96 frames of 224 x 224 are 18,816). Products with as many rows are as fast as
@@ -112,9 +118,7 @@ def _split(clip: Any, devices: int, tokens: int) -> tuple[Any, Any]:
 
 def _devices(frames: int) -> int:
     """How many devices share the frames of a clip, in a program of all of them."""
-    devices = (
-        1 if "sequence" in jax.sharding.get_abstract_mesh().manual_axes else mesh_size("sequence")
-    )
+    devices = mesh_size("sequence")
     return devices if frames % devices == 0 else 1
 
 
@@ -123,7 +127,7 @@ def _piece_length(batch: int, frames: int, tokens: int) -> int:
 
     A divisor, if there is one of about the right size; if not, the last piece is shorter.
     """
-    clips = max(1, batch // axis_size(BATCH_AXES, jax.sharding.get_abstract_mesh()))
+    clips = max(1, batch // axis_size(BATCH_AXES, current_mesh()))
     most = max(1, min(frames, TOKENS // (clips * tokens)))
     divisors = (n for n in range(most, most // 2, -1) if frames % n == 0)
     return next(divisors, most)

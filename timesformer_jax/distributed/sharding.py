@@ -33,13 +33,12 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"batch/frames$", P(BATCH_AXES, "sequence", None, None, None)),
     (r"batch/\w+$", BATCH_SPEC),
     # Between layers, "sequence" splits patches (B, T, N, D) by frames; during temporal attention,
-    # by positions; during joint attention nothing but the batch is split. It splits classification
-    # tokens (B, S, D) by their sequences.
+    # by positions. It splits classification tokens (B, S, D) by their sequences, if each of these
+    # lies within a frame or a position.
     (r"activations/frames$", P(BATCH_AXES, "sequence", None, None)),
     (r"activations/positions$", P(BATCH_AXES, None, "sequence", None)),
-    (r"activations/clip$", P(BATCH_AXES, None, None, None)),
     (r"activations/token$", P(BATCH_AXES, "sequence", None)),
-    (r"activations/token$", P(BATCH_AXES, None)),
+    (r"activations/(clip_)?token$", P(BATCH_AXES, None)),
 )
 
 
@@ -101,14 +100,25 @@ def gather_fsdp(kernel: jax.Array, path: str) -> jax.Array:
     return _constrain(kernel, P(*(None if axis == "fsdp" else axis for axis in axes)))
 
 
+def current_mesh() -> AbstractMesh:
+    """The axes of the mesh that split what is traced.
+
+    None without a mesh; inside `jax.shard_map`, where the program is that of one device, those that
+    it leaves alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    left = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    return AbstractMesh(tuple(left.values()), tuple(left))
+
+
 def mesh_size(axis: str) -> int:
     """The size of an axis of the current mesh; 1 without a mesh."""
-    return axis_size(axis, jax.sharding.get_abstract_mesh())
+    return axis_size(axis, current_mesh())
 
 
 def is_on_mesh() -> bool:
     """Whether a mesh with the table's axes is set."""
-    return "sequence" in jax.sharding.get_abstract_mesh().axis_names
+    return "sequence" in current_mesh().axis_names
 
 
 def target_device() -> Any:

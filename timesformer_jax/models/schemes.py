@@ -13,10 +13,11 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from timesformer_jax.distributed import sequence
 from timesformer_jax.errors import InputError
 from timesformer_jax.models import attention
 from timesformer_jax.models.attention import Partition
@@ -89,7 +90,7 @@ class AttentionLayer(NamedTuple):
         it. It starts at zero in the release's init, so that a video model starts as the image model
         it is made from.
       within: what each of its sequences lies within: "frame", "position", or "clip" for neither.
-        Devices that share a clip by frames, or by positions, then exchange nothing for it.
+        Devices that share a clip compute it by frames, by positions, or by heads.
       every: the distance between the blocks that have the layer: 1 for all, 2 for the first, the
         third and so on.
       width: of its queries, keys and values, and its number of heads, over those of the model.
@@ -106,9 +107,13 @@ class AttentionLayer(NamedTuple):
 
     def attend(self, qkv: Tokens, grid: Grid) -> Tokens:
         """The attended values: see `attention.over_time` for the shapes."""
-        if self.attention_fn is None:
-            return attention.over_partition(qkv, grid, self.partition)
-        return self.attention_fn(qkv, grid)
+
+        def attend(*qkv: Any) -> Tokens:
+            if self.attention_fn is None:
+                return attention.over_partition(Tokens(*qkv), grid, self.partition)
+            return self.attention_fn(Tokens(*qkv), grid)
+
+        return Tokens(*sequence.by_heads(attend, *qkv)) if self.within == "clip" else attend(*qkv)
 
 
 class Scheme(NamedTuple):

@@ -74,7 +74,7 @@ class Attention(nnx.Module):
         y = _named(OUTPUT, attended)
         y = self._project(y, functools.partial(drop_path, rate=rate, sequences=sequences, key=key))
         if y.cls is not None and y.cls.ndim > cls.ndim:
-            copies = constrain(y.cls, "token")
+            copies = constrain(y.cls, self._token_rule)
             copies = copies if copies.shape[1] == count else copies[:, :count]
             y = y._replace(cls=copies.mean(axis=1))
         if self.layer.within == "position":
@@ -90,7 +90,12 @@ class Attention(nnx.Module):
         if self.layer.within == "position":
             sequences = sequence.positions(sequences)
         copies = cls if one_a_sequence else jnp.repeat(cls[:, None], sequences, axis=1)
-        return constrain(copies, "token")
+        return constrain(copies, self._token_rule)
+
+    @property
+    def _token_rule(self) -> str:
+        """The sharding of the tokens of its sequences: they lie where their sequences lie."""
+        return "clip_token" if self.layer.within == "clip" else "token"
 
     def _split_heads(self, qkv: Float[Array, "*b 3 hd"]) -> Float[Array, "*b 3 h d"]:
         return qkv.reshape(*qkv.shape[:-1], self.heads, -1)

@@ -53,11 +53,13 @@ def check_model(mesh: Mesh, model: TimeSformerConfig, clip: ClipSpec) -> None:
                 f"{parts} {name} cannot be divided among {tensor} devices; set "
                 f"--config.mesh.tensor to a divisor of {parts}, {math.gcd(parts, tensor)} for one"
             )
-    within = {layer.within for layer in model.scheme.layers}
-    if sequence > 1 and "clip" in within:
+    shared = [layer for layer in model.scheme.layers if layer.within == "clip"]
+    own = math.gcd(*(model.heads_and_width(layer)[0] // tensor for layer in shared))
+    if own % sequence:
         raise InputError(
-            f"attention {model.attention!r} compares patches of different frames and positions, "
-            "so that devices cannot share a clip; set --config.mesh.sequence=1"
+            f"devices share the heads of attention {model.attention!r}, and {own} cannot be "
+            f"divided among {sequence}; set --config.mesh.sequence to a divisor of {own}, "
+            f"{math.gcd(own, sequence)} for one"
         )
     if clip.frames % sequence:
         raise InputError(

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from timesformer_jax.distributed.sharding import (
     axis_size,
+    current_mesh,
     is_on_mesh,
     spec,
     target_device,
@@ -29,8 +30,9 @@ from timesformer_jax.models.ops.kernels.registry import KERNELS, Case
 from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.tokens import Grid, Tokens
 
-# Which rule of the table of shardings holds for the patches during an attention.
-_RULES = {"temporal": "positions", "joint": "clip"}
+# Which rule of the table of shardings holds for the patches during an attention, "frames" for the
+# others. What is not within a frame or a position is called for one device (`sequence.by_heads`).
+_RULES = {"temporal": "positions"}
 
 
 # `with attention_kernels(NAME):` chooses for all programs that are traced inside: "auto" for the
@@ -190,9 +192,8 @@ def local_case(kind: str, qkv: Tokens, grid: Grid) -> Case:
     Args:
       qkv: the whole projections, as `attention` takes them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     (_, axes), shape = _partition_specs(kind, qkv), qkv.patches.shape
-    local = tuple(size // axis_size(axis, mesh) for axis, size in zip(axes, shape))
+    local = tuple(size // axis_size(axis, current_mesh()) for axis, size in zip(axes, shape))
     return Case(kind, local, jnp.dtype(qkv.patches.dtype).name, qkv.cls is not None, grid)
 
 
@@ -203,7 +204,7 @@ def _partition_specs(kind: str, qkv: Tokens) -> tuple[P, P]:
     """
     activations = spec(f"activations/{_RULES.get(kind, 'frames')}", 4)
     axes = P(*activations[:3], None, "tensor", None)
-    axes = without_uneven_axes(axes, qkv.patches.shape, jax.sharding.get_abstract_mesh())
+    axes = without_uneven_axes(axes, qkv.patches.shape, current_mesh())
     if qkv.cls is None:
         return P(), axes
     sequences = "sequence" if "sequence" in axes else None
