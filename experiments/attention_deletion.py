@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags
 from docs_tables import DOCS, markdown_table, replace_table
 
-from timesformer_jax.data.prepare.demo import DIRECTIONS
+from timesformer_jax.data.demo.motion import DIRECTIONS
 from timesformer_jax.inference.predictor import Predictor
 from timesformer_jax.models.rollout import attention_rollout
 

@@ -26,8 +26,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from timesformer_jax import recipes
 from timesformer_jax.data import decode
+from timesformer_jax.data.demo.motion import FPS, FRAMES
 from timesformer_jax.data.input import sampling
-from timesformer_jax.data.prepare.demo import FPS, FRAMES
 from timesformer_jax.training.loop import train
 from timesformer_jax.training.reporting import TENSORBOARD
 

@@ -95,7 +95,7 @@ def demo_data(tmp_path_factory):
 
     One for all workers; nothing may be written there.
     """
-    from timesformer_jax.data.prepare import demo
+    from timesformer_jax.data.demo import make as demo
 
     own = tmp_path_factory.getbasetemp()
     directory = (own.parent if _IS_WORKER else own) / "demo"
@@ -178,7 +178,7 @@ def tiny_run(data, workdir, **changes):
     """The arguments of a run of 40 steps of a very small model; changes are config fields."""
     fields = {
         "data.directory": data,
-        "data.demo": False,
+        "data.demo": "",
         "epochs": 5,
         "batch_size": 8,
         "log_every_steps": 1,

@@ -452,7 +452,7 @@ def test_a_recipes_augmentation_reaches_the_step_with_draws(demo_data, tmp_path,
 
     monkeypatch.setattr(run, "make_train_step", make)
     config = recipes.demo()
-    config.data.directory, config.data.demo = str(demo_data), False
+    config.data.directory, config.data.demo = str(demo_data), ""
     config.augment.erasing, config.augment.color_jitter = 0.5, (0.4, 0.0, 0.0, 0.0)
     config.model.depth = 1
     with pytest.raises(Reached) as reached:
@@ -464,7 +464,7 @@ def test_a_recipes_augmentation_reaches_the_step_with_draws(demo_data, tmp_path,
 
 def test_a_recipes_augmentation_is_checked_before_its_data(tmp_path):
     config = recipes.demo()
-    config.data.directory, config.data.demo = "/nowhere", False
+    config.data.directory, config.data.demo = "/nowhere", ""
     config.augment.mixup = -1.0
     with pytest.raises(InputError, match=r"augment\.mixup must be .*, not -1"):
         loop.train(config, str(tmp_path))

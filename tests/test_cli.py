@@ -31,7 +31,7 @@ def test_help_lists_commands_and_flags(timesformer):
     [
         (["trian"], "no command 'trian'; did you mean 'train'?"),
         (["train", f"--config={DEMO}", "--workdir=x", "--config.batchsize=3"], ".batch_size?"),
-        (["train", f"--config={DEMO}", "--workdir=/dev/null/x", "--config.data.demo=False",
+        (["train", f"--config={DEMO}", "--workdir=/dev/null/x", "--config.data.demo=",
           "--config.data.directory=/nowhere"], "/nowhere"),
         (["convert", "/nowhere.pyth", "x"], "/nowhere.pyth"),
         (["predict", "x.mp4", "--checkpoint=/nowhere"], "/nowhere"),
@@ -177,7 +177,7 @@ def test_predict_gives_the_evaluated_probabilities(trained, demo_data):
 
 
 def test_evaluating_on_other_labels_is_refused(trained, tmp_path, refusal):
-    from timesformer_jax.data.prepare import demo
+    from timesformer_jax.data.demo import make as demo
     from timesformer_jax.data.prepare.prepare import prepare
 
     demo.make_videos(tmp_path / "videos", train=2, validation=2)

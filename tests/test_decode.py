@@ -321,7 +321,7 @@ def test_damage_never_gets_past_video_error(tmp_path, container):
 def test_decoding_imports_no_tensorflow():
     code = (
         "import sys; from timesformer_jax.data import annotations, decode;"
-        "from timesformer_jax.data.prepare import demo, prepare;"
+        "from timesformer_jax.data.demo import make;"
         "sys.exit('tensorflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

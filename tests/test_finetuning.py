@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing import event_file_loader
 
 from timesformer_jax.checkpoints import convert
 from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.data.demo import motion
 from timesformer_jax.data.input import pipeline
-from timesformer_jax.data.prepare import demo
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.models.timesformer import with_parameters
 from timesformer_jax.recipes import fit, load
@@ -111,7 +111,7 @@ def test_the_recipe_fits_itself_and_resumes_without_the_file_it_started_from(
     assert re.search(r"s a step, measured: \d+ s left", said)
     metadata, _ = checkpoints.load_parameters(tmp_path / "run")
     assert (metadata.model.hidden_size, metadata.model.depth, metadata.clip.crop) == (24, 2, 16)
-    assert metadata.clip.frame_stride == (demo.FRAMES + 1) * 30 // (demo.FPS * 8)
+    assert metadata.clip.frame_stride == (motion.FRAMES + 1) * 30 // (motion.FPS * 8)
     assert not metadata.config["data"]["flip"]
     check_what_repeats_it(tmp_path / "run", metadata)
 

@@ -39,7 +39,7 @@ def test_later_segments_are_predicted_to_their_source(real_videos, tmp_path, tim
     )  # fmt: skip
     timesformer(
         "train", f"--config={REPOSITORY / 'configs' / 'demo.py'}", f"--workdir={tmp_path / 'run'}",
-        f"--config.data.directory={tmp_path / 'data'}", "--config.data.demo=False",
+        f"--config.data.directory={tmp_path / 'data'}", "--config.data.demo=",
         "--config.clip.frame_stride=2", "--config.batch_size=7", "--config.epochs=20",
         "--config.optimizer.reference_batch_size=7", "--config.eval.every_epochs=0",
     )  # fmt: skip

@@ -312,7 +312,7 @@ def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatc
         raise InputError("seen")
 
     config = config_of("demo", "train_fraction=0.25")
-    config.data.directory, config.data.demo = str(demo_data), False
+    config.data.directory, config.data.demo = str(demo_data), ""
     config.batch_size = config.eval.batch_size = 8
     config.model.depth = 1
     with pytest.raises(InputError, match="seen"):

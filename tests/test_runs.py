@@ -15,7 +15,7 @@ from test_recipes import split_of
 import timesformer_jax as tsf
 from timesformer_jax import recipes, storage
 from timesformer_jax.cli.main import load_command
-from timesformer_jax.data.prepare import demo
+from timesformer_jax.data.demo import make as demo
 from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import MultiLabelResults, Results
@@ -117,17 +117,17 @@ def test_durations(seconds, text):
 
 def test_the_demo_is_made_only_where_nothing_else_is(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(demo, "prepare_demo", made.append)
+    monkeypatch.setattr(demo, "prepare_demo", lambda directory, task: made.append(directory))
     mine = tmp_path / "mine"
     (mine / "videos").mkdir(parents=True)
-    run._make_demo(str(mine))  # empty folders
+    run._make_demo(str(mine), "motion")  # empty folders
     (mine / "videos" / "a.mp4").write_bytes(b"mine")
-    run._make_demo(str(mine))
-    run._make_demo(str(tmp_path / "new"))
-    run._make_demo("tfds:ucf101")
-    run._make_demo("gs://bucket/data")
+    run._make_demo(str(mine), "motion")
+    run._make_demo(str(tmp_path / "new"), "motion")
+    run._make_demo("tfds:ucf101", "motion")
+    run._make_demo("gs://bucket/data", "motion")
     (mine / "videos" / demo.SETTINGS).write_text("{}")
-    run._make_demo(str(mine))  # a demo that was interrupted
+    run._make_demo(str(mine), "motion")  # a demo that was interrupted
     assert made == [str(mine), str(tmp_path / "new"), str(mine)]
     assert sorted(os.listdir(tmp_path)) == ["mine"]
 

@@ -80,7 +80,7 @@ def _set_clip_and_model(config: ConfigDict, model: str, frame_stride: int) -> No
 def _data() -> ConfigDict:
     data = ConfigDict()
     data.directory = ""
-    data.demo = False  # create the embedded data set in the directory if it is missing
+    data.demo = ""  # the embedded data set that is made in the directory if it is missing
     data.train_split = "train"
     data.eval_split = "validation"
     data.fps = 0.0  # frame rate of records that do not state one
@@ -216,7 +216,7 @@ def demo() -> ConfigDict:
     config.epochs = 6
     config.batch_size = 32
     config.data.directory = "data/demo"
-    config.data.demo = True
+    config.data.demo = "motion"
     config.data.short_side_range = (32, 40)
     config.data.flip = False  # a flipped video moves in another direction
     config.optimizer.name = "adamw"

@@ -17,8 +17,8 @@ from timesformer_jax import storage
 from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.demo import make as demo
 from timesformer_jax.data.input import pipeline
-from timesformer_jax.data.prepare import demo
 from timesformer_jax.data.records.open import absolute_source, open_split
 from timesformer_jax.data.records.split import Split, take_fraction
 from timesformer_jax.distributed import hosts
@@ -96,16 +96,16 @@ def _open_data(config: ConfigDict) -> tuple[Split, Split]:
     """The training and evaluation splits; the demo's data is made where there is none yet."""
     data = config.data
     if data.demo:
-        hosts.once("demo", lambda: _make_demo(data.directory))
+        hosts.once("demo", lambda: _make_demo(data.directory, data.demo))
     train_split, eval_split = (
         open_split(data.directory, split, data.fps) for split in (data.train_split, data.eval_split)
     )
     return take_fraction(train_split, data.train_fraction), eval_split
 
 
-def _make_demo(directory: str) -> None:
+def _make_demo(directory: str, task: str) -> None:
     if demo.is_free(directory):
-        demo.prepare_demo(directory)
+        demo.prepare_demo(directory, task)
     else:
         logging.info("%s holds other data: the demo's is not made", directory)
 

@@ -1,0 +1,1 @@
+"""The embedded data sets: real videos, drawn from photographs and encoded here."""
