@@ -33,10 +33,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"batch/frames$", P(BATCH_AXES, "sequence", None, None, None)),
     (r"batch/\w+$", BATCH_SPEC),
     # Between layers, "sequence" splits patches (B, T, N, D) by frames; during temporal attention,
-    # by positions. It splits classification tokens (B, S, D) by their sequences, if each of these
-    # lies within a frame or a position.
+    # by positions; joint attention by itself has all of a clip. It splits classification tokens
+    # (B, S, D) by their sequences, if each of these lies within a frame or a position.
     (r"activations/frames$", P(BATCH_AXES, "sequence", None, None)),
     (r"activations/positions$", P(BATCH_AXES, None, "sequence", None)),
+    (r"activations/clip$", P(BATCH_AXES, None, None, None)),
     (r"activations/token$", P(BATCH_AXES, "sequence", None)),
     (r"activations/(clip_)?token$", P(BATCH_AXES, None)),
 )

@@ -30,9 +30,9 @@ from timesformer_jax.models.ops.kernels.registry import KERNELS, Case
 from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.tokens import Grid, Tokens
 
-# Which rule of the table of shardings holds for the patches during an attention, "frames" for the
-# others. What is not within a frame or a position is called for one device (`sequence.by_heads`).
-_RULES = {"temporal": "positions"}
+# Which rule of the table of shardings holds for the patches during an attention. Devices that share
+# a clip call joint attention for one device (`sequence.by_heads`).
+_RULES = {"temporal": "positions", "joint": "clip"}
 
 
 # `with attention_kernels(NAME):` chooses for all programs that are traced inside: "auto" for the
