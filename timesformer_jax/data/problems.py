@@ -110,5 +110,5 @@ def some(names: Sequence[str]) -> str:
 
 def _classes(labels: Sequence[str], chosen: np.ndarray) -> str:
     """The chosen classes by number and name; empty for none."""
-    names = [labels[i] for i in np.flatnonzero(chosen)]
+    names = [labels[i] for i in np.flatnonzero(chosen).tolist()]
     return f"{len(names)} class{'es' * (len(names) > 1)} ({some(names)})" if names else ""

@@ -50,8 +50,8 @@ def check(
       InputError: the arguments cannot be used, or, after everything is printed, there are errors.
     """
     ranges.check_given(decode_fraction=decode_fraction, workers=workers)
-    if len(directories) == 1 and not videos and holds_videos(directories[0]):
-        directories, videos = (), directories[0]
+    if not videos and len(given := list(directories)) == 1 and holds_videos(given[0]):
+        directories, videos = (), given[0]
     if bool(directories) == bool(videos):
         raise InputError("give prepared directories to check, or the folder of --videos")
     if not videos and (annotations or dataset or labels or output):
