@@ -1,6 +1,7 @@
 """Decoding in processes of their own: a crash or a hang costs one video, all else is the same."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from videos import numbers, write_video
+from videos import damage, numbers, write_video
 
 from timesformer_jax.data import decode
 from timesformer_jax.data.decode import VideoError, decode_clip, isolated
+from timesformer_jax.workers import HANG_SIGNAL
 
 pytestmark = pytest.mark.processes
 
@@ -24,13 +26,22 @@ def video(tmp_path_factory):
 
 
 def children():
-    """Processes that decode for this one."""
+    """Processes that decode for this one, without those of predictors of other tests."""
     found = []
     for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         with contextlib.suppress(OSError):
-            if b"decode.isolated" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"decode.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(int(pid))
-    return found
+    return [pid for pid in found if pid not in OTHERS]
+
+
+OTHERS: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def _others():
+    OTHERS[:] = []
+    OTHERS[:] = children()
 
 
 def test_a_child_gives_the_same_and_a_crash_costs_one_video(video, tmp_path):
@@ -70,6 +81,75 @@ def test_a_decoder_that_hangs_is_ended(video):
         for _ in range(2):
             with pytest.raises(VideoError, match="the decoder hangs"):
                 decode_clip(video)
+    assert children() == []
+
+
+def every_tick(timeline):
+    """Clips of two frames, which overlap."""
+    ticks = np.arange(len(timeline))
+    return np.stack([ticks, np.minimum(ticks + 1, len(ticks) - 1)], axis=1)
+
+
+def test_a_stream_from_a_child_is_the_same(tmp_path):
+    """With the damage that it passes over; a stream that is left in the middle ends its child."""
+    path = write_video(tmp_path / "a.mov", fps=10, codec="mjpeg", pixels="yuvj420p")
+    damage(path, 2, 3)
+
+    def read(stream):
+        return [(c.ticks.tolist(), c.frames.tolist(), c.damaged) for c in stream], stream.gaps
+
+    arguments = (path, every_tick, 0.5, 4.5)
+    with decode.open_stream(*arguments, short_side=24) as stream:
+        assert isinstance(stream, decode.ClipStream)
+        here = read(stream)
+    assert here[1]
+    assert any(damaged for *_, damaged in here[0])
+    with isolated():
+        for _ in range(2):
+            with decode.open_stream(*arguments, short_side=24) as stream:
+                assert not isinstance(stream, decode.ClipStream)
+                assert read(stream) == here
+        with decode.open_stream(path, every_tick) as stream:
+            assert len(next(iter(stream)).frames) == 2
+        assert children() == []
+        assert decode.read_info(path).codec == "mjpeg"
+        with pytest.raises(VideoError, match="missing file"):
+            decode.open_stream(tmp_path / "none.mp4", every_tick).__enter__()
+        assert len(children()) == 1
+    assert children() == []
+
+
+@pytest.mark.parametrize("when", ["opened", "decoded"])
+def test_a_stream_whose_decoder_hangs_or_crashes_is_ended(video, when):
+    if when == "opened":
+        with isolated(stall_seconds=1e-4), pytest.raises(VideoError, match="the decoder hangs"):
+            decode.open_stream(video, every_tick).__enter__()
+    else:
+        with isolated(), decode.open_stream(video, every_tick) as stream:
+            clips = iter(stream)
+            next(clips)
+            os.kill(children()[0], HANG_SIGNAL)  # as the watchdog does
+            with pytest.raises(VideoError, match="the decoder hangs"):
+                list(clips)
+    assert children() == []
+
+
+def test_isolation_lasts_as_long_as_its_owner(video):
+    class Owner:
+        pass
+
+    first, second = Owner(), Owner()
+    decode.isolated_for(first)
+    decode_clip(video)
+    [child] = children()
+    decode.isolated_for(second)
+    decode_clip(video)
+    assert len(children()) == 2
+    del second
+    gc.collect()
+    assert children() == [child]
+    del first
+    gc.collect()
     assert children() == []
 
 

@@ -207,7 +207,6 @@ COMMANDS = {
         required=("checkpoint",),
         meant=("checkpoint",),
         positional=("videos...",),
-        isolated=True,
     ),
     "features": Command(
         "writes the feature vectors of video files to a table",
@@ -233,7 +232,6 @@ COMMANDS = {
         required=("checkpoint", "output"),
         meant=("checkpoint",),
         positional=("videos...",),
-        isolated=True,
     ),
     "timeline": Command(
         "finds what happens when in a long video",
@@ -264,7 +262,6 @@ COMMANDS = {
         required=("checkpoint",),
         meant=("checkpoint",),
         positional=("video",),
-        isolated=True,
     ),
     "explain": Command(
         "writes a page that shows what a prediction looks at, in space and time",
@@ -290,7 +287,6 @@ COMMANDS = {
         required=("checkpoint",),
         meant=("checkpoint",),
         positional=("file",),
-        isolated=True,
     ),
     "plan": Command(
         "predicts memory, time and largest batch of a recipe on hardware you do not have",

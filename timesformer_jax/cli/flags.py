@@ -29,8 +29,6 @@ class Command(NamedTuple):
         argument is a list of any length.
       sweeps: whether fields of --config may have several values; the function then gets `configs`,
         one for each combination, by name.
-      isolated: whether its videos are decoded in processes of their own, so that one that crashes
-        or hangs the decoder does not end the command.
       meant: the flags that words without a flag are likely meant for, in order.
     """
 
@@ -40,7 +38,6 @@ class Command(NamedTuple):
     required: Sequence[str] = ()
     positional: Sequence[str] = ()
     sweeps: bool = False
-    isolated: bool = False
     meant: Sequence[str] = ()
 
     def define_flags(self) -> FlagValues:

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from timesformer_jax.cli import help as help_texts
 from timesformer_jax.cli import log
@@ -101,17 +101,7 @@ def load_command(words: Sequence[str]) -> Callable[[], None]:
         if e.name and e.name.startswith("timesformer_jax"):
             raise
         raise InputError(f"{name} needs the package {e.name}: {install('data')}") from e
-    if command.isolated:
-        return functools.partial(_run_isolated, run, arguments)
     return functools.partial(run, **arguments)
-
-
-def _run_isolated(run: Callable[..., None], arguments: dict[str, Any]) -> None:
-    """Runs a command that is given videos: each is decoded in a process of its own."""
-    from timesformer_jax.data.decode import isolated
-
-    with isolated():
-        run(**arguments)
 
 
 def _split_name(words: Sequence[str]) -> tuple[str, Sequence[str]]:

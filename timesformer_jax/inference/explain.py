@@ -127,8 +127,8 @@ def play(file: str, times: np.ndarray) -> Played:
 
     Of a long part, or a high frame rate, some frames are left out.
     """
-    with decode.VideoFile(file) as opened:
-        short_side = min(opened.info.width, opened.info.height, SHORT_SIDE)
+    info = decode.read_info(file)
+    short_side = min(info.width, info.height, SHORT_SIDE)
 
     def step(count: int, fps: float) -> int:
         return max(math.ceil(fps / FPS - 0.01), math.ceil(count / FRAMES))
@@ -222,8 +222,7 @@ def _clip_facts(predictor: Predictor, file: str, shown: AttentionMap) -> dict[st
     spec = predictor.metadata.clip
     top, left, side = shown.crop_box
     height, width = shown.frames.shape[1:3]
-    with decode.VideoFile(file) as opened:
-        info = opened.info
+    info = decode.read_info(file)
     if spec.sampling == "segments":
         sampling = f"{spec.frames} frames, from the middle of as many equal parts"
     else:

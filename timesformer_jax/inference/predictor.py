@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from timesformer_jax.checkpoints.load import load
-from timesformer_jax.data.decode import DecodedVideo, VideoError
+from timesformer_jax.data.decode import DecodedVideo, VideoError, isolated_for
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference import clips as clips_lib
 from timesformer_jax.inference.attention import class_index, trace
@@ -38,7 +38,9 @@ class Predictor:
 
     It decodes, crops and normalises as the checkpoint says, and puts clips together in batches. A
     predictor may be used from several threads: they decode at the same time, and the model computes
-    one batch at a time. Each size of a batch is compiled once, when it is first used.
+    one batch at a time. Each size of a batch is compiled once, when it is first used. Files are
+    decoded in processes of their own, which live as long as the predictor: one that crashes or
+    hangs the decoder is a VideoError.
 
         predictor = Predictor("runs/mine")
         predictor.predict("jump.mp4")     # [jump 97.3%, run 1.9%, ...]
@@ -104,6 +106,7 @@ class Predictor:
         self.crops, self.attention_kernels = crops, attention_kernels
         self._clips = ClipModel(self.metadata, self._params, crops, batch_size, attention_kernels)
         self.batch_size = self._clips.batch_size
+        isolated_for(self)
 
     @functools.cached_property
     def model(self) -> TimeSformer:

@@ -7,14 +7,14 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from absl import logging
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data import decode
-from timesformer_jax.data.decode import ClipStream, Gap, StreamedClip, Timeline, equal_pieces
+from timesformer_jax.data.decode import Stream, StreamedClip, Timeline, equal_pieces
 from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference.clip_model import ClipInputs
@@ -23,17 +23,6 @@ from timesformer_jax.inference.clips import FPS_OF_FILE, Video, checked_frames, 
 T = TypeVar("T")
 
 Sample = Callable[[Timeline], Iterable[np.ndarray]]
-
-
-class Stream(Protocol):
-    """An open `decode.ClipStream`, or frames in memory that are used as one."""
-
-    timeline: Timeline
-
-    @property
-    def gaps(self) -> tuple[Gap, ...]: ...
-
-    def __iter__(self) -> Iterator[StreamedClip]: ...
 
 
 def open_stream(
@@ -67,7 +56,7 @@ def open_stream(
         return nullcontext(_InMemory(video, fps, sample, short_side, start, end))
     if fps is not None:
         raise InputError(FPS_OF_FILE)
-    return ClipStream(
+    return decode.open_stream(
         video, sample, start, end, frame_range=frame_range, short_side=short_side, threads=threads
     )
 

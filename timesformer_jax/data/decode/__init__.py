@@ -2,7 +2,15 @@
 
 from timesformer_jax.data.decode.clip import DecodedClip, DecodedVideo, decode
 from timesformer_jax.data.decode.container import MISSING_FILE, VideoError, VideoInfo
-from timesformer_jax.data.decode.isolated import crash_reason, decode_clip, isolated
+from timesformer_jax.data.decode.isolated import (
+    Stream,
+    crash_reason,
+    decode_clip,
+    isolated,
+    isolated_for,
+    open_stream,
+    read_info,
+)
 from timesformer_jax.data.decode.scaling import resize
 from timesformer_jax.data.decode.stream import ClipStream, Gap, StreamedClip
 from timesformer_jax.data.decode.timeline import Timeline, equal_pieces
@@ -14,6 +22,7 @@ __all__ = [
     "DecodedClip",
     "DecodedVideo",
     "Gap",
+    "Stream",
     "StreamedClip",
     "Timeline",
     "VideoError",
@@ -24,5 +33,8 @@ __all__ = [
     "decode_clip",
     "equal_pieces",
     "isolated",
+    "isolated_for",
+    "open_stream",
+    "read_info",
     "resize",
 ]

@@ -1,34 +1,56 @@
 """Decodes in processes of their own: a video that crashes or hangs the decoder costs itself only.
 
-A decoding process is a child without JAX. The sampling rule stays here: the child tells how many
-ticks a clip has, is told which to decode, and sends their frames. Messages are JSON and the bytes
-of arrays, so that nothing which comes from a child is code.
+A decoding process is a child without JAX (`child.py`). The sampling rule stays here: the child
+tells how many ticks a clip has, is told which to decode, and sends their frames. Of a stream it is
+told the ticks some at a time, and sends each frame once. Messages are JSON and the bytes of arrays,
+so that nothing which comes from a child is code.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, Pipe
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Pipe
 from signal import Signals
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from timesformer_jax.data.decode import clip as clip_lib
+from timesformer_jax.data.decode.child import ERRORS
+from timesformer_jax.data.decode.child import __name__ as SERVER
 from timesformer_jax.data.decode.clip import DecodedClip
-from timesformer_jax.data.decode.container import VideoError
-from timesformer_jax.errors import InputError
-from timesformer_jax.workers import HANG_SIGNAL, STALL_SECONDS, watch
+from timesformer_jax.data.decode.container import VideoError, VideoInfo
+from timesformer_jax.data.decode.stream import ClipStream, Gap, Shown, StreamedClip, assemble
+from timesformer_jax.data.decode.timeline import Timeline
+from timesformer_jax.data.decode.video import VideoFile
+from timesformer_jax.workers import HANG_SIGNAL, STALL_SECONDS
 
 # Sampled ticks, or nothing if the sampling failed.
 Sample = Callable[[int, float], np.ndarray]
+
+# Of a stream, the ticks that a child is told at a time.
+TICKS = 32
+
+
+class Stream(Protocol):
+    """An open `ClipStream`, wherever it is decoded."""
+
+    timeline: Timeline
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]: ...
+
+    def __iter__(self) -> Iterator[StreamedClip]: ...
 
 
 def crash_reason(signal: str) -> str:
@@ -36,6 +58,51 @@ def crash_reason(signal: str) -> str:
     if signal == HANG_SIGNAL.name:
         return "the decoder hangs"
     return f"the decoder crashes: {signal}"
+
+
+def open_stream(
+    path: str | os.PathLike | BinaryIO,
+    sample: Callable[[Timeline], Iterable[np.ndarray]],
+    start: float | None = None,
+    end: float | None = None,
+    *,
+    frame_range: tuple[int, int] | None = None,
+    short_side: int | None = None,
+    threads: int = 0,
+) -> AbstractContextManager[Stream]:
+    """A `ClipStream`; while decoding is isolated, a path is decoded by a process of its own."""
+    options: dict[str, Any] = {
+        "short_side": short_side, "frame_range": frame_range, "threads": threads,
+    }  # fmt: skip
+    pool = _current()
+    if pool is None or not isinstance(path, str | os.PathLike):
+        return ClipStream(path, sample, start, end, **options)
+    return _stream(pool, [os.fspath(path), start, end, options], sample)
+
+
+@contextlib.contextmanager
+def _stream(pool: _Pool, arguments: list, sample: Any) -> Iterator[Stream]:
+    with pool.child() as child:
+        stream = _ChildStream(child, arguments, sample)
+        try:
+            yield stream
+        finally:
+            if not stream.finished:  # the child is in the middle of it
+                child.end()
+
+
+def read_info(path: str | os.PathLike) -> VideoInfo:
+    """The header of a video; while decoding is isolated, read by a process of its own.
+
+    Raises:
+      VideoError: as `VideoFile`.
+    """
+    pool = _current()
+    if pool is None:
+        with VideoFile(path) as video:
+            return video.info
+    with pool.child() as child:
+        return VideoInfo(**child.ask("info", os.fspath(path)))
 
 
 def decode_clip(
@@ -48,8 +115,8 @@ def decode_clip(
     frame_range: tuple[int, int] | None = None,
     threads: int = 0,
 ) -> DecodedClip:
-    """`video.decode_clip`; inside `isolated`, a path is decoded by a process of its own."""
-    pool = _pool
+    """`clip.decode_clip`; while decoding is isolated, a path is decoded by a process of its own."""
+    pool = _current()
     options: dict[str, Any] = {
         "short_side": short_side, "frame_range": frame_range, "threads": threads,
     }  # fmt: skip
@@ -61,23 +128,32 @@ def decode_clip(
 
 @contextlib.contextmanager
 def isolated(stall_seconds: float = STALL_SECONDS) -> Iterator[None]:
-    """While it is entered, `decode_clip` decodes in child processes, in all threads.
+    """While it is entered, the functions above decode in child processes, in all threads.
 
     A child is started when a thread needs one and none is free, and ends with this context.
 
     Args:
       stall_seconds: after which a decoder that gives nothing hangs, and is ended.
     """
-    global _pool
-    if _pool is not None:
-        yield
-        return
-    _pool = pool = _Pool(stall_seconds)
+    pool = _Pool(stall_seconds)
+    _pools.append(pool)
     try:
         yield
     finally:
-        _pool = None
+        _pools.remove(pool)
         pool.close()
+
+
+def isolated_for(owner: object) -> None:
+    """As `isolated`, for as long as an object lives, or this process."""
+    context = isolated()
+    context.__enter__()
+    weakref.finalize(owner, context.__exit__, None, None, None)
+
+
+def _current() -> _Pool | None:
+    """The innermost pool; of a process that was forked off, not that of its parent."""
+    return next((pool for pool in reversed(_pools) if pool.process == os.getpid()), None)
 
 
 class _Pool:
@@ -86,6 +162,8 @@ class _Pool:
     def __init__(self, stall_seconds: float):
         self._stall_seconds = stall_seconds
         self._free: list[_Child] = []
+        self._closed = False
+        self.process = os.getpid()
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -96,8 +174,7 @@ class _Pool:
         try:
             yield child
         except VideoError:
-            if not child.ended:
-                self._put_back(child)
+            self._put_back(child)
             raise
         except BaseException:  # it may have been interrupted in the middle of a message
             child.end()
@@ -105,17 +182,24 @@ class _Pool:
         self._put_back(child)
 
     def _put_back(self, child: _Child) -> None:
+        if child.ended:
+            return
         with self._lock:
-            self._free.append(child)
+            if not self._closed:
+                self._free.append(child)
+                return
+        child.end()
 
     def close(self) -> None:
+        if self.process != os.getpid():
+            return
         with self._lock:
-            free, self._free = self._free, []
+            free, self._free, self._closed = self._free, [], True
         for child in free:
             child.end()
 
 
-_pool: _Pool | None = None
+_pools: list[_Pool] = []
 
 
 class _Child:
@@ -125,7 +209,7 @@ class _Child:
         self._connection, theirs = Pipe()
         with theirs:
             # -P: modules that lie in the current folder are not imported.
-            command = [sys.executable, "-P", "-c", f"from {__name__} import main; main()"]
+            command = [sys.executable, "-P", "-c", f"from {SERVER} import main; main()"]
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno()), str(stall_seconds)],
                 pass_fds=[theirs.fileno()],
@@ -135,26 +219,44 @@ class _Child:
         self.ended = False
 
     def decode(self, request: list, sample: Sample | None) -> DecodedClip:
-        try:
-            self._connection.send_bytes(json.dumps(request).encode())
-            found = self._answer()
-            while "count" in found:  # the clip is open
-                count, fps = found["count"], found["fps"]
-                ticks = np.arange(count) if sample is None else sample(count, fps)
-                self._connection.send_bytes(np.asarray(ticks, np.int64).tobytes())
-                found = self._answer()
-            frames = np.frombuffer(self._connection.recv_bytes(), np.uint8)
-            times = np.frombuffer(self._connection.recv_bytes(), np.float64)
-        except (EOFError, OSError) as error:
-            raise VideoError(self._how_it_ended()) from error
-        return DecodedClip(frames.reshape(found["shape"]), found["rate"], found["ticks"], times)
+        found = self.ask("clip", *request)
+        while "count" in found:  # the clip is open
+            count, fps = found["count"], found["fps"]
+            ticks = np.arange(count) if sample is None else sample(count, fps)
+            self.send(ticks)
+            found = self.answer()
+        frames = self.receive(np.uint8).reshape(found["shape"])
+        return DecodedClip(frames, found["rate"], found["ticks"], self.receive(np.float64))
 
-    def _answer(self) -> dict:
-        found = json.loads(self._connection.recv_bytes())
+    def ask(self, *request: Any) -> dict:
+        """The answer to a request; see `child.serve`."""
+        with self._errors():
+            self._connection.send_bytes(json.dumps(request).encode())
+        return self.answer()
+
+    def send(self, ticks: Any) -> None:
+        with self._errors():
+            self._connection.send_bytes(np.asarray(ticks, np.int64).tobytes())
+
+    def answer(self) -> dict:
+        with self._errors():
+            found = json.loads(self._connection.recv_bytes())
         for name, kind in ERRORS.items():
             if name in found:
                 raise kind(found[name])
         return found
+
+    def receive(self, dtype: Any) -> np.ndarray:
+        """(n,), an array that follows an answer."""
+        with self._errors():
+            return np.frombuffer(self._connection.recv_bytes(), dtype)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            raise VideoError(self._how_it_ended()) from error
 
     def _how_it_ended(self) -> str:
         self.ended = True
@@ -171,53 +273,38 @@ class _Child:
         self._process.wait()
 
 
+class _ChildStream:
+    """A `ClipStream` in a child, from the side of its parent.
+
+    Attributes:
+      timeline: of the part.
+      gaps: those of `ClipStream`, once all clips are there.
+    """
+
+    def __init__(self, child: _Child, arguments: list, sample: Any):
+        self._child, self._sample = child, sample
+        rate = child.ask("stream", *arguments)["rate"]
+        times, indices = child.receive(np.float64), child.receive(np.int64)
+        self.timeline = Timeline(times, indices, rate)
+        self.gaps: tuple[Gap, ...] = ()
+        self.finished = False
+
+    def __iter__(self) -> Iterator[StreamedClip]:
+        return assemble(self._sample(self.timeline), self._shown_at)
+
+    def _shown_at(self, ticks: Iterator[int]) -> Iterator[Shown]:
+        while some := list(itertools.islice(ticks, TICKS)):
+            self._child.send(some)
+            for tick in some:
+                found = self._child.answer()
+                rgb = self._child.receive(np.uint8).reshape(found["shape"])
+                yield Shown(tick, rgb, found["damaged"])
+        self._child.send([])
+        self.gaps = tuple(Gap(*gap) for gap in self._child.answer()["gaps"])
+        self.finished = True
+
+
 def _search_path() -> str:
     """PYTHONPATH, with the folder of this package: it may be run without being installed."""
     here = os.fspath(pathlib.Path(__file__).parents[3])
     return os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-
-
-# ---- in the child -------------------------------------------------------------------------------
-
-# What a child tells of, and its parent raises.
-ERRORS: dict[str, type[Exception]] = {
-    "VideoError": VideoError,
-    "InputError": InputError,
-    "ValueError": ValueError,
-}
-
-
-def serve(connection: Connection, stall_seconds: float) -> None:
-    """Decodes what the parent asks for, until it is gone."""
-    while True:
-        path, start, end, options = json.loads(connection.recv_bytes())
-
-        def sample(count: int, fps: float) -> np.ndarray:
-            watch(0)  # the parent's own work is not watched
-            connection.send_bytes(json.dumps({"count": count, "fps": fps}).encode())
-            ticks = np.frombuffer(connection.recv_bytes(), np.int64)
-            watch(stall_seconds)
-            return ticks
-
-        try:
-            watch(stall_seconds)
-            clip = clip_lib.decode_clip(path, start, end, sample=sample, **options)
-        except tuple(ERRORS.values()) as error:
-            kind = next(name for name, kind in ERRORS.items() if isinstance(error, kind))
-            _send(connection, {kind: str(error)})
-            continue
-        finally:
-            watch(0)
-        about = {"shape": clip.frames.shape, "rate": clip.fps, "ticks": clip.num_frames}
-        _send(connection, about, clip.frames, clip.times)
-
-
-def _send(connection: Connection, about: dict, *arrays: np.ndarray) -> None:
-    connection.send_bytes(json.dumps(about).encode())
-    for array in arrays:
-        connection.send_bytes(np.ascontiguousarray(array).data.cast("B"))
-
-
-def main() -> None:
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
-        serve(Connection(int(sys.argv[1])), float(sys.argv[2]))

@@ -71,7 +71,9 @@ class StreamedClip(NamedTuple):
         return 2 * self.damaged <= len(self.ticks)
 
 
-class _Shown(NamedTuple):
+class Shown(NamedTuple):
+    """The frame that a tick shows, (H, W, 3) uint8, or if it is damaged another in its place."""
+
     tick: int
     rgb: np.ndarray
     damaged: bool
@@ -131,18 +133,7 @@ class ClipStream:
         self._file.__exit__()
 
     def __iter__(self) -> Iterator[StreamedClip]:
-        rows, ahead = itertools.tee(self._sample(self.timeline))
-        shown = self._shown_at(_union(ahead))
-        held: collections.deque[_Shown] = collections.deque()
-        for row in rows:
-            while held and held[0].tick < row[0]:
-                held.popleft()
-            while not held or held[-1].tick < row[-1]:
-                held.append(next(shown))
-            kept = list(held)
-            clip = [kept[i] for i in np.searchsorted([frame.tick for frame in kept], row)]
-            frames = np.stack([frame.rgb for frame in clip])
-            yield StreamedClip(row, frames, sum(frame.damaged for frame in clip))
+        return assemble(self._sample(self.timeline), self.shown_at)
 
     @property
     def gaps(self) -> tuple[Gap, ...]:
@@ -168,7 +159,7 @@ class ClipStream:
         found += [Gap(float(times[i] + frame), float(times[i + 1]), False) for i in stills]
         return tuple(sorted(found))
 
-    def _shown_at(self, ticks: Iterator[int]) -> Iterator[_Shown]:
+    def shown_at(self, ticks: Iterator[int]) -> Iterator[Shown]:
         """The frames that ascending ticks show."""
         frames = self._decoded()
         with video_errors():
@@ -183,7 +174,7 @@ class ClipStream:
                 time, frame = current
                 if converted is None or converted[0] != time:
                     converted = time, self._file.to_rgb(frame, self._short_side)
-                yield _Shown(tick, converted[1], abs(time - due) > TIME_TOLERANCE)
+                yield Shown(tick, converted[1], abs(time - due) > TIME_TOLERANCE)
 
     def _decoded(self) -> Iterator[tuple[float, av.VideoFrame]]:
         """The undamaged frames and their times, which ascend; notes them in `_is_decoded`."""
@@ -199,6 +190,32 @@ class ClipStream:
                 self._passed += 1
             yield time, frame
         self._passed = len(times)
+
+
+def assemble(
+    rows: Iterable[np.ndarray], shown_at: Callable[[Iterator[int]], Iterator[Shown]]
+) -> Iterator[StreamedClip]:
+    """Clips from frames that are decoded once, in order.
+
+    Args:
+      rows: the ticks of each clip, as `ClipStream` samples them.
+      shown_at: the frames that ascending ticks show.
+    """
+    rows, ahead = itertools.tee(rows)
+    shown = shown_at(_union(ahead))
+    held: collections.deque[Shown] = collections.deque()
+    for row in rows:
+        while held and held[0].tick < row[0]:
+            held.popleft()
+        while not held or held[-1].tick < row[-1]:
+            held.append(next(shown))
+        kept = list(held)
+        clip = [kept[i] for i in np.searchsorted([frame.tick for frame in kept], row)]
+        frames = np.stack([frame.rgb for frame in clip])
+        yield StreamedClip(row, frames, sum(frame.damaged for frame in clip))
+    # The ticks are over: whoever gives the frames learns it.
+    for _ in shown:
+        pass
 
 
 def _union(rows: Iterable[np.ndarray]) -> Iterator[int]:

@@ -12,13 +12,12 @@ import numpy as np
 
 from timesformer_jax import ranges
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.data.decode import Timeline, VideoError
+from timesformer_jax.data.decode import Stream, Timeline, VideoError
 from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference.clip_model import ClipInputs
 from timesformer_jax.inference.clips import Video
 from timesformer_jax.inference.streams import (
-    Stream,
     clip_inputs,
     in_batches,
     one_ahead,

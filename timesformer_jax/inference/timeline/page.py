@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from timesformer_jax.data.decode import ClipStream, VideoFile
+from timesformer_jax.data.decode import open_stream, read_info
 from timesformer_jax.data.encode import encode_mp4
 from timesformer_jax.inference import page
 from timesformer_jax.inference.timeline.result import VideoTimeline
@@ -64,8 +64,7 @@ def find_source(video: str | os.PathLike, folder: str | os.PathLike) -> Source:
     path = os.fspath(video)
     if is_remote(path) or os.path.isdir(path):
         return Source(None, False, "A browser cannot play it from there; the chart works without.")
-    with VideoFile(path) as opened:
-        info = opened.info
+    info = read_info(path)
     plays = info.container in BROWSER_CONTAINERS and info.codec in BROWSER_CODECS
     if plays and os.path.getsize(path) <= EMBEDDED_BYTES:
         kind = mimetypes.guess_type(path)[0] or "video/mp4"
@@ -79,10 +78,10 @@ def find_source(video: str | os.PathLike, folder: str | os.PathLike) -> Source:
 
 def _encode(path: str) -> bytes:
     """A video as H.264 in MP4, without its sound."""
-    with VideoFile(path) as opened:
-        short_side = min(opened.info.width, opened.info.height, ENCODED_SHORT_SIDE)
-    with ClipStream(path, lambda timeline: np.arange(len(timeline))[:, None],
-                    short_side=short_side) as stream:  # fmt: skip
+    info = read_info(path)
+    short_side = min(info.width, info.height, ENCODED_SHORT_SIDE)
+    with open_stream(path, lambda timeline: np.arange(len(timeline))[:, None],
+                     short_side=short_side) as stream:  # fmt: skip
         images = (clip.frames[0] for clip in stream)
         return encode_mp4(images, stream.timeline.fps, preset="veryfast")
 
