@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal
 SLOW := processes or compiles or training or decodes
 
-.PHONY: train check test fast-tests format lint layers types rooms plan-table tpu-test fuzz benchmarks device clean
+.PHONY: train check test fast-tests format lint layers types rooms plan-table tpu-test fuzz benchmarks device dist clean
 
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
@@ -59,11 +59,17 @@ fuzz: .venv/test
 benchmarks: device .venv/test .venv/cuda13
 	PYTHON=$(BIN)/python experiments/benchmarks.sh $(DEVICE) $(PARTS)
 
+# A wheel and a source archive in dist/, as for a release (docs/releasing.md).
+dist: .venv/dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 device:
 	@test -n "$(DEVICE)" || { echo "say DEVICE=h100, or another folder of benchmarks/results"; exit 2; }
 
 clean:
-	rm -rf .venv .venv-tpu build *.egg-info
+	rm -rf .venv .venv-tpu build dist *.egg-info
 
 # A file for each set of extras that is installed.
 .venv/%: setup.py constraints.txt

@@ -7,6 +7,24 @@ import setuptools
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "timesformer_jax/__init__.py").read_text())[1]
+# Where the source is published; None before it is. docs/releasing.md
+REPOSITORY = re.search(r'^repository-code: "?([^"\s]+)', (HERE / "CITATION.cff").read_text(), re.M)
+
+
+def long_description() -> str:
+    """README.md for an index of packages, which does not have the files that it links to.
+
+    Links to files lead to the repository at this version. Where no repository is named, their text
+    stays, and pictures are left out.
+    """
+    text = (HERE / "README.md").read_text()
+    if REPOSITORY:
+        address = REPOSITORY[1].rstrip("/")
+        text = re.sub(r"(!\[[^]]*\]\()(?!\w+:)", rf"\1{address}/raw/v{VERSION}/", text)
+        return re.sub(r"(?<!!)(\[[^]]*\]\()(?!\w+:|#)", rf"\1{address}/blob/v{VERSION}/", text)
+    text = re.sub(r"!\[[^]]*\]\((?!\w+:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]*)\]\((?!\w+:)[^)]*\)", r"\1", text)
+
 
 # JAX and Flax come in pairs: Flax before 0.12.10 cannot be imported beside JAX 0.11.
 BASE = [
@@ -45,15 +63,31 @@ GCS = ["google-cloud-storage>=3.17"]  # Orbax asks it of a bucket
 # Not in DATA, which brings TensorFlow: who writes features need not train.
 PARQUET = ["pyarrow>=25.0"]
 EXPERIMENTS = ["scikit-learn>=1.9"]  # probes of experiments/, beside the extra data
-CONVERT = ["huggingface_hub>=1.0", "safetensors>=0.8", "torch>=2.13"]
+# Checkpoints by name, and safetensors; PyTorch, which is large, reads and writes .pyth and .bin.
+HUB = ["huggingface_hub>=1.0", "safetensors>=0.8"]
+CONVERT = [*HUB, "torch>=2.13"]
 
 setuptools.setup(
     name="timesformer_jax",
     version=VERSION,
     description="TimeSformer: video understanding with space-time attention, in JAX and Flax",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The timesformer_jax maintainers",
+    keywords=["video", "action recognition", "transformer", "TimeSformer", "jax", "flax"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Multimedia :: Video",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    project_urls={"Source": REPOSITORY[1]} if REPOSITORY else {},
     python_requires=">=3.11",
     # configs/ is the one place of the recipes; a wheel has them inside the package.
     packages=[
@@ -61,14 +95,19 @@ setuptools.setup(
         "timesformer_jax.configs",
     ],
     package_dir={"timesformer_jax.configs": "configs"},
-    package_data={"timesformer_jax.inference.page": ["*.html", "*.css", "*.js"]},
+    package_data={
+        "timesformer_jax.checkpoints.card": ["*.md"],
+        "timesformer_jax.inference.page": ["*.html", "*.css", "*.js"],
+    },
     install_requires=BASE,
     extras_require={
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "data": DATA,
+        "hub": HUB,
         "convert": CONVERT,
+        "dist": ["build>=1.6", "twine>=7.0"],
         "benchmark": BENCHMARK,
         "gcs": GCS,
         "parquet": PARQUET,

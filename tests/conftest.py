@@ -27,6 +27,7 @@ import forked  # noqa: E402
 from browser import browser  # noqa: E402, F401
 from forked import run_command  # noqa: E402
 from gcs import gcs  # noqa: E402, F401
+from hub import hub  # noqa: E402, F401
 
 # Triton, which a PyTorch built for CUDA brings, crashes if it is imported after TensorFlow, as by
 # torch.optim in the tests.

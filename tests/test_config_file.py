@@ -1,7 +1,5 @@
 """--config and --config.FIELD: what changes a field, and what is refused in one line."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -216,23 +214,6 @@ def test_a_sweep_that_cannot_be_is_one_line(words, said):
         swept(*words)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.processes
-def test_an_installed_package_has_the_recipes(tmp_path):
-    """As a wheel has them: there is no folder configs/ beside the package."""
-    build = ["setup.py", "-q", "build_py", f"--build-lib={tmp_path / 'site'}"]
-    subprocess.run([sys.executable, *build], cwd=REPOSITORY, check=True, capture_output=True)
-    code = "from timesformer_jax.recipes import files; print(len(files.names()), files.folder());"
-    code += "print(files.load('finetune:frames=16').clip.frames);"
-    code += "from timesformer_jax.errors import install; print(install('data').split()[-1])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-    )  # fmt: skip
-    count = len(list((REPOSITORY / "configs").glob("*.py")))
-    folder = tmp_path / "site" / "timesformer_jax" / "configs"
-    assert done.stdout.split() == [str(count), str(folder), "16", "'timesformer_jax[data]'"]
 
 
 def test_a_file_without_arguments_says_so(tmp_path):

@@ -3,13 +3,10 @@
 import json
 import os
 import pathlib
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hub import StandIn
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -41,25 +38,10 @@ def hugging_face(**preprocessor):
     }
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub with one repository, and an empty cache."""
-    server = StandIn()
-    server.repositories[K400] = hugging_face()
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    url = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-    at_once = SimpleNamespace(**vars(time) | {"sleep": lambda _: None})  # before it tries again
-    monkeypatch.setattr("huggingface_hub.utils._http.time", at_once)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TIMESFORMER_VIT_MODELS", f"{server.address}/bucket")
-    monkeypatch.chdir(tmp_path)
-    yield server
-    server.close()
+@pytest.fixture(autouse=True)
+def published(hub):
+    """The repository that the tests ask for."""
+    hub.repositories[K400] = hugging_face()
 
 
 def refused(source, said, **options):

@@ -7,7 +7,7 @@ logits = model(video)  # normalised (batch, frames, height, width, 3) -> (batch,
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 _MODULES = {
     "AttentionMap": "inference.results",

@@ -31,10 +31,10 @@ from timesformer_jax.checkpoints.orbax_extensions import (
     keep_newest_and_best,
     without_remark_on_reading,
 )
+from timesformer_jax.checkpoints.run_files import FOLDER
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.timesformer import TimeSformerConfig, abstract, parameters
 
-FOLDER = "checkpoints"  # in a workdir
 BEST = "best"  # given in place of a step: the step with the highest validation top-1
 DAMAGED = ".damaged"  # suffix of the folder of a step that could not be read
 
@@ -329,6 +329,13 @@ def load_parameters(
     Raises:
       InputError: if there is no checkpoint, or it cannot be read.
     """
+    return load_step(path, sharding, allow_nonfinite=allow_nonfinite)[1:]
+
+
+def load_step(
+    path: str | os.PathLike, sharding: Sharding | None = None, *, allow_nonfinite: bool = False
+) -> tuple[epath.Path, CheckpointMetadata, dict]:
+    """As `load_parameters`; the folder of the step that was read comes first."""
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
     checkpoints, step = _open(path)
 
@@ -344,7 +351,7 @@ def load_parameters(
         for name, value in traverse_util.flatten_dict(found[1], sep="/").items():
             check_finite(str(checkpoints.directory / str(step)), name, value)
     logging.info("parameters of step %d of %s", step, checkpoints.directory)
-    return found
+    return checkpoints.directory / str(step), *found
 
 
 def save_parameters(path: str | os.PathLike, params: dict, metadata: CheckpointMetadata) -> None:

@@ -39,6 +39,11 @@ PART = (
     number("start", None, "start of the part of each video to look at, in seconds"),
     number("end", None, "end of this part, in seconds"),
 )
+WRITTEN_DOWN = (
+    string("labels", None, "file of class names, one per line, in the order of the logits"),
+    string("license", None, "license of the weights, to be written down"),
+    string("results", None, "results.json of timesformer evaluate, for the model card"),
+)
 MANY_VIDEOS = (
     integer("batch_size", None, "clips at a time; by default 8, or 1 on a CPU"),
     integer("workers", 0, "videos that are decoded at the same time; 0: one per core"),
@@ -319,8 +324,7 @@ COMMANDS = {
                 "output format: native, hf (a transformers directory) or release (.pyth)",
             ),
             string("resize", "bicubic", "how position embeddings are resized: bicubic or official"),
-            string("labels", None, "file of class names, one per line, in the order of the logits"),
-            string("license", None, "license of the weights, to be written down"),
+            *WRITTEN_DOWN,
             boolean("allow_nonfinite", "convert numbers that are infinite or not a number, too"),
             string("attention", None, "attention scheme, if the checkpoint is an image ViT"),
             integer("num_heads", None, "number of heads, if the file does not store it"),
@@ -331,6 +335,17 @@ COMMANDS = {
             integer("image_size", None, "resize the position embedding to this image size"),
         ),
         positional=("src", "dst"),
+    ),
+    "push": Command(
+        "puts a checkpoint with a model card on the Hugging Face Hub",
+        "timesformer_jax.checkpoints.push:push",
+        (
+            boolean("private", "make a new repository private"),
+            string("revision", None, "branch to upload to; by default the main one"),
+            string("output", None, "folder to write what would be uploaded to; uploads nothing"),
+            *WRITTEN_DOWN,
+        ),
+        positional=("checkpoint", "repo"),
     ),
     "checkpoints": Command(
         "lists the published checkpoints that are known by name",

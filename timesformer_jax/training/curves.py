@@ -14,13 +14,14 @@ from clu import metric_writers
 from etils import epath
 
 from timesformer_jax import storage
+from timesformer_jax.checkpoints.run_files import CURVES as PICTURE
 from timesformer_jax.errors import InputError
 
 # In a workdir.
 # Of scalars, before the slash of their names; in the order of the columns.
 GROUPS = ("train", "validation", "final")
 
-TENSORBOARD, TABLE, PICTURE = "tensorboard", "curves.csv", "curves.png"
+TENSORBOARD, TABLE = "tensorboard", "curves.csv"
 
 
 class Scalars:

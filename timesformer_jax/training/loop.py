@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     Args:
       config: a recipe of `recipes`; it is not changed.
       workdir: gets checkpoints/, tensorboard/, recipe.json (the config as it was used), curves.csv,
-        curves.png and results.json; on a disk or gs://.
+        curves.png, results.json and a model card, README.md; on a disk or gs://.
 
     Returns:
       The content of results.json: top1 and top5 as fractions, loss, the number of videos, the same
@@ -107,7 +107,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         scalars.draw()
         about = reporting.provenance(step, config.name, checkpoints, throughput.clips_per_second())
         if jax.process_index() == 0:
-            reporting.write_results(workdir, about | results.to_json())
+            reporting.write_results(workdir, about | results.to_json(), run.metadata)
         return about | results.to_json()
 
 

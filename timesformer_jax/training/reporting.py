@@ -15,8 +15,9 @@ from etils import epath
 
 import timesformer_jax
 from timesformer_jax import storage
-from timesformer_jax.checkpoints import store
+from timesformer_jax.checkpoints import card, run_files, store
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.checkpoints.run_files import CARD, RECIPE, RESULTS
 from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import MultiLabelResults, Results, accuracy_line
@@ -24,8 +25,7 @@ from timesformer_jax.training.curves import PICTURE, TABLE, TENSORBOARD, Scalars
 from timesformer_jax.training.resume import Changes
 from timesformer_jax.training.step import Metrics
 
-# In a workdir.
-PROFILE, RESULTS, RECIPE = "profile", "results.json", "recipe.json"
+PROFILE = "profile"  # in a workdir
 
 
 def write_recipe(workdir: epath.Path, metadata: CheckpointMetadata) -> None:
@@ -113,10 +113,14 @@ def provenance(
     }
 
 
-def write_results(workdir: epath.Path, results: dict[str, Any]) -> None:
-    """Writes results.json."""
+def write_results(
+    workdir: epath.Path, results: dict[str, Any], metadata: CheckpointMetadata
+) -> None:
+    """Writes results.json, and a model card of the last step, README.md."""
     content = json.dumps(results, indent=2) + "\n"
     storage.write_atomically(workdir / RESULTS, content.encode())
+    about = run_files.read(workdir / store.FOLDER / str(results["step"]), metadata)
+    card.write_card(workdir, metadata, workdir.name, about, for_transformers=False)
 
 
 def finished_results(workdir: epath.Path, step: int) -> dict[str, Any] | None:
@@ -140,6 +144,7 @@ def print_summary(results: dict[str, Any], workdir: str) -> None:
         f"{accuracy_line(results)}\n"
         f"results      {os.path.join(workdir, RESULTS)}\n"
         f"checkpoint   {os.path.join(workdir, store.FOLDER, str(results['step']))}{best}\n"
+        f"model card   {os.path.join(workdir, CARD)}\n"
         f"curves       {os.path.join(workdir, PICTURE)}, {TABLE}\n"
         f"TensorBoard  tensorboard --logdir {os.path.join(workdir, TENSORBOARD)}"
     )

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from etils import epath
 from flax import traverse_util
 
 from timesformer_jax.checkpoints.files import LazyArray
@@ -28,6 +29,7 @@ class Checkpoint:
       multilabel: whether a clip may have any number of the labels.
       license_note: how the license is known.
       training_config: the config of our own training run; empty for other checkpoints.
+      step_folder: of a checkpoint of our own.
       is_image_model: whether the file holds an image model, which has no temporal parameters.
       has_head: whether the file has a classifier; otherwise a new one was drawn.
     """
@@ -41,6 +43,7 @@ class Checkpoint:
     license_note: str = ""
     multilabel: bool = False
     training_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    step_folder: epath.Path | None = None
     is_image_model: bool = False
     has_head: bool = True
 

@@ -72,7 +72,10 @@ def read(
     found = source if isinstance(source, Located) else locate(source, revision)
     checkpoint = open_checkpoint(found, overrides.get("num_heads"), allow_nonfinite)
     try:
-        return adapted(checkpoint, resize, **overrides)
+        target = adapted(checkpoint, resize, **overrides)
+        # Another head, size or length has another accuracy than the run tells.
+        same = target.config == checkpoint.config
+        return target if same else dataclasses.replace(target, step_folder=None)
     except InputError as e:
         e.args = (f"{found.source}: {e}",)
         raise
@@ -125,7 +128,7 @@ def _target(source: Checkpoint, overrides: dict[str, Any]) -> TimeSformerConfig:
 
 
 def _read_native(path: str, allow_nonfinite: bool) -> Checkpoint:
-    metadata, params = store.load_parameters(path, allow_nonfinite=allow_nonfinite)
+    folder, metadata, params = store.load_step(path, allow_nonfinite=allow_nonfinite)
     flat = traverse_util.flatten_dict(params, sep="/")
     return Checkpoint(
         path=path,
@@ -137,6 +140,7 @@ def _read_native(path: str, allow_nonfinite: bool) -> Checkpoint:
         license_note=metadata.license_note,
         multilabel=metadata.multilabel,
         training_config=metadata.config,
+        step_folder=folder,
     )
 
 

@@ -13,15 +13,18 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from flax import traverse_util
 from tqdm import tqdm
 
-from timesformer_jax.checkpoints import schema, store
+from timesformer_jax.checkpoints import run_files, schema, store
+from timesformer_jax.checkpoints.card import write_card
 from timesformer_jax.checkpoints.catalogue import NON_COMMERCIAL
 from timesformer_jax.checkpoints.convert.adapt import adapt
 from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
 from timesformer_jax.checkpoints.convert.formats import Format, HuggingFace, Release, hf, release
 from timesformer_jax.checkpoints.convert.reader import read
+from timesformer_jax.checkpoints.run_files import RunFiles
 from timesformer_jax.data.annotations import read_labels
 from timesformer_jax.errors import InputError
 
@@ -46,6 +49,8 @@ def convert(
     labels: str | Sequence[str] | None = None,
     license: str | None = None,
     revision: str | None = None,
+    results: str | None = None,
+    name: str | None = None,
     allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> None:
@@ -63,6 +68,9 @@ def convert(
       license: of the weights, such as "MIT"; by default as src says, or the authors' license for
         their own weights. The output says which of these it was.
       revision: of a name on the Hugging Face Hub.
+      results: results.json of `timesformer evaluate`, for the model card of "hf"; what a run
+        measured itself is in it in any case.
+      name: of the repository, for the model card; by default that of the directory.
       allow_nonfinite: write parameters that are infinite or not a number, too.
       **overrides: fields of `TimeSformerConfig`, as in `from_pretrained`.
 
@@ -76,8 +84,14 @@ def convert(
         raise InputError(f"{dst} exists; remove it or choose another destination")
     checkpoint = read(src, resize, revision=revision, allow_nonfinite=allow_nonfinite, **overrides)
     checkpoint = _with_license(_with_labels(checkpoint, labels), license)
+    about = _about(checkpoint, results)
     with _atomic_path(dst) as partial:
-        _WRITERS[to](partial, checkpoint)
+        written = _WRITERS[to](partial, checkpoint)
+        if to == "hf":
+            write_card(
+                epath.Path(partial), written.metadata, name or os.path.basename(dst), about,
+                for_transformers=True,
+            )  # fmt: skip
     logging.info("%s: %s written to %s", src, checkpoint.config.attention, dst)
     if checkpoint.license == NON_COMMERCIAL:
         logging.warning(
@@ -86,6 +100,14 @@ def convert(
         )  # fmt: skip
     elif not checkpoint.license and not checkpoint.is_image_model:
         logging.info("%s: no license is known; --license=... writes one down", src)
+
+
+def _about(checkpoint: Checkpoint, results: str | None) -> RunFiles:
+    """What the run of a checkpoint, and a results.json, say of it."""
+    about = run_files.read(checkpoint.step_folder, checkpoint.metadata)
+    if results is None:
+        return about
+    return about._replace(evaluations=(run_files.evaluated(results), *about.evaluations))
 
 
 def _with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
@@ -132,7 +154,7 @@ def _remove(path: str) -> None:
         os.remove(path)
 
 
-def _write_native(path: str, checkpoint: Checkpoint) -> None:
+def _write_native(path: str, checkpoint: Checkpoint) -> Checkpoint:
     # Popped one by one, so that the source is unmapped before Orbax fills its buffers.
     params = {
         name: jnp.array(checkpoint.params.pop(name).load())
@@ -141,9 +163,10 @@ def _write_native(path: str, checkpoint: Checkpoint) -> None:
     params = traverse_util.unflatten_dict(params, sep="/")
     store.save_parameters(path, params, checkpoint.metadata)
     _write_license(path, checkpoint)
+    return checkpoint
 
 
-def _write_hf(path: str, checkpoint: Checkpoint) -> None:
+def _write_hf(path: str, checkpoint: Checkpoint) -> Checkpoint:
     from safetensors.numpy import save_file
 
     arrays, checkpoint = _to_format(checkpoint, HuggingFace())
@@ -157,9 +180,10 @@ def _write_hf(path: str, checkpoint: Checkpoint) -> None:
     _write_json(path, "config.json", config)
     _write_json(path, "preprocessor_config.json", hf.preprocessor_json(checkpoint.clip))
     _write_license(path, checkpoint)
+    return checkpoint
 
 
-def _write_release(path: str, checkpoint: Checkpoint) -> None:
+def _write_release(path: str, checkpoint: Checkpoint) -> Checkpoint:
     import torch
 
     arrays, checkpoint = _to_format(checkpoint, Release())
@@ -180,6 +204,7 @@ def _write_release(path: str, checkpoint: Checkpoint) -> None:
         "multilabel": checkpoint.multilabel,
     }
     torch.save(content, path)
+    return checkpoint
 
 
 _WRITERS = {"native": _write_native, "hf": _write_hf, "release": _write_release}
