@@ -7,6 +7,7 @@ very first line on is tested with `subprocess`.
 
 import atexit
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 
@@ -111,6 +113,7 @@ def _start_server(environment):
 def _run(writers, environment, cwd, function, *arguments):
     """Calls the function as a process of its own would."""
     assert sys.modules.keys() >= set(PRELOADED)  # of which multiprocessing tells no error
+    gc.freeze()  # modules are no garbage
     for descriptor, writer in enumerate(writers, 1):
         os.dup2(writer.fileno(), descriptor)
         writer.close()
@@ -143,6 +146,55 @@ def run_command(*arguments):
     """The command line, as `python -m timesformer_jax.cli` runs it."""
     sys.argv = ["timesformer", *arguments]
     runpy.run_module("timesformer_jax.cli", run_name="__main__", alter_sys=True)
+
+
+def run_command_that_ends(how, when, *arguments):
+    """The command line, which sends itself a signal, at the same moment on any machine.
+
+    when: text, as soon as it is written to the standard error; or a folder of checkpoints and a
+      number of steps, after one step more and once that checkpoint is written; 0: before the first.
+    """
+    if isinstance(when, str):
+        _signal_when_written(when, how)
+    else:
+        _signal_after_step(*when, how)
+    run_command(*arguments)
+
+
+def _signal_when_written(text, how):
+    write, sent = sys.stderr.write, []
+
+    def watched(written):
+        count = write(written)
+        if text in written and not sent:
+            sent.append(how)
+            os.kill(os.getpid(), how)
+        return count
+
+    sys.stderr.write = watched
+
+
+def _signal_after_step(checkpoints, last, how):
+    from timesformer_jax.distributed import hosts
+
+    termination = hosts.termination
+
+    @contextlib.contextmanager
+    def signalled():
+        with termination() as stop_signal:
+
+            def after(step):
+                if last and step == last + 1:
+                    while not os.path.isdir(os.path.join(checkpoints, str(last))):
+                        time.sleep(0.01)
+                    os.kill(os.getpid(), how)
+                return stop_signal(step)
+
+            if not last:
+                os.kill(os.getpid(), how)
+            yield after
+
+    hosts.termination = signalled
 
 
 def run_command_with_small_files(size, *arguments):

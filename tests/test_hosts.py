@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import forked
@@ -15,15 +14,15 @@ import jax
 import numpy as np
 import pytest
 from conftest import environment, scalars, tiny_run
-from forked import run_command, run_script
+from forked import run_command, run_command_that_ends, run_script
 
 from timesformer_jax.checkpoints import store as checkpoints
 from timesformer_jax.distributed import hosts
 from timesformer_jax.errors import InputError
 
-# 64 steps. A small learning rate keeps what sums in another order add from growing.
-LONG = {"epochs": 8, "model.depth": 1, "optimizer.learning_rate": 1e-4, "eval.every_epochs": 0}
-LAST = 64
+# 24 steps. A small learning rate keeps what sums in another order add from growing.
+LONG = {"epochs": 3, "model.depth": 1, "optimizer.learning_rate": 1e-4, "eval.every_epochs": 0}
+LAST = 24
 
 pytestmark = [
     pytest.mark.processes,
@@ -67,14 +66,21 @@ class Peers:
         self._started.append(run)
         return run
 
-    def commands(self, count, devices, arguments):
-        """The command line in `count` processes, told of each other by flags."""
+    def commands(self, count, devices, arguments, ends):
+        """The command line in `count` processes, told of each other by flags.
+
+        ends: (number of the process that sends itself a signal, which one, when).
+        """
         several = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
         several += ["--heartbeat_seconds=10"]
+        which, how, when = ends
         return [
-            self.start(devices, run_command, *arguments, *several, f"--process_id={i}")
+            self.start(
+                devices, *((run_command_that_ends, how, when) if i == which else (run_command,)),
+                *arguments, *several, f"--process_id={i}",
+            )
             for i in range(count)
-        ]
+        ]  # fmt: skip
 
     def scripts(self, count, devices, work):
         """The work in `count` processes, within `hosts.processes`."""
@@ -122,11 +128,8 @@ def test_killed_preempted_and_on_other_processes_it_is_the_run_of_one(
     workdir, evaluated = tmp_path / "run", tmp_path / "evaluated.json"
     arguments = tiny_run(demo_data, workdir, **LONG)
 
-    four = peers.commands(4, 1, arguments)
-    while not (workdir / "checkpoints" / "8").is_dir():
-        assert all(run.poll() is None for run in four), ends(four)
-        time.sleep(0.01)
-    four[2].kill()
+    folder = os.fspath(workdir / "checkpoints")
+    four = peers.commands(4, 1, arguments, (2, signal.SIGKILL, (folder, 8)))
     statuses, _, errors = ends(four)
     assert statuses[2] == -signal.SIGKILL
     assert 0 not in statuses
@@ -135,11 +138,10 @@ def test_killed_preempted_and_on_other_processes_it_is_the_run_of_one(
     # Told to end while it starts: both end after the same step, one of their first.
     arguments += ["--config.mesh.fsdp=2"]
     saved = checkpoints.Checkpoints(workdir / "checkpoints").latest_step()
-    two = peers.commands(2, 2, arguments)
-    assert any(f"going on from step {saved}" in line for line in two[0].stderr)
-    two[1].send_signal(signal.SIGTERM)
+    two = peers.commands(2, 2, arguments, (1, signal.SIGTERM, (folder, 0)))
     statuses, _, errors = ends(two)
     assert statuses == [128 + signal.SIGTERM] * 2, errors
+    assert f"going on from step {saved}" in errors[0]
     said = int(errors[0].split("asked to end: step ")[1].split()[0])
     assert checkpoints.Checkpoints(workdir / "checkpoints").latest_step() == said
     assert saved < said < LAST

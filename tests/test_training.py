@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import time
 
 import forked
 import jax
@@ -18,9 +17,9 @@ from timesformer_jax.checkpoints import store as checkpoints
 
 pytestmark = [pytest.mark.processes, pytest.mark.training]
 
-# 120 steps, evaluated after 40, 80 and 120.
-LONG = {"epochs": 15, "checkpoint.every_steps": 5, "eval.every_epochs": 5, "eval.crops": 1}
-LAST = 120
+# 48 steps, evaluated after 16, 32 and 48.
+LONG = {"epochs": 6, "checkpoint.every_steps": 4, "eval.every_epochs": 2, "eval.crops": 1}
+LAST = 48
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +34,12 @@ def whole(demo_data, tmp_path_factory):
 
 
 def interrupted(arguments, workdir, how, when):
-    """Starts a run, sends it a signal when it says so or has that step; returns how it ended."""
-    run = forked.Process(run_command, *arguments, environment=environment())
-    said = ""
-    while not (workdir / "checkpoints" / when).is_dir() and when not in said:
-        assert run.poll() is None, run.stderr.read()
-        if when.isdigit():
-            time.sleep(0.01)
-        else:
-            said += run.stderr.read(1)
-    run.send_signal(how)
-    _, errors = run.communicate()
+    """A run that gets a signal when it says so or has that step; returns how it ended."""
+    if isinstance(when, int):
+        when = workdir / "checkpoints", when
+    run = forked.run(forked.run_command_that_ends, how, when, *arguments, environment=environment())
     assert not (workdir / "results.json").exists()
-    return run.returncode, errors
+    return run.returncode, run.stderr
 
 
 def assert_same_run(workdir, whole):
@@ -68,18 +60,18 @@ def assert_same_run(workdir, whole):
 
 def test_killed_and_started_again_it_is_the_same_run(demo_data, whole, tmp_path, timesformer):
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG)
-    status, _ = interrupted(arguments, tmp_path / "run", signal.SIGKILL, "10")
+    status, _ = interrupted(arguments, tmp_path / "run", signal.SIGKILL, 8)
     assert status == -signal.SIGKILL
     again = timesformer(*arguments)
-    assert "going on from step" in again.stderr
+    assert "going on from step 8" in again.stderr
     assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize(
-    ("how", "when"), [(signal.SIGTERM, "evaluating validation"), (signal.SIGINT, "10")]
+    ("how", "when"), [(signal.SIGTERM, "evaluating validation"), (signal.SIGINT, 8)]
 )
 def test_asked_to_end_it_saves_and_says_so(how, when, demo_data, whole, tmp_path, timesformer):
-    arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"checkpoint.every_steps": 10})
+    arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"checkpoint.every_steps": 8})
     status, errors = interrupted(arguments, tmp_path / "run", how, when)
     assert status == 128 + how
     assert "run the same command again to go on" in errors
@@ -87,7 +79,7 @@ def test_asked_to_end_it_saves_and_says_so(how, when, demo_data, whole, tmp_path
     ended = checkpoints.Checkpoints(tmp_path / "run" / "checkpoints")
     assert ended.latest_step() == said
     # Within the step: an evaluation is left, and comes first when the run goes on.
-    assert (said == 40) == (how == signal.SIGTERM)
+    assert said == (16 if how == signal.SIGTERM else 9)
     assert not ended.validation
     timesformer(*arguments)
     assert_same_run(tmp_path / "run", whole)
@@ -144,13 +136,13 @@ def test_what_a_run_leaves(whole, demo_data):
 
     validation = {step: top1 for step, [top1] in scalars(whole, "validation/top1").items()}
     best = max(validation, key=lambda step: (validation[step], step))
-    assert sorted(validation) == [40, 80, LAST]
+    assert sorted(validation) == [16, 32, LAST]
     assert results["best"]["step"] == best
     assert results["best"]["top1"] == pytest.approx(validation[best])
     # What goes, goes when the next one is saved: the last one's validation is not in it yet.
-    before = max((40, 80), key=lambda step: (validation[step], step))
+    before = max((16, 32), key=lambda step: (validation[step], step))
     kept = {int(p) for p in os.listdir(whole / "checkpoints") if p.isdigit()}
-    assert kept == {before, 110, 115, 120}
+    assert kept == {before, 40, 44, 48}
 
 
 def test_what_is_logged_of_speed(whole):
@@ -206,9 +198,9 @@ def test_a_damaged_checkpoint_is_one_line(demo_data, whole, tmp_path, timesforme
     done = timesformer(*arguments)
     told = [line for line in done.stderr.splitlines() if "cannot be restored" in line]
     assert len(told) == 1
-    assert told[0].endswith("the earlier step 115 is taken")
+    assert told[0].endswith("the earlier step 44 is taken")
     assert "Traceback" not in done.stderr
-    assert "going on from step 115" in done.stderr
+    assert "going on from step 44" in done.stderr
     assert_same_parameters(tmp_path / "run", whole)
 
 
@@ -220,7 +212,7 @@ def assert_same_parameters(workdir, whole):
 def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(demo_data, whole, tmp_path):
     # A limit on the size of a file stands for a disk that has no room for the next checkpoint.
     shutil.copytree(whole, tmp_path / "run")
-    arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"epochs": 16})
+    arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"epochs": 7})
     run = forked.run(
         forked.run_command_with_small_files, 8192, *arguments, environment=environment()
     )
