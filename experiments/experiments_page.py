@@ -1,0 +1,156 @@
+"""docs/experiments.md and its pictures, from the results in docs/experiments.json."""
+
+from __future__ import annotations
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
+from docs_tables import DOCS, markdown_table
+from paper_tables import TABLES, Row, Table
+
+from timesformer_jax import storage
+
+RESULTS, PAGE = DOCS / "experiments.json", DOCS / "experiments.md"
+COLOURS = {"motion": "tab:blue", "appearance": "tab:orange"}
+
+INTRODUCTION = """# The paper's tables in small
+
+<!-- Written by experiments/run.py from experiments.json; change it there. -->
+
+Each table has the rows of the paper's, and beside what the paper prints what the same change does
+here. **The data differ.** The paper trains 121 M parameters on 240,000 videos of Kinetics or
+169,000 of Something-Something; here 0.2 M parameters see 3,200 videos of 48 x 40 pixels, in a
+minute of two CPU cores. What carries over is the direction of a difference, where the task asks for
+the ability that the change takes away. The sizes of differences, and what large models and image
+pretraining gain, do not.
+
+Two tasks, both of real H.264 videos made of photographs:
+
+- **motion**: a patch moves in one of 8 directions. Neither one frame nor unordered frames show it.
+- **appearance**: a patch of one of 8 photographs moves. Its direction goes with its class in half
+  of the training videos and never in validation, so that a model which relies on motion is wrong.
+
+Top-1 in percent of 800 validation videos, 1 x 3 views: the mean of the seeds, and the smallest and
+the largest. *p*, for each task: a paired permutation test over the videos against the first row,
+with the seeds as they are. Of many comparisons one in twenty is below 0.05 by chance.
+
+    .venv/bin/python experiments/run.py all                    # trains what has no result yet
+    .venv/bin/python experiments/run.py table1 --scale=paper   # the commands of the paper's runs
+"""
+
+OTHERS = """## Other methods, as the paper prints them
+
+K400 (table 2): I3D 8x8 R50 71.0 after 444 V100 hours, 73.4 after 1,440; SlowFast R50 70.0 after
+448, 75.6 after 3,840, 76.4 from scratch after 6,336; TimeSformer 75.8 (ImageNet-1K) and 78.0
+(ImageNet-21K) after 416. "TFLOPs", multiply-accumulates of three crops: I3D 1.11, SlowFast 1.97,
+TimeSformer 0.59. HowTo100M (table 8), clips of 8, 32, 64 and 96 frames: SlowFast 48.2, 50.8, 51.5,
+51.2; TimeSformer 56.8, 61.2, 62.2, 62.6.
+"""
+
+# What the rows of a table say, and why, where they differ from the paper's.
+NOTES: dict[str, list[str]] = {}
+
+Results = dict[str, dict]  # by "task/row/seed"
+
+
+def read() -> Results:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def keep(results: Results) -> None:
+    lines = [f"{json.dumps(key)}: {json.dumps(run)}" for key, run in sorted(results.items())]
+    storage.write_atomically(RESULTS, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def write() -> None:
+    """Writes the page with the tables of which there are results, and draws the figures."""
+    results, page = read(), [INTRODUCTION]
+    for name, table in TABLES.items():
+        if any(_runs(results, task, row.name) for task in table.tasks for row in table.rows):
+            page += [f"## {table.title}", _table(table, results)]
+            if table.lines:
+                _draw(table, results, name)
+                page.append(f"![{table.title}](experiments_{name}.png)")
+            page += NOTES.get(name, [])
+    storage.write_atomically(PAGE, "\n\n".join([*page, OTHERS]).encode())
+
+
+def _runs(results: Results, task: str, name: str) -> list[dict]:
+    """The runs of a row, in the order of their seeds."""
+    found = {key: run for key, run in results.items() if key.rpartition("/")[0] == f"{task}/{name}"}
+    return [found[key] for key in sorted(found)]
+
+
+def _table(table: Table, results: Results) -> str:
+    head = ["row", *table.recipes, *(f"{task}, top-1" for task in table.tasks), "p"]
+    head += ["parameters", "MMACs, one view"]
+    lines = [_line(row, table, results) for row in table.rows]
+    return markdown_table(head, lines, words=1)
+
+
+def _line(row: Row, table: Table, results: Results) -> list[str]:
+    of_tasks = [_runs(results, task, row.name) for task in table.tasks]
+    first = table.rows[0].name
+    compared = [
+        "" if row.name == first else _p(runs, _runs(results, task, first))
+        for task, runs in zip(table.tasks, of_tasks)
+    ]
+    costs = ["", ""]
+    if runs := next(filter(None, of_tasks), None):
+        costs = [f"{runs[0]['parameters']:,}", f"{runs[0]['macs'] / 1e6:.1f}"]
+    published = [row.published.get(recipe, "") for recipe in table.recipes]
+    p = "; ".join(filter(None, compared))
+    return [row.name, *published, *map(_accuracy, of_tasks), p, *costs]
+
+
+def _accuracy(runs: list[dict]) -> str:
+    """Mean and, of several seeds, the smallest and the largest."""
+    if not runs:
+        return ""
+    top1 = [100 * run["top1"] for run in runs]
+    spread = f" ({min(top1):.1f} to {max(top1):.1f})" if len(top1) > 1 else ""
+    return f"{np.mean(top1):.1f}{spread}"
+
+
+def _p(runs: list[dict], others: list[dict]) -> str:
+    """That the two rows are right equally often: a paired permutation test over the videos.
+
+    Of each video it takes the share of the seeds that are right. The seeds are taken as they are;
+    their spread is beside it.
+    """
+    seeds = min(len(runs), len(others))
+    if not seeds:
+        return ""
+    ours, theirs = (np.mean([_right(run) for run in r[:seeds]], axis=0) for r in (runs, others))
+    if np.array_equal(ours, theirs):
+        return "1"
+    test = scipy.stats.permutation_test(
+        (ours - theirs,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=True,
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return f"{test.pvalue:.4f}"
+
+
+def _right(run: dict) -> np.ndarray:
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(run["right"]), np.uint8))
+    return bits[: run["videos"]].astype(float)
+
+
+def _draw(table: Table, results: Results, name: str) -> None:
+    figure, axes = plt.subplots(1, len(table.lines), figsize=(5 * len(table.lines), 3.4),
+                                sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    for axis, (title, rows) in zip(axes[0], table.lines.items()):
+        for task in table.tasks:
+            found = {x: _runs(results, task, row) for x, row in sorted(rows.items())}
+            points = {x: [100 * run["top1"] for run in runs] for x, runs in found.items() if runs}
+            axis.plot(list(points), [np.mean(y) for y in points.values()], color=COLOURS[task],
+                      label=task)  # fmt: skip
+            for x, y in points.items():
+                axis.plot([x] * len(y), y, ".", color=COLOURS[task])
+        axis.set(title=title, xlabel=table.axis, ylim=(0, 100), xticks=sorted(rows))
+    axes[0][0].set_ylabel("top-1, %")
+    axes[0][0].legend(loc="lower right")
+    figure.savefig(DOCS / f"experiments_{name}.png", dpi=110)
+    plt.close(figure)
