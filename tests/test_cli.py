@@ -60,6 +60,15 @@ def test_only_messages_of_tensorflow_are_hidden(capfd):
     assert capfd.readouterr().err == "I0000 is told again\n"
 
 
+def test_that_there_is_no_gpu_is_told_where_there_is_one(capfd, monkeypatch, tmp_path):
+    failed = "E0000 00:00:17.9  8 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA error"
+    for device, expected in ((tmp_path / "nvidia[0-9]", ""), (tmp_path, f"{failed}\n")):
+        monkeypatch.setattr("timesformer_jax.tensorflow_messages._GPUS", [str(device)])
+        with hide_tensorflow_messages():
+            os.write(2, f"{failed}\n".encode())
+        assert capfd.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

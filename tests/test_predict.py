@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from timesformer_jax.inference.appended import AppendedFile
 from timesformer_jax.inference.feature_table import GrowingTable
 from timesformer_jax.inference.sources import Source, find
 from timesformer_jax.models.timesformer import parameters
+from timesformer_jax.storage import check_folder
 from timesformer_jax.transforms.preprocess import preprocess
 
 SPEC = ClipSpec(frames=4, frame_stride=4, crop=16, short_side=24)
@@ -415,6 +417,54 @@ def test_tables_hold_the_features_with_ids_and_labels(
             assert np.array_equal(arrays["features"][i], np.float32(table["features"][i]))
         assert json.loads(str(arrays["settings"]))["settings"]["views"] == 2
     assert not [path for path in tmp_path.iterdir() if "part" in path.name]
+
+
+def test_names_of_any_bytes_are_text_in_every_output(checkpoint, good, tmp_path, capfd):
+    """A name that is not UTF-8, and one with a line break; each run is gone on with."""
+    folder = os.fsencode(tmp_path) + b"/videos"
+    os.mkdir(folder)
+    names = [b"a\xff.mp4", b"b\nc.mp4"]
+    for name in names:
+        shutil.copy(os.fsencode(good[0]), folder + b"/" + name)
+    expected = [f"{tmp_path}/videos/{name}" for name in ("a\\udcff.mp4", "b\\nc.mp4")]
+    flags = [tmp_path / "videos", f"--checkpoint={checkpoint}", "--crops=1"]
+    for kind in ("csv", "jsonl"):
+        output = tmp_path / f"found.{kind}"
+        for _ in range(2):
+            assert run("predict", *flags, f"--output={output}") == 0
+        assert "has 2 of 2 videos already" in capfd.readouterr().err
+        with open(output, encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file) if kind == "csv" else map(json.loads, file)
+            assert [row["video"] for row in rows] == expected
+    import pyarrow.parquet
+
+    for _ in range(2):
+        assert run("features", *flags, f"--output={tmp_path / 'f.parquet'}") == 0
+    assert "has 2 of 2 videos already" in capfd.readouterr().err
+    table = pyarrow.parquet.read_table(tmp_path / "f.parquet").to_pydict()
+    assert table["id"] == table["path"] == expected
+
+
+def test_what_cannot_be_is_refused_before_the_work(
+    checkpoint, good, refusal, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("timesformer_jax.host_memory._memory", lambda: 1 << 30)
+    flags = [good[0], f"--checkpoint={checkpoint}"]
+    long = tmp_path / f"{'x' * 250}.json"
+    assert "is too long" in refusal("timeline", *flags, f"--output={long}")
+    with pytest.raises(tsf.InputError, match="null byte"):
+        check_folder("--output", f"{tmp_path}/a\0.json")
+    said = refusal("predict", *flags, "--batch_size=1000000", "--views=1")
+    assert "GiB: lower --batch_size" in said
+    said = refusal("features", *flags, "--batch_size=1000000", f"--output={tmp_path / 'a.npz'}")
+    assert "GiB: lower --batch_size" in said
+    assert list(tmp_path.iterdir()) == []
+    predictor = tsf.Predictor(checkpoint, crops=1)
+    for label in ("9" * 5000, "1" + "0" * 30):
+        with pytest.raises(tsf.InputError, match="has no class"):
+            predictor.attention(good[0], label)
+    with pytest.raises(tsf.InputError, match="leave it out"):
+        tsf.from_pretrained(checkpoint, revision="main")
 
 
 def test_features_of_annotated_clips(checkpoint, folder, tmp_path):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 
 import jax
+
+from timesformer_jax.errors import InputError
 
 # Parameters of mallopt(3).
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -27,6 +30,33 @@ def keep_freed() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc.mallopt(MMAP_MAX, 0)  # allocate everything on the heap
     libc.mallopt(TRIM_THRESHOLD, -1)  # never shrink the heap
+
+
+def require_memory_for(clips: int, frames: int, side: int, flag: str) -> None:
+    """Refuses a batch whose frames alone, as bytes, are more than this machine's memory.
+
+    Args:
+      clips: of this process.
+      frames, side: of a clip; pixels.
+      flag: that sets the number.
+
+    Raises:
+      InputError: they do not fit. A model needs far more; `timesformer plan` says how much.
+    """
+    need, there = clips * frames * side**2 * 3, _memory()
+    if there and need > there:
+        raise InputError(
+            f"the frames of {clips:,} clips at a time take {need / 2**30:,.0f} GiB, and this"
+            f" machine has {there / 2**30:,.0f} GiB: lower {flag}"
+        )
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory; 0 if it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _has_accelerator() -> bool:

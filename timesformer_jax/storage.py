@@ -71,6 +71,12 @@ def _storage_errors(path: str) -> Iterator[None]:
         ) from error
 
 
+def as_text(name: str) -> str:
+    """A file's name as one line of text: bytes that are not UTF-8, and line breaks, are escaped."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
 def absolute(path: str | os.PathLike) -> epath.Path:
     """The absolute path of a local path; a remote path as it is."""
     return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(path))
@@ -145,11 +151,20 @@ def check_folder(flag: str, path: str, source: str | os.PathLike | None = None) 
         return
     if os.path.isdir(path):
         raise InputError(f"{flag}={path} is a folder; give the name of a file in it")
+    try:
+        os.lstat(f"{path}.{os.getpid()}.part")  # `atomic_path` writes to it
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"{flag}={path!r:.60} is too long or has a null byte; give a shorter name"
+            ) from error
     there = os.path.exists(path)
     if there and source and os.path.exists(source) and os.path.samefile(path, source):
         raise InputError(f"{flag}={path} is the input itself; give another name")
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise InputError(f"the folder of {flag}={path} does not exist")
+    if not os.access(path if there else os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise InputError(f"{flag}={path} may not be written; give another path")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import sys
@@ -13,6 +14,10 @@ from collections.abc import Iterator
 _MESSAGE = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog|I0000 |[EW]0000 .*\bregister"
 )
+# TensorFlow looks for a GPU on every machine. That there is none is no error.
+_NO_GPU = re.compile(rb"E0000 .*failed call to cuInit")
+# Of NVIDIA's driver, and of Windows' subsystem for Linux.
+_GPUS = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
 
 
 @contextlib.contextmanager
@@ -32,4 +37,12 @@ def hide_tensorflow_messages() -> Iterator[None]:
             sys.stderr.flush()
             os.dup2(stderr.fileno(), 2)
             written.seek(0)
-            stderr.writelines(line for line in written if not _MESSAGE.match(line))
+            hidden = (_MESSAGE,) if _has_gpu() else (_MESSAGE, _NO_GPU)
+            stderr.writelines(
+                line for line in written if not any(pattern.match(line) for pattern in hidden)
+            )
+
+
+def _has_gpu() -> bool:
+    """Whether there is an NVIDIA device, usable or not: then nothing about it is hidden."""
+    return any(glob.glob(pattern) for pattern in _GPUS)

@@ -54,8 +54,10 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Located:
         raise NoCheckpoint("no checkpoint given: give a path or a name")
     in_bucket = bucket.full_name(source)
     if not source.startswith("gs://vit_models/") and (found := _by_path(source)):
+        _no_revision(source, revision)
         return found
     if in_bucket:
+        _no_revision(source, revision)
         known = catalogue.by_name(f"gs://vit_models/{in_bucket}")
         return Located(source, bucket.download(in_bucket), known=known)
     name, _, at = source.partition("@")
@@ -64,6 +66,14 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Located:
         path = hub.download(name, revision or at or None)
         return Located(source, path, known=catalogue.by_name(name))
     raise NoCheckpoint(_not_found(source))
+
+
+def _no_revision(source: str, revision: str | None) -> None:
+    if revision is not None:
+        raise InputError(
+            f"revision={revision!r} is of a name on the Hugging Face Hub, and {source} is none:"
+            " leave it out"
+        )
 
 
 def full_name(source: str | os.PathLike) -> str:

@@ -31,6 +31,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import MultiLabelResults, Results, average_pieces, by_name
 from timesformer_jax.evaluation.output import check_outputs, write
 from timesformer_jax.evaluation.step import make_step
+from timesformer_jax.host_memory import require_memory_for
 from timesformer_jax.models import tuning
 from timesformer_jax.models.timesformer import TimeSformerConfig
 
@@ -128,6 +129,9 @@ def evaluate_checkpoint(
         evaluated = _open_data(checkpoint, metadata, data, split, fps)
         evaluated = match_labels(metadata, evaluated)
         check_batch(mesh, batch_size, "--batch_size")
+        own = batch_size * views // jax.process_count()
+        clip = metadata.clip
+        require_memory_for(own, clip.frames, clip.crop, "--batch_size or --views")
         results = evaluate(
             params, metadata.model, metadata.clip, evaluated, mesh,
             batch_size=batch_size, views=views, crops=crops,

@@ -27,12 +27,7 @@ def check_outputs(paths: Sequence[str]) -> None:
     for path in paths:
         if os.path.splitext(path)[1] not in WRITERS:
             raise InputError(f"--output={path}: the name must end in {', '.join(WRITERS)}")
-        if storage.is_remote(path):
-            continue
-        if os.path.isdir(path):
-            raise InputError(f"--output={path} is a folder; give the name of a file in it")
-        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            raise InputError(f"the folder of --output={path} does not exist")
+        storage.check_folder("--output", path)
         if path.endswith(".png"):
             _figure()
 
@@ -89,7 +84,7 @@ def _csv(results: Results | MultiLabelResults, about: Mapping[str, Any]) -> byte
     rows.writerow([*head, *(f"p({label})" for label in results.labels)])
     for row, p in zip(fields, results.probabilities):
         rows.writerow([*row, *(f"{value:.6g}" for value in p)])
-    return text.getvalue().encode()
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _png(results: Results | MultiLabelResults, about: Mapping[str, Any]) -> bytes:

@@ -35,6 +35,10 @@ def trace(
     return relevance / max(relevance.sum(), np.finfo(np.float32).tiny), probabilities[0]
 
 
+# Of a class number; Python refuses to read numbers of thousands of digits.
+MAX_DIGITS = 20
+
+
 def class_index(labels: Sequence[str], label: str | int) -> int:
     """The number of a class, from its name or its number.
 
@@ -43,10 +47,10 @@ def class_index(labels: Sequence[str], label: str | int) -> int:
     """
     if label in labels:
         return labels.index(str(label))
-    if str(label).isdecimal() and int(label) < len(labels):
-        return int(label)
+    if (text := str(label)).isdecimal() and len(text) < MAX_DIGITS and int(text) < len(labels):
+        return int(text)
     raise InputError(
-        f"the checkpoint has no class {label!r}{did_you_mean(str(label), labels)}; "
+        f"the checkpoint has no class {label!r:.60}{did_you_mean(str(label), labels)}; "
         f"its {len(labels)} classes have these names, or numbers from 0: "
         f"{', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}"
     )

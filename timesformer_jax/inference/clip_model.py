@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.host_memory import require_memory_for
 from timesformer_jax.models import tuning
 from timesformer_jax.models.timesformer import class_probabilities, with_parameters
 from timesformer_jax.transforms.preprocess import preprocess
@@ -49,6 +50,9 @@ class ClipModel:
         self._metadata, self._params, self._crops = metadata, params, crops
         self._kernels = attention_kernels
         self.batch_size = batch_size or (1 if jax.default_backend() == "cpu" else BATCH_SIZE)
+        require_memory_for(
+            self.batch_size, metadata.clip.frames, metadata.clip.crop, "--batch_size"
+        )
         self._lock = threading.Lock()
         self._tuned: set[int] = set()  # sizes of batches that kernels are chosen for
         spec, dtype = metadata.clip, metadata.model.dtype

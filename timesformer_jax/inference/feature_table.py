@@ -30,7 +30,7 @@ from etils import epath
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference.appended import AppendedFile
 from timesformer_jax.inference.sources import Source
-from timesformer_jax.storage import absolute, atomic_path, disk_errors, is_remote
+from timesformer_jax.storage import absolute, as_text, atomic_path, disk_errors, is_remote
 
 TEXTS = ("id", "path", "label", "split")
 NUMBERS = ("start", "end")
@@ -108,7 +108,9 @@ class GrowingTable:
                 assert arrays[name].shape == shape, (name, arrays[name].shape, shape)
                 self._arrays[name].write(np.ascontiguousarray(arrays[name], "<f4").tobytes())
                 self._arrays[name].flush()
-        self._rows.append(json.dumps({name: getattr(source, name) for name in (*TEXTS, *NUMBERS)}))
+        row = {name: as_text(getattr(source, name)) for name in TEXTS}
+        row |= {name: getattr(source, name) for name in NUMBERS}
+        self._rows.append(json.dumps(row))
 
     def finish(self) -> int:
         """Writes the table, whole or not at all, and removes the folder. Returns its rows."""

@@ -91,8 +91,6 @@ class Writer:
             return "\n".join([video, *(f"  {p:7.2%}  {label}" for label, p in predictions)])
         rounded = [(label, float(f"{p:.7g}")) for label, p in predictions]
         if self.format == "csv":
-            if "\n" in video or "\r" in video:
-                raise InputError(f"{video!r} has a line break in its name; use --json")
             empty = [("", "")] * (self.top - len(rounded))
             pairs = (x for pair in [*rounded, *empty] for x in pair)
             return _csv([video, *pairs, *_values(self.settings)])

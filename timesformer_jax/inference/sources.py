@@ -17,7 +17,7 @@ from timesformer_jax.data.annotations.videos import (
     walk,
 )
 from timesformer_jax.errors import InputError
-from timesformer_jax.storage import is_remote
+from timesformer_jax.storage import as_text, is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Source:
     """A video, or a part of one.
 
     Attributes:
-      id: its name in the results.
+      id: its name in the results, one line of text.
       path: of the file, or of a folder of images.
       label, split: its class and split, "" if unknown.
       start, end: seconds; None: no bound.
@@ -72,7 +72,7 @@ def find(
             hint = "in a glob, ** is any number of folders" if is_glob else "give files or folders"
             raise InputError(f"{each} holds no video ({kinds}); {hint}")
         for source in sources:
-            found.setdefault(source.id, dataclasses.replace(source, start=start, end=end))
+            found.setdefault(source.path, dataclasses.replace(source, start=start, end=end))
     return list(found.values())
 
 
@@ -96,7 +96,7 @@ def of_annotations(
     listing = annotations_lib.read(folder, annotations, names, dataset=dataset, follow=follow)
     return [
         Source(
-            clip.id,
+            as_text(clip.id),
             os.path.join(folder, clip.path),
             clip.label,
             clip.split,
@@ -115,7 +115,7 @@ def _expanded(pattern: str, follow: bool) -> list[Source]:
         if os.path.isdir(path):
             found += _listed(path, follow)
         elif is_video(path):
-            found.append(Source(path, path))
+            found.append(Source(as_text(path), path))
     files = [source for source in found if not os.path.isdir(source.path)]
     return files or found
 
@@ -127,7 +127,7 @@ def _listed(path: str, follow: bool) -> list[Source]:
     else:
         is_folder = os.path.isdir(path) and not _is_video_of_images(path)
     if not is_folder:
-        return [Source(path, path)]
+        return [Source(as_text(path), path)]
     folder = walk(path, follow)
     for link, target in folder.outside.items():
         raise InputError(
@@ -141,7 +141,7 @@ def _listed(path: str, follow: bool) -> list[Source]:
     found = []
     for name in folder.videos or sorted(folder.frame_folders):
         inside, clip = os.path.join(path, name), clips.get(name)
-        found.append(Source(inside, inside, *((clip.label, clip.split) if clip else ())))
+        found.append(Source(as_text(inside), inside, *((clip.label, clip.split) if clip else ())))
     return found
 
 

@@ -221,9 +221,11 @@ def _train_batches(run: Run, position: pipeline.IteratorState):
 
 
 def _progress_bar(step: int, total: int) -> tqdm:
+    # None: no bar unless the standard error is a terminal; the log has the steps too.
     return tqdm(
-        total=total, initial=step, unit="step", desc="training", disable=jax.process_index() > 0
-    )
+        total=total, initial=step, unit="step", desc="training",
+        disable=jax.process_index() > 0 or None,
+    )  # fmt: skip
 
 
 def step_inputs(batch: pipeline.Batch) -> pipeline.Batch:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from absl import logging
 from etils import epath
@@ -23,6 +24,7 @@ from timesformer_jax.data.records.open import absolute_source, open_split
 from timesformer_jax.data.records.split import Split, take_fraction
 from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import check_batch, make_mesh
+from timesformer_jax.host_memory import require_memory_for
 from timesformer_jax.models import tuning
 from timesformer_jax.training.checks import check_config, check_model, model_config
 from timesformer_jax.training.fitting import fitted
@@ -77,6 +79,12 @@ def make_run(config: ConfigDict, workdir: epath.Path) -> Run:
     check_model(mesh, model, clip)
     check_batch(mesh, config.batch_size, "--config.batch_size", config.accumulate_steps)
     check_batch(mesh, config.eval.batch_size, "--config.eval.batch_size")
+    for flag, clips in (
+        ("batch_size", config.batch_size),
+        ("eval.batch_size", config.eval.batch_size * config.eval.views),
+    ):
+        own = clips // jax.process_count()
+        require_memory_for(own, clip.frames, clip.crop, f"--config.{flag}")
     steps_per_epoch = pipeline.batches_per_epoch(train_split, config.batch_size)
     schedule = learning_rate(config.optimizer, config.batch_size, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule)
