@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from timesformer_jax.distributed.sharding import target_device
 from timesformer_jax.models.ops import long_attention
@@ -138,14 +138,15 @@ def _temporal_by_blocks(qkv: Tokens, grid: Grid) -> Tokens:
 
 
 def _spatial_by_blocks(qkv: Tokens, grid: Grid) -> Tokens:
-    def along_patches(qkv: jax.Array) -> jax.Array:  # b s n ... -> (b s) n 1 ...
+    def along_patches(qkv: Float[Array, "b s n 3 h d"]) -> Float[Array, "b s n hd"]:
+        # b s n ... -> (b s) n 1 ...
         out = _by_blocks(qkv.reshape(-1, qkv.shape[2], 1, *qkv.shape[3:]))
         return out.reshape(*qkv.shape[:3], -1)
 
     return joined(qkv, along_patches, axis=2)
 
 
-def _by_blocks(qkv: jax.Array) -> jax.Array:
+def _by_blocks(qkv: Float[Array, "a l s 3 h d"]) -> Float[Array, "a l s hd"]:
     return long_attention.attention(qkv, target_device().platform)
 
 
@@ -174,17 +175,19 @@ def _columns(qkv: Tokens, grid: Grid) -> Tokens:
     return Tokens(cls, out.patches.reshape(*qkv.patches.shape[:3], -1))
 
 
-def _regroup(x: jax.Array, *sizes: int) -> jax.Array:
+def _regroup(x: Float[Array, "b t n *x"], *sizes: int) -> Float[Array, "b ..."]:
     """(B, T, N, ...) to (B, *sizes, ...)."""
     return x.reshape(len(x), *sizes, *x.shape[3:])
 
 
-def _take(x: jax.Array, index: np.ndarray) -> jax.Array:
+def _take(x: Float[Array, "b n *x"], index: Int[np.ndarray, "*i"]) -> Float[Array, "b ..."]:
     """x[:, index]. No index comes twice, so that the gradient needs no atomic additions."""
     return x.at[:, index].get(unique_indices=True, mode="promise_in_bounds")
 
 
-def _put_back(taken: list[jax.Array], index: Sequence[np.ndarray]) -> jax.Array:
+def _put_back(
+    taken: list[Float[Array, "b ..."]], index: Sequence[Int[np.ndarray, "..."]]
+) -> Float[Array, "b n *x"]:
     """Undoes `_take` with each of `index`, which together name every entry once."""
     order = np.concatenate([i.reshape(-1) for i in index])
     return _take(jnp.concatenate(taken, axis=1), np.argsort(order))

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.distributed.pieces import in_pieces, is_long
@@ -131,7 +130,7 @@ def resize_time(
     return jax.image.resize(table, (new, table.shape[1]), "linear", antialias=False)
 
 
-def _nearest(table: jax.Array | np.ndarray, axis: int, size: int) -> jax.Array:
+def _nearest(table: Float[Array | np.ndarray, "..."], axis: int, size: int) -> Float[Array, "..."]:
     """Resizes one axis to `size` by nearest neighbour, index floor(i * old / new)."""
     old = table.shape[axis]
     # In float32 as PyTorch computes it, which at a few sizes (26 to 22) is one off the exact rule.
@@ -182,14 +181,16 @@ def patch_embedding(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _convolution(
-    patch_size: int, rule: str, frames: jax.Array, kernel: ArrayLike, bias: ArrayLike
-) -> jax.Array:
-    """(F, H, W, 3) frames to (F, H / P, W / P, D)."""
+    patch_size: int, rule: str, frames: Float[Array, "f h w 3"], kernel: Kernel, bias: Bias
+) -> Float[Array, "f y x d"]:
+    """Every patch of every frame through x W + b, as a grid of H / P x W / P patches."""
     window = gather_fsdp(jnp.asarray(kernel, frames.dtype), rule)
     return _convolve(patch_size, frames, window) + jnp.asarray(bias, frames.dtype)
 
 
-def _convolve(patch_size: int, frames: jax.Array, kernel: jax.Array) -> jax.Array:
+def _convolve(
+    patch_size: int, frames: Float[Array, "f h w 3"], kernel: Float[Array, "p2c d"]
+) -> Float[Array, "f y x d"]:
     window = kernel.reshape(patch_size, patch_size, frames.shape[-1], -1)
     return jax.lax.conv_general_dilated(
         frames, window, (patch_size, patch_size), "VALID",
@@ -201,7 +202,9 @@ def _convolution_forward(patch_size: int, rule: str, *arguments: Any) -> tuple:
     return _convolution(patch_size, rule, *arguments), arguments[:2]
 
 
-def _convolution_backward(patch_size: int, rule: str, saved: tuple, g: jax.Array) -> tuple:
+def _convolution_backward(
+    patch_size: int, rule: str, saved: tuple, g: Float[Array, "f y x d"]
+) -> tuple:
     frames, kernel = saved
     rounded = gather_fsdp(jnp.asarray(kernel, frames.dtype), rule)
     (frames_bar,) = jax.linear_transpose(

@@ -81,7 +81,7 @@ class Attention(nnx.Module):
             y = y._replace(patches=sequence.to_frames(y.patches, n))
         return y
 
-    def _copies(self, cls: jax.Array, sequences: int) -> jax.Array | None:
+    def _copies(self, cls: Float[Array, "b *s d"], sequences: int) -> Float[Array, "b _ d"] | None:
         """One token for every sequence. As in the release they are copied before the projections:
         the published costs count those products (0.1% of the whole)."""
         if not self.layer.joins_cls:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+import numpy as np
 from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.layer_norm import row_sums
@@ -15,6 +15,8 @@ from timesformer_jax.models.ops.reference import with_reference
 # Up to this many tokens XLA's CPU compiler multiplies faster by a transposed copy (2.2 times with 8
 # tokens of 64 channels, 4.7 with 16). For longer sequences its own product uses all cores.
 _SHORT = 64
+
+Heads = Float[Array | np.ndarray, "l h d"]
 
 
 def reference(
@@ -49,11 +51,15 @@ def _accumulator(x: Any) -> jnp.dtype:
 
 
 @jax.custom_vjp
-def _attention(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> jax.Array:
+def _attention(q: Heads, k: Heads, v: Heads) -> Float[Array, "l h d"]:
     return _forward(q, k, v)[0]
 
 
-def _forward(q: Any, k: Any, v: Any) -> tuple:
+def _forward(q: Heads, k: Heads, v: Heads) -> tuple:
+    """The result and, for the backward pass, q, k, v and the weights before they are divided.
+
+    The weights are (h, queries, keys), in the dtype of v.
+    """
     wide = _accumulator(q)
     logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True)).astype(v.dtype)
@@ -63,7 +69,7 @@ def _forward(q: Any, k: Any, v: Any) -> tuple:
     return out.astype(v.dtype), (q, k, v, weights)
 
 
-def _backward(saved: tuple, g: jax.Array) -> tuple:
+def _backward(saved: tuple, g: Float[Array, "l h d"]) -> tuple[Heads, Heads, Heads]:
     q, k, v, weights = saved
     wide = _accumulator(q)
     # XLA's CPU compiler runs a batch of products on one core, but on all cores if a reduction is
@@ -81,8 +87,10 @@ def _backward(saved: tuple, g: jax.Array) -> tuple:
 _attention.defvjp(_forward, _backward)
 
 
-def _sum_over_queries(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """(h, queries, keys) and (queries, h, d) to (keys, h, d)."""
+def _sum_over_queries(
+    weights: Float[Array, "h q k"], x: Float[Array | np.ndarray, "q h d"]
+) -> Float[Array, "k h d"]:
+    """For each key and head, the sum of x over the queries with these weights."""
     if len(x) <= _SHORT:
         out = jax.lax.dot_general(x, weights, (([0], [1]), ([1], [0])))
     else:

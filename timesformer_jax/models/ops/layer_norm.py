@@ -9,19 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.reference import with_reference
 
 EPSILON = 1e-6
 
+Rows = Float[Array | np.ndarray, "... d"]
 Vector = Float[Array | np.ndarray, " d"]
 
 
-def reference(
-    x: Float[Array | np.ndarray, "... d"], scale: Vector, bias: Vector
-) -> Float[Array, "... d"]:
+def reference(x: Rows, scale: Vector, bias: Vector) -> Float[Array, "... d"]:
     """(x - mean) / standard deviation * scale + bias, in float32."""
     x = jnp.asarray(x, jnp.float32)
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
@@ -29,9 +27,7 @@ def reference(
 
 
 @with_reference(reference)
-def layer_norm(
-    x: Float[Array | np.ndarray, "... d"], scale: Vector, bias: Vector
-) -> Float[Array, "... d"]:
+def layer_norm(x: Rows, scale: Vector, bias: Vector) -> Float[Array, "... d"]:
     """(x - mean) / standard deviation * scale + bias; the result and all sums are float32.
 
     The gradient is written out. Derived automatically, it passes over the tokens several times
@@ -55,19 +51,18 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, width: int, rngs: nnx.Rngs):
         super().__init__(width, epsilon=EPSILON, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(  # type: ignore[override]  # there is no mask
-        self, x: Float[Array | np.ndarray, "... d"]
-    ) -> Float[Array, "... d"]:
+    def __call__(self, x: Rows) -> Float[Array, "... d"]:  # type: ignore[override]  # no mask
         """(..., D) of any float dtype to (..., D) float32."""
         return layer_norm(x, self.scale[...], self.bias[...])
 
 
 @jax.custom_vjp
-def _layer_norm(x: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> jax.Array:
+def _layer_norm(x: Rows, scale: Vector, bias: Vector) -> Float[Array, "... d"]:
     return _normalised(x, scale, bias)[0]
 
 
-def _normalised(x: ArrayLike, scale: ArrayLike, bias: ArrayLike) -> tuple:
+def _normalised(x: Rows, scale: Vector, bias: Vector) -> tuple:
+    """The result, and for the backward pass x, mean and 1 / deviation (..., 1), and scale."""
     wide = jnp.asarray(x, jnp.float32)
     mean = wide.mean(-1, keepdims=True)
     if jnp.result_type(x) == jnp.bfloat16:
@@ -88,7 +83,7 @@ def _forward(*arguments: Any) -> tuple:
     return out, (x, *jax.lax.optimization_barrier(statistics), scale)
 
 
-def _backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
+def _backward(saved: tuple, g: Float[Array, "... d"] | SymbolicZero) -> tuple:
     if isinstance(g, SymbolicZero):  # the loss does not depend on the last block's patches
         return None, None, None
     x, mean, inverse, scale = saved
@@ -102,7 +97,7 @@ def _backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
 _layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def row_sums(x: Float[Array | np.ndarray, "... d"], scale: Vector) -> Float[Array, "..."]:
+def row_sums(x: Rows, scale: Vector) -> Float[Array, "..."]:
     """The sum of each row of `x * scale`."""
     return jax.lax.platform_dependent(
         x, scale,

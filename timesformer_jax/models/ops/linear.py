@@ -14,18 +14,20 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from timesformer_jax.distributed.sharding import gather_fsdp, mesh_size, target_device
 from timesformer_jax.models.ops.reference import with_reference
 from timesformer_jax.models.remat import OUTPUT
 
+Kernel = Float[Array | np.ndarray, "i *o"]
+Bias = Float[Array | np.ndarray, "*o"]
+
 
 def reference(
     x: Any,
-    kernel: Float[Array | np.ndarray, "i *o"],
-    bias: Float[Array | np.ndarray, "*o"],
+    kernel: Kernel,
+    bias: Bias,
     rule: str,
 ) -> Any:
     """x W + b, for every array of a tree."""
@@ -37,8 +39,8 @@ def reference(
 @with_reference(reference)
 def linear(
     x: Any,
-    kernel: Float[Array | np.ndarray, "i *o"],
-    bias: Float[Array | np.ndarray, "*o"],
+    kernel: Kernel,
+    bias: Bias,
     rule: str,
 ) -> Any:
     """x W + b, for every array of a tree.
@@ -80,8 +82,8 @@ class Linear(nnx.LinearGeneral):
     def apply(
         self,
         x: Any,
-        kernel: Float[Array | np.ndarray, "i *o"],
-        bias: Float[Array | np.ndarray, "*o"],
+        kernel: Kernel,
+        bias: Bias,
     ) -> Any:
         """As the layer itself, with another kernel and bias."""
         y = linear(jax.tree.map(lambda t: t.astype(self.dtype), x), kernel, bias, self.rule)
@@ -103,7 +105,7 @@ def fused(first: Linear, second: Linear) -> tuple[Float[Array, "i o"], Float[Arr
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(rule: str, x: Any, kernel: ArrayLike, bias: ArrayLike) -> Any:
+def _linear(rule: str, x: Any, kernel: Kernel, bias: Bias) -> Any:
     matrix = _gathered_matrix(rule, x, kernel)
     outputs = jnp.shape(bias)
     row = _merge_features(jnp.asarray(bias, matrix.dtype), len(outputs))
@@ -159,7 +161,7 @@ def _backward(rule: str, saved: tuple, g: Any) -> tuple:
 _linear.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _gathered_matrix(rule: str, x: Any, kernel: ArrayLike) -> Any:
+def _gathered_matrix(rule: str, x: Any, kernel: Kernel) -> Float[Array, "i o"]:
     """The kernel in the dtype of `x`; rounded before devices gather it, which halves the bytes."""
     kernel = jnp.asarray(kernel, jax.tree.leaves(x)[0].dtype)
     return _merge_features(gather_fsdp(kernel, rule), kernel.ndim - 1)
@@ -183,13 +185,13 @@ def token_sums(g: Float[Array, "*t d"], dtype: Any) -> Float[Array, " d"]:
 # the array before and after. Where "tensor" splits the last axis, each device merges its own part.
 
 
-def _merge_features(x: jax.Array, features: int) -> jax.Array:
+def _merge_features(x: Float[Array, "*a"], features: int) -> Float[Array, "*t o"]:
     """(..., *features) to (..., product of the features)."""
     ndim = x.ndim - features + 1
     return _by_shard(lambda x: x.reshape(*x.shape[: ndim - 1], -1), x, ndim) if features > 1 else x
 
 
-def _split_features(x: jax.Array, features: tuple[int, ...]) -> jax.Array:
+def _split_features(x: Float[Array, "*t o"], features: tuple[int, ...]) -> Float[Array, "*a"]:
     """Undoes `_merge_features`."""
     if len(features) == 1:
         return x
@@ -197,7 +199,7 @@ def _split_features(x: jax.Array, features: tuple[int, ...]) -> jax.Array:
     return _by_shard(lambda x: x.reshape(*x.shape[:-1], *features[:-1], -1), x, ndim)
 
 
-def _by_shard(reshape: Callable, x: jax.Array, ndim: int) -> jax.Array:
+def _by_shard(reshape: Callable, x: Float[Array, "*a"], ndim: int) -> Float[Array, "*b"]:
     """`reshape`, which gives `ndim` axes, on the parts into which "tensor" splits the last axis."""
     if mesh_size("tensor") == 1:
         return reshape(x)
@@ -207,7 +209,7 @@ def _by_shard(reshape: Callable, x: jax.Array, ndim: int) -> jax.Array:
     )(x)
 
 
-def _merge_tokens(x: jax.Array) -> jax.Array:
+def _merge_tokens(x: Float[Array, "*t d"]) -> Float[Array, "*m d"]:
     """(*tokens, features) to (product of tokens, features) on a single CPU or GPU.
 
     XLA makes a matrix of an operand with more axes itself, on a CPU by a transposed copy, into

@@ -26,6 +26,16 @@ BLOCK = 512
 LOGITS = {"cpu": 2**22}
 LOGITS_ELSEWHERE = 2**26
 
+QKV = Float[Array, "a l s 3 h d"]
+Result = Float[Array, "a l s hd"]
+# A group of sequences, (A', L, S', ...) of (A, L, S, ...). In blocks: (blocks, R, W, d), of which
+# one is (R, W, d), and a number for each token.
+OfAll = Float[Array, "a l s *x"]
+OfGroup = Float[Array, "ga l gs *x"]
+InBlocks = Float[Array, "blocks r w d"]
+Rows = Float[Array, "r w d"]
+Statistics = Float[Array, "blocks r w"]
+
 
 # Where the short form is used. On a CPU the blocks take as long as it with 256 tokens, and less
 # with more. On other devices they have not been measured: there they are for clips whose logits
@@ -74,11 +84,12 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(cut: Plan, qkv: jax.Array) -> jax.Array:
+def _attention(cut: Plan, qkv: QKV) -> Result:
     return _forward(cut, qkv)[0]
 
 
-def _forward(cut: Plan, qkv: Any) -> tuple:
+def _forward(cut: Plan, qkv: QKV) -> tuple:
+    """The result and, for the backward pass, qkv, the result and the log-sums (A, S, h, L)."""
     a, length, s, _, heads, d = qkv.shape
     out = jnp.zeros((a, length, s, heads * d), qkv.dtype)
     logs = jnp.zeros((a, s, heads, length), _wide(qkv))
@@ -94,13 +105,13 @@ def _forward(cut: Plan, qkv: Any) -> tuple:
     return out, (qkv, out, logs)
 
 
-def _backward(cut: Plan, saved: tuple, g: jax.Array) -> tuple:
+def _backward(cut: Plan, saved: tuple, g: Result) -> tuple[QKV]:
     qkv, out, logs = saved
     a, length, s, _, heads, d = qkv.shape
     # The weights of the queries that fill up the last block are zero: exp(0 - infinity).
     fill = ((0, 0),) * 3 + ((0, cut.blocks * cut.block - length),)
 
-    def group(i: Any, j: Any, qkv_bar: jax.Array) -> jax.Array:
+    def group(i: Any, j: Any, qkv_bar: QKV) -> QKV:
         q, k, v = _blocks(cut, _slice(cut, qkv, i, j))
         o, do = (
             _blocks(cut, _slice(cut, x, i, j).reshape(*_group_shape(cut, length), 1, heads, d))[0]
@@ -121,7 +132,7 @@ def _backward(cut: Plan, saved: tuple, g: jax.Array) -> tuple:
 _attention.defvjp(_forward, _backward)
 
 
-def attention(qkv: Float[Array, "a l s 3 h d"], platform: str) -> Float[Array, "a l s hd"]:
+def attention(qkv: QKV, platform: str) -> Result:
     """softmax(q k^T / sqrt(d)) v along L, for every sequence and head (equations 5 to 7).
 
     Args:
@@ -141,8 +152,8 @@ def _wide(x: Any) -> Any:
 # ---- One group: q, k, v and the like are (blocks, R, W, d) -------------------------------------
 
 
-def _logits(cut: Plan, length: int, q: jax.Array, k: jax.Array, key_block: Any) -> jax.Array:
-    """(R, queries, keys), -inf for keys that fill up the block."""
+def _logits(cut: Plan, length: int, q: Rows, k: Rows, key_block: Any) -> Float[Array, "r q k"]:
+    """The logits of two blocks, -inf for keys that fill up the block."""
     s = _product("rqd,rkd->rqk", q, k) * q.shape[-1] ** -0.5
     if cut.block * cut.blocks == length:
         return s
@@ -150,15 +161,19 @@ def _logits(cut: Plan, length: int, q: jax.Array, k: jax.Array, key_block: Any) 
     return jnp.where(there, s, -jnp.inf)
 
 
-def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def _product(
+    equation: str, x: Float[Array, "r _ _"], y: Float[Array, "r _ _"]
+) -> Float[Array, "r _ _"]:
     return jnp.einsum(equation, x, y, preferred_element_type=_wide(x))
 
 
-def _forward_group(cut: Plan, length: int, q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array]:
-    """The result (blocks, R, W, d), and the logarithms of the sums of exponentials."""
+def _forward_group(
+    cut: Plan, length: int, q: InBlocks, k: InBlocks, v: InBlocks
+) -> tuple[InBlocks, Statistics]:
+    """The result, and the logarithms of the sums of exponentials."""
     wide, rows, d = _wide(q), q.shape[1], q.shape[-1]
 
-    def queries(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def queries(q: Rows) -> tuple[Rows, Float[Array, "r w"]]:
         def keys(state: tuple, block: tuple) -> tuple[tuple, None]:
             largest, total, out = state
             k, v, number = block
@@ -182,8 +197,9 @@ def _forward_group(cut: Plan, length: int, q: Any, k: Any, v: Any) -> tuple[jax.
 
 
 def _backward_group(
-    cut: Plan, length: int, q: Any, k: Any, v: Any, do: Any, log: Any, along: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    cut: Plan, length: int, q: InBlocks, k: InBlocks, v: InBlocks, do: InBlocks,
+    log: Statistics, along: Statistics,
+) -> tuple[InBlocks, InBlocks, InBlocks]:  # fmt: skip
     """The gradients of q, k and v.
 
     With P the weights, g the gradient of the result and D the sum over channels of g times the
@@ -191,10 +207,10 @@ def _backward_group(
     """
     wide, scale = _wide(q), q.shape[-1] ** -0.5
 
-    def keys(q_bar: jax.Array, block: tuple) -> tuple[jax.Array, tuple]:
+    def keys(q_bar: InBlocks, block: tuple) -> tuple[InBlocks, tuple[Rows, Rows]]:
         k, v, number = block
 
-        def queries(sums: tuple, block: tuple) -> tuple[tuple, jax.Array]:
+        def queries(sums: tuple[Rows, Rows], block: tuple) -> tuple[tuple[Rows, Rows], Rows]:
             k_bar, v_bar = sums
             q, do, log, along, q_bar = block
             weights = jnp.exp(_logits(cut, length, q, k, number) - log[..., None])
@@ -230,23 +246,25 @@ def _group_shape(cut: Plan, length: int) -> tuple[int, int, int]:
     return cut.group[0], length, cut.group[1]
 
 
-def _slice(cut: Plan, x: jax.Array, i: Any, j: Any) -> jax.Array:
-    """The group (A', L, S', ...) of (A, L, S, ...)."""
+def _slice(cut: Plan, x: OfAll, i: Any, j: Any) -> OfGroup:
+    """The group whose first sequence is (i, j)."""
     rest = x.shape[3:]
     start = (i, 0, j, *(0 for _ in rest))
     return jax.lax.dynamic_slice(x, start, (*_group_shape(cut, x.shape[1]), *rest))
 
 
-def _put(cut: Plan, x: jax.Array, group: jax.Array, i: Any, j: Any) -> jax.Array:
+def _put(cut: Plan, x: OfAll, group: OfGroup, i: Any, j: Any) -> OfAll:
     return jax.lax.dynamic_update_slice(x, group, (i, 0, j, *(0 for _ in x.shape[3:])))
 
 
-def _put_logs(cut: Plan, logs: jax.Array, group: jax.Array, i: Any, j: Any) -> jax.Array:
+def _put_logs(
+    cut: Plan, logs: Float[Array, "a s h l"], group: Float[Array, "ga gs h l"], i: Any, j: Any
+) -> Float[Array, "a s h l"]:
     return jax.lax.dynamic_update_slice(logs, group, (i, j, 0, 0))
 
 
-def _blocks(cut: Plan, group: jax.Array) -> tuple[jax.Array, ...]:
-    """(A', L, S', parts, h, d) to (blocks, R, W, d) of each part; zeros fill up the last block."""
+def _blocks(cut: Plan, group: Float[Array, "ga l gs parts h d"]) -> tuple[InBlocks, ...]:
+    """The blocks of each part, such as q, k and v; zeros fill up the last block."""
     parts, d = group.shape[3], group.shape[-1]
     x = group.transpose(3, 0, 2, 4, 1, 5).reshape(parts, -1, group.shape[1], d)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, cut.blocks * cut.block - x.shape[2]), (0, 0)))
@@ -254,8 +272,8 @@ def _blocks(cut: Plan, group: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(part.swapaxes(0, 1) for part in x)
 
 
-def _unblocked(cut: Plan, x: jax.Array, length: int) -> jax.Array:
-    """(blocks, R, W, d) to (A', L, S', h * d)."""
+def _unblocked(cut: Plan, x: InBlocks, length: int) -> Float[Array, "ga {length} gs hd"]:
+    """Undoes `_blocks`, with the heads side by side."""
     x = x.swapaxes(0, 1).reshape(*cut.group, -1, cut.blocks * cut.block, x.shape[-1])
     x = x[..., :length, :].transpose(0, 3, 1, 2, 4)
     return x.reshape(*x.shape[:3], -1)

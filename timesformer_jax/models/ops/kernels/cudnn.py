@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 # Older versions read outside their arrays when XLA runs them from a command buffer.
 MINIMUM_VERSION = (9, 15, 1)
@@ -54,7 +55,7 @@ def unsupported(
     return None
 
 
-def attention(qkv: jax.Array) -> jax.Array:
+def attention(qkv: Float[Array, "*b l 3 h d"]) -> Float[Array, "*b l hd"]:
     """Attention within each sequence.
 
     JAX differentiates cuDNN's attention for even lengths only (its check takes an absent bias for a

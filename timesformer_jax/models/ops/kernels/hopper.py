@@ -27,10 +27,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
 
 WGMMA_ROWS = 64  # of one tensor core product
 SHARED_MEMORY = 227 * 1024  # bytes of a block on an H100 or H200
 LOG2_E = math.log2(math.e)  # the GPU has an instruction for exp2, not for exp
+
+QKV = Float[Array, "b t n 3 h d"]
+Result = Float[Array, "b t n hd"]
+# What tensor cores compute for a chunk of queries (WGMMA_ROWS) and all rows of a tile: logits,
+# weights and their gradients, in registers.
+Logits = Float[Array, "64 rows"]
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, heads_per_block: int = 1) -> str | None:
@@ -60,7 +67,7 @@ def tile_rows(t: int) -> int | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def attention(qkv: jax.Array, heads_per_block: int = 1, interpret: Any = None) -> jax.Array:
+def attention(qkv: QKV, heads_per_block: int = 1, interpret: Any = None) -> Result:
     """Attention of every patch to its own position in all frames.
 
     Args:
@@ -78,14 +85,12 @@ def attention(qkv: jax.Array, heads_per_block: int = 1, interpret: Any = None) -
     return _run(_forward_kernel, (qkv,), shape, heads_per_block, interpret)
 
 
-def _forward(qkv: jax.Array, heads_per_block: int, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _forward(qkv: QKV, heads_per_block: int, interpret: Any) -> tuple[Result, QKV]:
     # The weights are not saved: computing them again is faster than reading them.
     return attention(qkv, heads_per_block, interpret), qkv
 
 
-def _backward(
-    heads_per_block: int, interpret: Any, qkv: jax.Array, g: jax.Array
-) -> tuple[jax.Array]:
+def _backward(heads_per_block: int, interpret: Any, qkv: QKV, g: Result) -> tuple[QKV]:
     shape = (*qkv.shape[:3], math.prod(qkv.shape[3:]))
     gradient = _run(_backward_kernel, (qkv, g), shape, heads_per_block, interpret)
     return (gradient.reshape(qkv.shape),)
@@ -166,19 +171,19 @@ class _Tile(NamedTuple):
                     source.at[pl.ds(p * self.t, self.t)], target, commit_group=False
                 )
 
-    def matmul(self, a: Any, b: Any) -> jax.Array:
+    def matmul(self, a: Any, b: Any) -> Float[Array, "64 d"]:
         """a b, summed in float32; a (WGMMA_ROWS, rows) registers, b (rows, d) shared memory."""
         if self.interpret:  # the interpreter has no tensor cores
             return jnp.dot(a, b[...], preferred_element_type=jnp.float32)
         return _wgmma(a, b)
 
-    def matmul_transposed(self, a: Any, b: Any) -> jax.Array:
+    def matmul_transposed(self, a: Any, b: Any) -> Logits:
         """a b^T, summed in float32; a (WGMMA_ROWS, d) and b (rows, d) in shared memory."""
         if self.interpret:
             return jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32)
         return _wgmma(a, b.T)
 
-    def logits(self, a: Any, b: Any, start: int) -> jax.Array:
+    def logits(self, a: Any, b: Any, start: int) -> Logits:
         """a b^T / sqrt(d) log2(e), -inf between different positions; a's first row is `start`."""
         shape = (WGMMA_ROWS, self.rows)
         logits = self.matmul_transposed(a, b) * (self.d**-0.5 * LOG2_E)
@@ -192,7 +197,7 @@ class _Tile(NamedTuple):
         )
         return jnp.where((row + start) // self.t == column // self.t, logits, -jnp.inf)
 
-    def statistics_as_row(self, statistics: Any, head: Any) -> jax.Array:
+    def statistics_as_row(self, statistics: Any, head: Any) -> Logits:
         """The statistics of a head's rows, along the columns of (WGMMA_ROWS, rows)."""
         row = statistics[self.statistics_slice(pl.ds(0, self.rows), head)]
         if not self.interpret:
@@ -200,22 +205,30 @@ class _Tile(NamedTuple):
         return lax.broadcast_in_dim(row, (WGMMA_ROWS, self.rows), (1,))
 
 
-def _wgmma(a: Any, b: Any) -> jax.Array:
-    def run(accumulator: Any) -> jax.Array:
+def _wgmma(a: Any, b: Any) -> Float[Array, "64 columns"]:
+    """a b, of registers or shared memory (64, k) and shared memory (k, columns)."""
+
+    def run(accumulator: Any) -> Float[Array, "64 columns"]:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def _as_column(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _as_column(x: Float[Array, " rows"], shape: tuple[int, ...]) -> Float[Array, "rows columns"]:
+    """A number for each row, along all columns of `shape`."""
     return lax.broadcast_in_dim(x, shape, (0,))
 
 
 def _run(
     kernel: Callable, inputs: tuple, shape: tuple[int, ...], heads_per_block: int, interpret: Any
-) -> jax.Array:
-    """Runs `kernel` for all heads, positions and clips; the first of `inputs` is qkv."""
+) -> Float[Array, "b t n _"]:
+    """Runs `kernel` for all heads, positions and clips; returns an array of `shape`.
+
+    Args:
+      kernel: of a tile, the inputs and the output, each (B, T, N, channels) in global memory.
+      inputs: qkv (B, T, N, 3, h, d) first.
+    """
     b, t, n, _, heads, d = inputs[0].shape
     dtype = inputs[0].dtype
     rows = tile_rows(t)
@@ -233,6 +246,12 @@ def _run(
 
 
 def _forward_kernel(tile: _Tile, qkv: Any, out: Any) -> None:
+    """Writes the result of a tile.
+
+    Refs: qkv (B, T, N, 3 * h * d) and out (B, T, N, h * d) in global memory; q, k, v and o (rows,
+    heads_per_block * d) in shared memory.
+    """
+
     def run(q: Any, k: Any, v: Any, o: Any, barrier: Any) -> None:
         for part, ref in enumerate((q, k, v)):
             tile.load(qkv, part, ref, barrier)
@@ -263,6 +282,10 @@ def _backward_kernel(tile: _Tile, qkv: Any, g: Any, out: Any) -> None:
     A first loop over chunks of queries computes dq, and saves two statistics of each query: D, and
     log2 of the sum of its exponentials. A second loop over chunks of keys computes the transposed
     weights from the transposed logits and these statistics, and from them dk and dv.
+
+    Refs: qkv and out (B, T, N, 3 * h * d) and g (B, T, N, h * d) in global memory; q, k, v, their
+    gradients and do, which is a copy of g, (rows, heads_per_block * d), log_sums and inner
+    (heads_per_block * rows,) float32 in shared memory.
     """
 
     def run(q, k, v, do, dq, dk, dv, log_sums, inner, barrier) -> None:
@@ -284,6 +307,7 @@ def _backward_kernel(tile: _Tile, qkv: Any, g: Any, out: Any) -> None:
 
 
 def _query_gradients(tile: _Tile, q, k, v, do, dq, log_sums, inner) -> None:
+    """Writes dq and the statistics of the queries, all refs as in `_backward_kernel`."""
     for head, start in tile.chunks():
         queries, all_rows = (pl.ds(start, WGMMA_ROWS), head), (slice(None), head)
         logits = tile.logits(q.at[queries], k.at[all_rows], start)
@@ -301,6 +325,7 @@ def _query_gradients(tile: _Tile, q, k, v, do, dq, log_sums, inner) -> None:
 
 
 def _key_value_gradients(tile: _Tile, q, k, v, do, dk, dv, log_sums, inner) -> None:
+    """Writes dk and dv, from the statistics of `_query_gradients`."""
     for head, start in tile.chunks():
         keys, all_rows = (pl.ds(start, WGMMA_ROWS), head), (slice(None), head)
         logits = tile.logits(k.at[keys], q.at[all_rows], start)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array, Float
 
 from timesformer_jax.models.tokens import Grid, Tokens, joined
 
@@ -109,7 +110,7 @@ def _cudnn_kernel(axis: int) -> Kernel:
     def attention(qkv: Tokens, grid: Grid) -> Tokens:
         from timesformer_jax.models.ops.kernels import cudnn
 
-        def run(qkv: jax.Array) -> jax.Array:
+        def run(qkv: Float[Array, "b t n 3 h d"]) -> Float[Array, "b t n hd"]:
             return cudnn.attention(qkv.swapaxes(axis, 2)).swapaxes(axis, 2)
 
         return joined(qkv, run, axis)

@@ -9,12 +9,12 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.kernels import tpu_heads
 from timesformer_jax.models.ops.kernels.tpu_heads import LANES, MASKED, Head
@@ -33,7 +33,12 @@ class Frame(NamedTuple):
     dtype: Any
 
     @classmethod
-    def of(cls, patches: jax.Array, tokens: jax.Array | None, heads: int) -> Frame:
+    def of(
+        cls,
+        patches: Float[Array, "b t n qkv"],
+        tokens: Float[Array, "b t c qkv"] | None,
+        heads: int,
+    ) -> Frame:
         c = 0 if tokens is None else tokens.shape[2]
         return cls(patches.shape[2], c, heads, patches.shape[3] // 3 // heads, patches.dtype)
 
@@ -118,7 +123,7 @@ class FrameMask(NamedTuple):
     key_number: Any
     query_number: Any
 
-    def __call__(self, s: jax.Array, queries: slice) -> jax.Array:
+    def __call__(self, s: Float[Array, "k q"], queries: slice) -> Float[Array, "k q"]:
         if self.key_number is not None:
             return jnp.where(self.key_number[...] == self.query_number[:, queries], s, MASKED)
         # Only the last tile has rows of no token: the others are left as they are.
@@ -185,7 +190,9 @@ class Sequence(NamedTuple):
     dtype: Any
 
     @classmethod
-    def of(cls, patches: jax.Array, tokens: jax.Array | None, heads: int) -> Sequence:
+    def of(
+        cls, patches: Float[Array, "g f n qkv"], tokens: Float[Array, "g 1 qkv"] | None, heads: int
+    ) -> Sequence:
         _, f, n, width = patches.shape
         return cls(f, n, tokens is not None, heads, width // 3 // heads, patches.dtype)
 
@@ -294,8 +301,9 @@ def pack(block: Block, i: Any, patches: Any, cls: Any, packed: Any) -> None:
     """Packs the tokens of block i, with zeros in rows of no token.
 
     Args:
-      patches: (frames, rows, slab), undefined beyond the sequence.
-      packed: (token row and more, slab).
+      patches: a ref (frames, rows, slab), undefined beyond the sequence.
+      cls: a ref (1, slab) or None.
+      packed: a ref (block.tokens or more, slab).
     """
     for frame in range(block.frames):
         packed[frame * block.rows : (frame + 1) * block.rows, :] = patches[frame]
@@ -312,7 +320,7 @@ def pack(block: Block, i: Any, patches: Any, cls: Any, packed: Any) -> None:
             packed[pl.ds(block.patches, 1), :] = cls[...]
 
 
-def mask(block: Block, i: Any, s: jax.Array) -> jax.Array:
+def mask(block: Block, i: Any, s: Float[Array, "k q"]) -> Float[Array, "k q"]:
     """Logits (keys, queries) with MASKED in rows of no token."""
     # Only rows that may have none are compared.
     start = 0 if block.is_ragged else block.patches - block.patches % 8

@@ -32,10 +32,21 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.kernels import tpu_blocks, tpu_heads
 from timesformer_jax.models.ops.kernels.tpu_blocks import Frame
 from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, NN, NT, Head, dot
+
+# The projections of frames, and of the tokens of their sequences; a gradient has the same shape.
+# The attended values, or their gradients.
+Patches = Float[Array, "b t n qkv"]
+Token = Float[Array, "b t c qkv"] | None
+Result = Float[Array, "b t n qkv//3"]
+TokenResult = Float[Array, "b t c qkv//3"] | None
+# Logits, weights and their gradients, of all keys and some queries; tokens of a slab of heads.
+Logits = Float[Array, "k q"]
+OfSlab = Float[Array, "tokens slab"]
 
 
 def fits(n: int, c: int, heads: int, d: int, dtype: Any) -> bool:
@@ -53,12 +64,12 @@ def is_small(n: int, c: int, heads: int, d: int, dtype: Any) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def attention(
-    patches: jax.Array,
-    cls: jax.Array | None,
+    patches: Patches,
+    cls: Token,
     heads: int,
     sequences: tuple[int, ...] | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Result, TokenResult]:
     """Attention within the sequences of every frame.
 
     Args:
@@ -74,12 +85,16 @@ def attention(
     return out, cls_out
 
 
-def _forward(patches, cls, heads, sequences, interpret) -> tuple:
+def _forward(
+    patches: Patches, cls: Token, heads: int, sequences: tuple[int, ...] | None, interpret: Any
+) -> tuple:
     out, cls_out, log_sums = _run_forward(patches, cls, heads, sequences, interpret, saves=True)
     return (out, cls_out), (patches, cls, log_sums)
 
 
-def _backward(heads, sequences, interpret, saved: tuple, gradients: tuple) -> tuple:
+def _backward(
+    heads: int, sequences: tuple[int, ...] | None, interpret: Any, saved: tuple, gradients: tuple
+) -> tuple[Patches, Token]:
     patches, cls, log_sums = saved
     frame = Frame.of(patches, cls, heads)
     inputs = [patches, cls, *gradients, log_sums, *tpu_blocks.sequence_numbers(frame, sequences)]
@@ -90,7 +105,14 @@ def _backward(heads, sequences, interpret, saved: tuple, gradients: tuple) -> tu
 attention.defvjp(_forward, _backward)
 
 
-def _run_forward(patches, cls, heads, sequences, interpret, saves: bool) -> tuple:
+def _run_forward(
+    patches: Patches, cls: Token, heads: int, sequences: tuple[int, ...] | None, interpret: Any,
+    saves: bool,
+) -> tuple:  # fmt: skip
+    """The results (B, T, N, h * d) and (B, T, C, h * d) or None, and the log-sums of the queries.
+
+    With `saves` the log-sums are (B, T, 1, h * queries) float32, else None.
+    """
     b, t, n, _ = patches.shape
     frame = Frame.of(patches, cls, heads)
     outputs = [
@@ -102,7 +124,7 @@ def _run_forward(patches, cls, heads, sequences, interpret, saves: bool) -> tupl
     return _call(_forward_kernel, frame, inputs, outputs, products=2, interpret=interpret)
 
 
-def _like(x: jax.Array, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+def _like(x: Float[Array, "..."], shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape or x.shape, x.dtype)
 
 
@@ -157,13 +179,19 @@ def _call(
 def _forward_kernel(
     frame, patches, cls, key_number, query_number, out, cls_out, log_sums, tails
 ) -> None:
+    """Writes the results of some slabs of a frame.
+
+    Refs: patches (N, 3 * h * d), cls (C, 3 * h * d), out (N, h * d), cls_out (C, h * d); log_sums
+    (1, h * queries) float32; tails (4, rows after the whole tiles, width of a step) of VMEM;
+    key_number (keys, 1) and query_number (1, queries) int32. Those that are not needed are None.
+    """
     mask = tpu_blocks.FrameMask(frame, key_number, query_number)
     scale = frame.d**-0.5 * LOG2_E
     for part in range(3):
         _fill_tail(frame, patches, cls, part, tails.at[part])
     results = {}
 
-    def logits(item: _Item) -> jax.Array:
+    def logits(item: _Item) -> Logits:
         if item.is_first:
             slab = item.slab
             slab.q, slab.k, v = _read(frame, patches, tails, slab)
@@ -171,7 +199,7 @@ def _forward_kernel(
         slab = item.slab
         return item.head.logits(slab.k, slab.q[item.queries])
 
-    def weights(item: _Item, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def weights(item: _Item, s: Logits) -> tuple[Logits, Float[Array, "1 q"]]:
         s = mask(s, item.queries)
         top = s.max(0, keepdims=True) * scale
         p = jnp.exp2(s * scale - top)
@@ -180,7 +208,7 @@ def _forward_kernel(
             log_sums[:, item.statistics] = top + jnp.log2(total)
         return p.astype(frame.dtype), total
 
-    def values(item: _Item, weights: tuple[jax.Array, jax.Array]) -> None:
+    def values(item: _Item, weights: tuple[Logits, Float[Array, "1 q"]]) -> None:
         p, total = weights
         results[item.key] = dot(item.slab.v_t[item.head.channels], p, NN) / total
         if item.is_last:
@@ -193,6 +221,11 @@ def _forward_kernel(
 def _backward_kernel(
     frame, patches, cls, g, cls_g, log_sums, key_number, query_number, d_patches, d_cls, tails
 ) -> None:
+    """Writes the gradients of some slabs of a frame.
+
+    Refs as in `_forward_kernel`; g (N, h * d) and cls_g (C, h * d) are the gradients of its
+    results, d_patches (N, 3 * h * d) and d_cls (C, 3 * h * d) those of its inputs.
+    """
     mask = tpu_blocks.FrameMask(frame, key_number, query_number)
     scale = frame.d**-0.5
     for part in range(3):
@@ -200,7 +233,7 @@ def _backward_kernel(
     _fill_tail(frame, g, cls_g, 0, tails.at[3])
     d_q, d_k, d_v = {}, {}, {}
 
-    def logits(item: _Item) -> tuple[jax.Array, jax.Array]:
+    def logits(item: _Item) -> tuple[Logits, Logits]:
         slab = item.slab
         if item.is_first:
             slab.q, slab.k, slab.v = _read(frame, patches, tails, slab)
@@ -209,13 +242,13 @@ def _backward_kernel(
         s = item.head.logits(slab.k, slab.q[item.queries])
         return s, item.head.logits(slab.v, slab.g[item.queries])
 
-    def weights(item: _Item, products: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def weights(item: _Item, products: tuple[Logits, Logits]) -> tuple[Logits, Logits]:
         s, d_p = products
         p = jnp.exp2(mask(s, item.queries) * (scale * LOG2_E) - log_sums[:, item.statistics])
         d_s = p * (d_p - (p * d_p).sum(0, keepdims=True))
         return p.astype(frame.dtype), d_s.astype(frame.dtype)
 
-    def gradients(item: _Item, weights: tuple[jax.Array, jax.Array]) -> None:
+    def gradients(item: _Item, weights: tuple[Logits, Logits]) -> None:
         p, d_s = weights
         slab, at = item.slab, (item.head.channels, item.queries)
         d_q[item.key] = dot(slab.k_t[item.head.channels], d_s, NN)
@@ -237,14 +270,14 @@ class _Slab:
       q_t, k_t, v_t, g_t: the same, (slab, tokens).
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    g: jax.Array
-    q_t: jax.Array
-    k_t: jax.Array
-    v_t: jax.Array
-    g_t: jax.Array
+    q: OfSlab
+    k: OfSlab
+    v: OfSlab
+    g: OfSlab
+    q_t: Float[Array, "slab tokens"]
+    k_t: Float[Array, "slab tokens"]
+    v_t: Float[Array, "slab tokens"]
+    g_t: Float[Array, "slab tokens"]
 
     def __init__(self, number: int):
         self.number = number
@@ -301,15 +334,13 @@ def _items(frame: Frame) -> list[_Item]:
     ]
 
 
-def _read(frame: Frame, patches: Any, tails: Any, slab: _Slab) -> list[jax.Array]:
+def _read(frame: Frame, patches: Any, tails: Any, slab: _Slab) -> list[OfSlab]:
     """Queries (queries, slab), keys and values (keys, slab)."""
     rows = (frame.queries, 0, 0)
     return [_tokens(frame, patches, tails.at[i], slab, i, rows[i]) for i in range(3)]
 
 
-def _tokens(
-    frame: Frame, patches: Any, tail: Any, slab: _Slab, part: int, rows: int = 0
-) -> jax.Array:
+def _tokens(frame: Frame, patches: Any, tail: Any, slab: _Slab, part: int, rows: int = 0) -> OfSlab:
     """The lanes of a slab for all tokens, (keys or `rows`, slab), with zeros in rows of no token.
 
     Rows beyond an array's own are undefined in memory, so that whole tiles are read where they lie
@@ -341,7 +372,7 @@ def _fill_tail(frame: Frame, patches: Any, cls: Any, part: int, tail: Any) -> No
         tail[rest : rest + frame.c, :] = cls[:, lanes]
 
 
-def _by_tokens(frame: Frame, slab: _Slab, results: dict, sums: bool = False) -> jax.Array:
+def _by_tokens(frame: Frame, slab: _Slab, results: dict, sums: bool = False) -> OfSlab:
     """The results of a slab's items, (d, tokens), as (tokens, slab), with sums over chunks or not.
 
     Args:
@@ -359,8 +390,8 @@ def _by_tokens(frame: Frame, slab: _Slab, results: dict, sums: bool = False) -> 
     return tpu_heads.stack(tpu_heads.stack(of_heads).T for of_heads in parts)
 
 
-def _write(frame: Frame, patches: Any, cls: Any, lanes: Any, x: jax.Array) -> None:
-    """Writes rows of tokens where they belong."""
+def _write(frame: Frame, patches: Any, cls: Any, lanes: Any, x: OfSlab) -> None:
+    """Writes the rows of patches and tokens to `lanes` of refs (N, channels) and (C, channels)."""
     patches[:, lanes] = x[: frame.n].astype(frame.dtype)
     if frame.c:
         cls[:, lanes] = x[frame.n : frame.tokens].astype(frame.dtype)

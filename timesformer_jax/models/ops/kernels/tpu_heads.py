@@ -13,10 +13,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
 
 LANES = 128
 QUERIES = 256  # of one product, at most: 50 registers of logits for 197 keys
@@ -47,7 +47,9 @@ class Head(NamedTuple):
         channels = self.channels
         return slice(channels.start // LANES * LANES, round_up(channels.stop, LANES))
 
-    def logits(self, keys: jax.Array, queries: jax.Array) -> jax.Array:
+    def logits(
+        self, keys: Float[Array, "k slab"], queries: Float[Array, "q slab"]
+    ) -> Float[Array, "k q"]:
         """The products of keys (k, slab) and queries (q, slab), (k, q) in float32."""
         lane = self.lanes.start + lax.broadcasted_iota(
             jnp.int32, (1, self.lanes.stop - self.lanes.start), 1
@@ -76,7 +78,7 @@ def chunks(queries: int) -> list[slice]:
     return [slice(start, min(start + QUERIES, queries)) for start in starts]
 
 
-def stack(parts: Iterable[jax.Array]) -> jax.Array:
+def stack(parts: Iterable[Float[Array, "_ columns"]]) -> Float[Array, "rows columns"]:
     """Rows after one another, of which some may be none."""
     parts = [part for part in parts if part.shape[0]]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0)

@@ -31,18 +31,28 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.kernels import tpu_blocks, tpu_heads
 from timesformer_jax.models.ops.kernels.tpu_blocks import Block, Sequence, Specs
 from timesformer_jax.models.ops.kernels.tpu_heads import LOG2_E, MASKED, NN, NT, Head, dot
+
+# The projections of sequences of frames, and of the token of each sequence; a gradient has the same
+# shape. The attended values, or their gradients.
+Patches = Float[Array, "g f n qkv"]
+Token = Float[Array, "g 1 qkv"] | None
+Result = Float[Array, "g f n qkv//3"]
+TokenResult = Float[Array, "g 1 qkv//3"] | None
+# Logits, weights and their gradients, of some keys and queries.
+Logits = Float[Array, "k q"]
 
 RESIDENT = 16 * 2**20  # bytes of the queries' gradient that may wait in VMEM
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def attention(
-    patches: jax.Array, cls: jax.Array | None, heads: int, interpret: Any = False
-) -> tuple[jax.Array, jax.Array | None]:
+    patches: Patches, cls: Token, heads: int, interpret: Any = False
+) -> tuple[Result, TokenResult]:
     """Attention of all tokens of every sequence.
 
     Args:
@@ -56,7 +66,7 @@ def attention(
     return _run_forward(patches, cls, heads, interpret)[:2]
 
 
-def _forward(patches, cls, heads: int, interpret: Any) -> tuple:
+def _forward(patches: Patches, cls: Token, heads: int, interpret: Any) -> tuple:
     out, cls_out, log_sums = _run_forward(patches, cls, heads, interpret)
     return (out, cls_out), (patches, cls, out, cls_out, log_sums)
 
@@ -78,7 +88,11 @@ def _backward(heads: int, interpret: Any, saved: tuple, gradients: tuple) -> tup
 attention.defvjp(_forward, _backward)
 
 
-def _run_forward(patches, cls, heads: int, interpret: Any) -> tuple:
+def _run_forward(patches: Patches, cls: Token, heads: int, interpret: Any) -> tuple:
+    """The results (G, F, N, h * d) and (G, 1, h * d) or None, and the log-sums of the queries.
+
+    The log-sums are (G, slabs, blocks, heads of a slab, queries of a block) float32.
+    """
     sequence = Sequence.of(patches, cls, heads)
     q, k = sequence.blocks
     group, f, n, width = patches.shape
@@ -116,6 +130,13 @@ def _forward_kernel(
     sequence, q_ref, k_ref, v_ref, cls_q, cls_k, cls_v, out, cls_out, log_sums,
     q, k, v, result, top, total,
 ) -> None:  # fmt: skip
+    """Takes one block of keys for one block of queries; writes the result after the last keys.
+
+    Refs of a block: q_ref, k_ref, v_ref and out (frames, rows, slab); cls_q, cls_k, cls_v and
+    cls_out (1, slab) or None; log_sums (heads, queries).
+    Refs of VMEM: q (queries, slab); k, v (keys, slab); result (slab, queries), top and total
+    (heads, queries) float32, the O^T, m and l of above.
+    """
     q_block, k_block = sequence.blocks
     iq, ik = pl.program_id(2), pl.program_id(3)
     scale = sequence.d**-0.5 * LOG2_E
@@ -131,11 +152,11 @@ def _forward_kernel(
     tpu_blocks.pack(k_block, ik, v_ref, cls_v, v)
     keys, v_t = k[...], v[...].T
 
-    def logits(item: tuple[Head, slice]) -> jax.Array:
+    def logits(item: tuple[Head, slice]) -> Logits:
         head, queries = item
         return head.logits(keys, q[queries, :])
 
-    def weights(item: tuple[Head, slice], s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def weights(item: tuple[Head, slice], s: Logits) -> tuple[Logits, Float[Array, "1 q"]]:
         head, queries = item
         at = pl.ds(head.number, 1), queries
         s, before = tpu_blocks.mask(k_block, ik, s), top[at]
@@ -145,7 +166,7 @@ def _forward_kernel(
         total[at] = total[at] * shrink + p.sum(0, keepdims=True)
         return p.astype(sequence.dtype), shrink
 
-    def values(item: tuple[Head, slice], weights: tuple[jax.Array, jax.Array]) -> None:
+    def values(item: tuple[Head, slice], weights: tuple[Logits, Float[Array, "1 q"]]) -> None:
         head, queries = item
         p, shrink = weights
         at = head.channels, queries
@@ -171,7 +192,8 @@ def _run_backward(
     """The gradient of the projection, or of its queries, or of its keys and values.
 
     Args:
-      inputs: patches, cls, the gradients of the result, the result, the log-sums.
+      inputs: patches, cls, the gradients of the results, the results, the log-sums, with the shapes
+        of `_run_forward`.
       before: the gradient so far, which is completed; None to make a new one.
 
     Returns:
@@ -220,6 +242,14 @@ def _backward_kernel(
     cls_o, log_sums, _, d_patches, d_cls_q, d_cls_k, d_cls_v,
     q, g, o, k, v, d_q, d_k, d_v, written_q, written_k, semaphore,
 ) -> None:  # fmt: skip
+    """Adds what one block of queries and one of keys give to the gradients; writes complete ones.
+
+    Refs of a block: q_ref, k_ref, v_ref, g_ref and o_ref (frames, rows, slab); those of the token,
+    cls_*, d_cls_*, (1, slab) or None; log_sums (heads, queries). d_patches is the whole gradient,
+    (G, F, N, 3 * h * d) in HBM.
+    Refs of VMEM: q, g, o (queries, slab); k, v (keys, slab); d_q (blocks or 1, slab, queries), d_k
+    and d_v (slab, keys) float32; written_q and written_k (frames, rows, slab), copied to d_patches.
+    """
     q_block, k_block = sequence.blocks
     iq, ik = (pl.program_id(axis) for axis in ((3, 2) if wants_k else (2, 3)))
     group, slab = pl.program_id(0), pl.program_id(1)
@@ -242,7 +272,7 @@ def _backward_kernel(
         pl.when(ik == 0)(pack_queries)
         pack_keys()
 
-    def add_to_q(at: tuple[slice, slice], of_block: jax.Array) -> None:
+    def add_to_q(at: tuple[slice, slice], of_block: Float[Array, "d q"]) -> None:
         d_q[slot, *at] = jnp.where(ik == 0, 0.0, d_q[slot, *at]) + of_block
 
     of_keys = _multiply(
@@ -268,7 +298,7 @@ def _backward_kernel(
 def _multiply(
     sequence: Sequence, ik: Any, of_queries: tuple, of_keys: tuple, log_sums: Any,
     add_to_q: Callable | None, wants_k: bool,
-) -> Iterator[jax.Array]:  # fmt: skip
+) -> Iterator[Float[Array, "slab k"]]:  # fmt: skip
     """The products of a block of queries and block `ik` of keys.
 
     Args:
@@ -277,8 +307,8 @@ def _multiply(
       add_to_q: takes (channels, queries), and the gradient of these queries from these keys.
 
     Returns:
-      The gradients of keys and of values from these queries, (slab, tokens); nothing to ask for if
-      they are not wanted.
+      The gradients of keys and of values from these queries, (slab, keys). Use them only if
+      `wants_k`.
     """
     q, g, o = of_queries
     scale = sequence.d**-0.5 * LOG2_E
@@ -287,13 +317,11 @@ def _multiply(
     sums_k: dict[Head, list] = {}
     sums_v: dict[Head, list] = {}
 
-    def logits(item: tuple[Head, slice]) -> tuple[jax.Array, jax.Array]:
+    def logits(item: tuple[Head, slice]) -> tuple[Logits, Logits]:
         head, queries = item
         return head.logits(keys, q[queries, :]), head.logits(values, g[queries, :])
 
-    def weights(
-        item: tuple[Head, slice], products: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def weights(item: tuple[Head, slice], products: tuple[Logits, Logits]) -> tuple[Logits, Logits]:
         head, queries = item
         s, d_p = products
         along = g_t[head.channels, queries].astype(jnp.float32) * o_t[head.channels, queries]
@@ -302,7 +330,7 @@ def _multiply(
         d_s = p * (d_p - along.sum(0, keepdims=True))
         return p.astype(sequence.dtype), d_s.astype(sequence.dtype)
 
-    def gradients(item: tuple[Head, slice], weights: tuple[jax.Array, jax.Array]) -> None:
+    def gradients(item: tuple[Head, slice], weights: tuple[Logits, Logits]) -> None:
         (head, queries), (p, d_s) = item, weights
         at = head.channels, queries
         if add_to_q is not None:
@@ -319,8 +347,8 @@ def _multiply(
     )
 
 
-def _write_token(block: Block, i: Any, x: jax.Array, to: Any) -> None:
-    """Writes the token's row of x, which the last block has."""
+def _write_token(block: Block, i: Any, x: Float[Array, "tokens slab"], to: Any) -> None:
+    """Writes the token's row of x, which the last block has, to a ref (1, slab)."""
     if to is not None:
 
         @pl.when(i == block.total - 1)
@@ -330,13 +358,16 @@ def _write_token(block: Block, i: Any, x: jax.Array, to: Any) -> None:
 
 def _write_gradient(
     sequence: Sequence, d_patches: Any, slab: Any, semaphore: Any, block: Block, i: Any, part: int,
-    x: jax.Array, written: Any, d_cls: Any,
+    x: Float[Array, "tokens slab"], written: Any, d_cls: Any,
 ) -> None:  # fmt: skip
-    """Copies the gradient of block i to its place among q, k and v, which lies in HBM.
+    """Copies the gradient of block i to its place in the gradient of the projection, in HBM.
 
     Args:
-      x: (tokens, slab).
-      written: (frames, rows, slab) of VMEM, from which it is copied.
+      d_patches: a ref (F, N, 3 * h * d) in HBM.
+      part: 0, 1 or 2, for queries, keys or values.
+      x: the gradient of the block.
+      written: a ref (frames, rows, slab) in VMEM, from which it is copied.
+      d_cls: a ref (1, slab) or None.
     """
     _write_token(block, i, x, d_cls)
     lane = pl.multiple_of((part * sequence.slabs + slab) * sequence.slab, sequence.slab)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.kernels import tpu_frame, tpu_joint
 from timesformer_jax.models.ops.kernels.tpu_heads import LANES
@@ -38,14 +38,14 @@ def unsupported(
 
 
 def attention(
-    patches: jax.Array,
-    cls: jax.Array | None,
+    patches: Float[Array, "b t n qkv"],
+    cls: Float[Array, "b s qkv"] | None,
     heads: int,
     *,
     frames: int = 1,
     sequences: tuple[int, ...] | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Float[Array, "b t n qkv//3"], Float[Array, "b s qkv//3"] | None]:
     """Attention within the sequences of every frame, or of every few frames.
 
     Args:

@@ -24,14 +24,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.kernels import tpu_temporal_running
-from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, tile_rows
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, tile_rows
 from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     VMEM,
     WORDS,
+    Arrays,
     Buffers,
     Plan,
+    Tile,
     dot,
     each_position,
     head_product,
@@ -54,6 +57,10 @@ UNROLLED = 16  # tokens; the heads of longer sequences are a loop, for the compi
 # softmax.
 SINGLE, RUNNING = 32, 8
 GROUPED = 32  # tokens; longer sequences have products of their own
+
+# The rows of a group of sequences, in the channels of a slab; weights and their gradients.
+Operand = Float[Array, "rows slab"]
+Logits = Float[Array, "k q"]
 
 
 def unsupported(shape: tuple[int, ...], dtype: Any, cls: bool = False) -> str | None:
@@ -109,8 +116,11 @@ def _power_of_2(number: int) -> int:
 
 
 def attention(
-    patches: jax.Array, cls: jax.Array | None, heads: int, interpret: Any = False
-) -> tuple[jax.Array, jax.Array | None]:
+    patches: Float[Array, "b t n qkv"],
+    cls: Float[Array, "b n qkv"] | None,
+    heads: int,
+    interpret: Any = False,
+) -> tuple[Float[Array, "b t n qkv//3"], Float[Array, "b n qkv//3"] | None]:
     """softmax(q k^T / sqrt(d)) v along the frames, for every clip, position and head.
 
     Args:
@@ -130,18 +140,18 @@ def attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(how: Plan, qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _attention(how: Plan, qkv: Arrays) -> Arrays:
     return _vjp_forward(how, qkv)[0]
 
 
-def _vjp_forward(how: Plan, qkv: tuple) -> tuple:
+def _vjp_forward(how: Plan, qkv: Arrays) -> tuple[Arrays, tuple]:
     if how.group:
         return _call(how, FORWARD, (qkv,), how.width), (qkv,)
     out, logs = tpu_temporal_running.forward(how, qkv)
     return out, (qkv, out, logs)
 
 
-def _vjp_backward(how: Plan, saved: tuple, g: tuple) -> tuple:
+def _vjp_backward(how: Plan, saved: tuple, g: Arrays) -> tuple[Arrays]:
     if how.group:
         return (_call(how, BACKWARD, (*saved, g), 3 * how.width),)
     qkv, out, logs = saved
@@ -151,12 +161,11 @@ def _vjp_backward(how: Plan, saved: tuple, g: tuple) -> tuple:
 _attention.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _call(how: Plan, way: Pass, inputs: tuple, width: int) -> tuple[jax.Array, ...]:
+def _call(how: Plan, way: Pass, inputs: tuple[Arrays, ...], width: int) -> Arrays:
     """Runs `way` on blocks of positions of each clip.
 
     Args:
-      inputs: tuples of an array (B, T, N, C) and, where there is a class token, one of (B, N, C).
-      width: C of the tuple that is returned.
+      width: C of the arrays that are returned.
     """
 
     def spec(c: int, whole: bool) -> pl.BlockSpec:
@@ -219,31 +228,6 @@ def _kernel(how: Plan, way: Pass, inputs: int, *refs: Any) -> None:
     jax.lax.fori_loop(0, steps, step, None)
 
 
-class Tile(NamedTuple):
-    """Some positions of a block (1, T, block, C), and of class tokens (1, block, C).
-
-    Attributes:
-      at: the first of them; rows: their number; valid: how many of them are there.
-    """
-
-    how: Plan
-    at: jax.Array
-    rows: int
-    valid: jax.Array
-
-    def load(self, refs: tuple, lane: Any) -> jax.Array:
-        """(tokens, rows, slab), the channels from `lane` on."""
-        at = (pl.ds(self.at, self.rows), pl.ds(lane, self.how.slab))
-        x = refs[0][0, :, *at]
-        return jnp.concatenate([x, refs[1][:, *at]]) if self.how.cls else x
-
-    def store(self, refs: tuple, lane: Any, x: jax.Array) -> None:
-        at = (pl.ds(self.at, self.rows), pl.ds(lane, self.how.slab))
-        refs[0][0, :, *at] = x[: self.how.frames]
-        if self.how.cls:
-            refs[1][:, *at] = x[self.how.frames :]
-
-
 def _grouped(tile: Tile, way: Pass, parts: list, lane: Any) -> Iterator[None]:
     """Sequences of `group` positions as one of tokens * group rows, the others' weights zero."""
     how, count = tile.how, len(way.clean)
@@ -290,8 +274,8 @@ def _single(tile: Tile, way: Pass, parts: list, scratch: Any, lane: Any) -> None
         tile.store(refs, offset + lane, pltpu.bitcast(x, dtype))
 
 
-def _weights(how: Plan, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(logits - largest) of keys x queries, and the sums over the keys (1, queries)."""
+def _weights(how: Plan, logits: Logits) -> tuple[Logits, Float[Array, "1 q"]]:
+    """exp(logits - largest), and the sums over the keys."""
     queries = logits.shape[1]
     if how.group > 1:
         logits = logits.reshape(how.tokens, how.group, queries)
@@ -302,7 +286,7 @@ def _weights(how: Plan, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
         logits = jnp.where(row < how.tokens, logits, -jnp.inf)
     largest = logits.max(axis=0, keepdims=True)
-    weights = jnp.exp2((logits - largest) * (LOG2_E / math.sqrt(how.channels)))
+    weights = jnp.exp2((logits - largest) * how.scale)
     return weights, weights.sum(axis=0, keepdims=True)
 
 
@@ -311,10 +295,12 @@ def _forward(how: Plan, groups: list) -> Generator[None, None, list]:
     dtype = groups[0][0].dtype
     heads, (q, k, _) = _heads(how, groups)
 
-    def logits(head: int, q: jax.Array, k: jax.Array) -> jax.Array:
+    def logits(head: int, q: Operand, k: Operand) -> Logits:
         return head_product(how, k, q, head)
 
-    def result(weights: tuple[jax.Array, jax.Array], v_t: jax.Array) -> jax.Array:
+    def result(
+        weights: tuple[Logits, Float[Array, "1 q"]], v_t: Float[Array, "d k"]
+    ) -> Float[Array, "d q"]:
         return dot(v_t, weights[0].astype(dtype), 1, 0) * (1 / weights[1])
 
     found = yield from stage(logits, heads, q, k)
@@ -335,17 +321,24 @@ def _backward(how: Plan, groups: list) -> Generator[None, None, list]:
     heads, (q, k, v, g) = _heads(how, groups)
     scale = 1 / math.sqrt(how.channels)
 
-    def products(head: int, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple:
+    def products(
+        head: int, q: Operand, k: Operand, v: Operand, g: Operand
+    ) -> tuple[Logits, Logits]:
         return head_product(how, k, q, head), head_product(how, v, g, head)
 
-    def bars(found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def bars(found: tuple[Logits, Logits]) -> tuple[Logits, Logits]:
         weights, total = _weights(how, found[0])
         weights = weights * (1 / total)
         product = weights * found[1]
         along = product.sum(axis=0, keepdims=True)
         return weights.astype(dtype), (product - weights * along).astype(dtype)
 
-    def sums(saved: tuple, q_t: jax.Array, k_t: jax.Array, g_t: jax.Array) -> tuple:
+    def sums(
+        saved: tuple[Logits, Logits],
+        q_t: Float[Array, "d q"],
+        k_t: Float[Array, "d k"],
+        g_t: Float[Array, "d q"],
+    ) -> tuple[Float[Array, "d q"], Float[Array, "d k"], Float[Array, "d k"]]:
         weights, logits_bar = saved
         return (
             dot(k_t, logits_bar, 1, 0) * scale,
@@ -361,7 +354,7 @@ def _backward(how: Plan, groups: list) -> Generator[None, None, list]:
     return _joined(how, (yield from stage(sums, saved, q_t, k_t, g_t)), dtype)
 
 
-def _heads(how: Plan, groups: list) -> tuple[list[int], list[list[jax.Array]]]:
+def _heads(how: Plan, groups: list) -> tuple[list[int], list[list[Operand]]]:
     """The number of each head of each group, and its operands, slabs all of them."""
     count = how.slab // how.channels
     return list(range(count)) * len(groups), [
@@ -369,7 +362,7 @@ def _heads(how: Plan, groups: list) -> tuple[list[int], list[list[jax.Array]]]:
     ]
 
 
-def _joined(how: Plan, results: list[tuple], dtype: Any) -> list[tuple[jax.Array, ...]]:
+def _joined(how: Plan, results: list[tuple], dtype: Any) -> list[tuple[Operand, ...]]:
     """Results (d, rows) of each head of each group to (rows, slab) of each group."""
     count = how.slab // how.channels
     groups = [results[i : i + count] for i in range(0, len(results), count)]

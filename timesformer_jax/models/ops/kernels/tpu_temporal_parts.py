@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, UInt32
 
-from timesformer_jax.models.ops.kernels.tpu_heads import LANES, round_up
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, round_up
 
 VMEM = 60 * 2**20  # a v5p has 64 MiB, a v5e and a v6e 128
 WORDS = 8  # rows of 32 bits in a tile
+
+# An array (B, T, N, C) and, where there is a class token, one of (B, N, C).
+Arrays = tuple[Float[Array, "b ... _"], ...]
 
 
 class Plan(NamedTuple):
@@ -53,10 +57,40 @@ class Plan(NamedTuple):
         return round_up(self.tokens, 16)
 
     @property
+    def scale(self) -> float:
+        """What logits are multiplied by, whose exponentials are powers of 2."""
+        return LOG2_E / math.sqrt(self.channels)
+
+    @property
     def slab(self) -> int:
         """Channels whose heads are loaded and stored together: whole heads and whole lane rows."""
         slab = math.lcm(self.channels, LANES)
         return slab if self.width % slab == 0 else self.width
+
+
+class Tile(NamedTuple):
+    """Some positions of a block (1, T, block, C), and of class tokens (1, block, C).
+
+    Attributes:
+      at: the first of them; rows: their number; valid: how many of them are there.
+    """
+
+    how: Plan
+    at: jax.Array
+    rows: int
+    valid: jax.Array
+
+    def load(self, refs: tuple, lane: Any) -> Float[Array, "tokens rows slab"]:
+        """The channels from `lane` on."""
+        at = (pl.ds(self.at, self.rows), pl.ds(lane, self.how.slab))
+        x = refs[0][0, :, *at]
+        return jnp.concatenate([x, refs[1][:, *at]]) if self.how.cls else x
+
+    def store(self, refs: tuple, lane: Any, x: Float[Array, "tokens rows slab"]) -> None:
+        at = (pl.ds(self.at, self.rows), pl.ds(lane, self.how.slab))
+        refs[0][0, :, *at] = x[: self.how.frames]
+        if self.how.cls:
+            refs[1][:, *at] = x[self.how.frames :]
 
 
 class Buffers(NamedTuple):
@@ -81,31 +115,31 @@ class Buffers(NamedTuple):
             for i, size in enumerate(sizes)
         ]
 
-    def fill(self, j: int, row: int, x: jax.Array) -> None:
-        """Writes x (rows, WORDS, slab) from row `row` on."""
+    def fill(self, j: int, row: int, x: UInt32[Array, "rows 8 slab"]) -> None:
+        """Writes x from row `row` on."""
         for ref, lanes, size in self._columns(j):
             ref[row * WORDS : (row + len(x)) * WORDS, :size] = x[..., lanes].reshape(-1, size)
 
-    def whole(self, j: int, row: int, rows: int) -> jax.Array:
+    def whole(self, j: int, row: int, rows: int) -> UInt32[Array, "{rows} 8 slab"]:
         """(rows, WORDS, slab), from row `row` on."""
         columns = self._columns(j)
         x = [ref[row * WORDS : (row + rows) * WORDS, :size] for ref, _, size in columns]
         return jnp.concatenate(x, axis=1).reshape(rows, WORDS, self.slab)
 
-    def take(self, j: int, word: Any, rows: int) -> jax.Array:
+    def take(self, j: int, word: Any, rows: int) -> UInt32[Array, "{rows} slab"]:
         """(rows, slab), the rows of the positions in word `word`."""
         at = pl.ds(word, rows, stride=WORDS)
         x = [ref[at, :] for ref, _, _ in self._columns(j)]
         return jnp.concatenate(x, axis=1)[:, : self.slab]
 
-    def put(self, j: int, word: Any, x: jax.Array) -> None:
+    def put(self, j: int, word: Any, x: UInt32[Array, "rows slab"]) -> None:
         """Undoes `take`."""
         at = pl.ds(word, len(x), stride=WORDS)
         for ref, lanes, size in self._columns(j):
             ref[at, :size] = x[:, lanes]
 
 
-def unpack(x: jax.Array, dtype: Any) -> list[jax.Array]:
+def unpack(x: UInt32[Array, "rows slab"], dtype: Any) -> list[Float[Array, "rows slab"]]:
     """Words to an array of each value in them: two positions in bfloat16, one in float32."""
     if dtype.itemsize == 4:
         return [pltpu.bitcast(x, dtype)]
@@ -113,7 +147,7 @@ def unpack(x: jax.Array, dtype: Any) -> list[jax.Array]:
     return [pltpu.bitcast(half, jnp.float32).astype(dtype) for half in halves]
 
 
-def pack(parts: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
+def pack(parts: tuple[Float[Array, "rows slab"], ...], dtype: Any) -> UInt32[Array, "rows slab"]:
     """Undoes `unpack`."""
     if dtype.itemsize == 4:
         return pltpu.bitcast(parts[0], jnp.uint32)
@@ -121,7 +155,7 @@ def pack(parts: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
     return (low >> 16) | high
 
 
-def keep(x: jax.Array, where: Any) -> jax.Array:
+def keep(x: Float[Array, "*t rows lanes"], where: Any) -> Float[Array, "*t rows lanes"]:
     """x where `where(row, lane)`, zero elsewhere, also where x is NaN."""
     bits = pltpu.bitcast(x, jnp.int32)
     row, lane = (
@@ -135,8 +169,10 @@ def keep(x: jax.Array, where: Any) -> jax.Array:
     return pltpu.bitcast(bits & mask, x.dtype)
 
 
-def head_product(how: Plan, a: jax.Array, b: jax.Array, head: int) -> jax.Array:
-    """a b^T over the channels of a head: (rows, slab) each to (rows of a, rows of b) float32.
+def head_product(
+    how: Plan, a: Float[Array, "m slab"], b: Float[Array, "n slab"], head: int
+) -> Float[Array, "m n"]:
+    """a b^T over the channels of a head, float32.
 
     The other channels of b are set to zero in the lane rows that the head is in. The unit of
     products is 128 wide: fewer channels would take no less time, and would have to be moved first.
@@ -186,7 +222,7 @@ def each_position(how: Plan, run: Callable[[Any], Iterator[None]], apart: int = 
     jax.lax.fori_loop(0, WORDS // how.at_once, some, None)
 
 
-def dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+def dot(a: Float[Array, "_ _"], b: Float[Array, "_ _"], i: int, j: int) -> Float[Array, "_ _"]:
     """The product over axis i of a and axis j of b, in float32.
 
     Of float32 arrays it has the precision that `jax.default_matmul_precision` sets: by default one
@@ -198,7 +234,7 @@ def dot(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
     )
 
 
-def transposed_heads(how: Plan, x: jax.Array) -> list[jax.Array]:
+def transposed_heads(how: Plan, x: Float[Array, "rows slab"]) -> list[Float[Array, "d rows"]]:
     """(rows, slab) to an array (d, rows) for each head."""
     x = x.T
     return [x[i : i + how.channels] for i in range(0, how.slab, how.channels)]

@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
-from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, tile_rows
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, tile_rows
 from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     VMEM,
     WORDS,
+    Arrays,
     Buffers,
     Plan,
     dot,
@@ -32,6 +34,11 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     transposed_heads,
     unpack,
 )
+
+LogSums = Float[Array, "b slabs rows tokens"]
+
+_LOOPS: Any = ("parallel",) * 3 + ("arbitrary",) * 2
+PARAMS = pltpu.CompilerParams(dimension_semantics=_LOOPS, vmem_limit_bytes=VMEM)
 
 
 class Blocks(NamedTuple):
@@ -71,7 +78,7 @@ def blocks(how: Plan) -> Blocks:
     return Blocks(how, size)
 
 
-def forward(how: Plan, qkv: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def forward(how: Plan, qkv: Arrays) -> tuple[Arrays, LogSums]:
     """The result (B, T, N, C) and, where there is a class token, (B, N, C); and log-sums.
 
     The logarithms to base 2 of the sums of exp(logits) are (B, slabs, positions * heads of a slab,
@@ -99,19 +106,13 @@ def forward(how: Plan, qkv: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...
             pltpu.VMEM((group, cut.size), jnp.float32),
             pltpu.VMEM((how.block, how.slab, cut.size), jnp.float32),
         ],
-        compiler_params=_params(5),
+        compiler_params=PARAMS,
         interpret=how.interpret,
     )(*qkv * 3)
     return tuple(out), logs
 
 
-def backward(
-    how: Plan,
-    qkv: tuple[jax.Array, ...],
-    out: tuple[jax.Array, ...],
-    logs: jax.Array,
-    g: tuple[jax.Array, ...],
-) -> tuple[jax.Array, ...]:
+def backward(how: Plan, qkv: Arrays, out: Arrays, logs: LogSums, g: Arrays) -> Arrays:
     """The gradients of qkv from those of `out`."""
     cut = blocks(how)
     b = len(qkv[0])
@@ -132,15 +133,10 @@ def backward(
                 _words(cut, 6),
                 pltpu.VMEM((2, how.block, how.slab, cut.size), jnp.float32),
             ],
-            compiler_params=_params(5),
+            compiler_params=PARAMS,
             interpret=how.interpret,
         )(*(x for operand in operands for x in operand), logs)
     )
-
-
-def _params(axes: int) -> pltpu.CompilerParams:
-    semantics: Any = ("parallel",) * (axes - 2) + ("arbitrary",) * 2
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
 
 
 def _words(cut: Blocks, arrays: int) -> Any:
@@ -211,7 +207,7 @@ def _write(cut: Blocks, buffers: Buffers, array: int, refs: tuple, index: Any) -
             refs[1][...] = pltpu.bitcast(buffers.whole(array, cut.last - 1, 1), dtype)
 
 
-def _masked(cut: Blocks, logits: jax.Array, keys: Any) -> jax.Array:
+def _masked(cut: Blocks, logits: Float[Array, "k q"], keys: Any) -> Float[Array, "k q"]:
     """Logits of keys x queries without those of the keys that are not there."""
     if cut.last == cut.size:
         return logits
@@ -219,12 +215,15 @@ def _masked(cut: Blocks, logits: jax.Array, keys: Any) -> jax.Array:
     return jnp.where(row < cut.how.tokens - keys * cut.size, logits, -jnp.inf)
 
 
-def _scale(cut: Blocks) -> float:
-    """Of the logits, whose exponentials are powers of 2."""
-    return LOG2_E / math.sqrt(cut.how.channels)
-
-
 def _forward(cut: Blocks, *refs: Any) -> None:
+    """Takes one block of keys for one block of queries; writes the result after the last keys.
+
+    Args:
+      refs: q, k, v and the result, each (1, size, positions, slab) and, where there is a class
+        token, (1, positions, slab); the log-sums (1, 1, positions * heads, LANES). Then VMEM: the
+        words of `Buffers`; of each query the largest logit and the sum, (positions * heads, size)
+        float32; the weighted values, (positions, slab, size) float32.
+    """
     how, per = cut.how, 1 + cut.how.cls
     q, k, v, out = (refs[i * per : (i + 1) * per] for i in range(4))
     logs, words, largest, total, weighted = refs[4 * per :]
@@ -263,7 +262,7 @@ def _forward(cut: Blocks, *refs: Any) -> None:
             buffers.put(3, word, pack(tuple(results), dtype))
 
         each_position(how, finish)
-        logs[0, 0, :, : cut.size] = largest[...] * _scale(cut) + jnp.log2(total[...])
+        logs[0, 0, :, : cut.size] = largest[...] * how.scale + jnp.log2(total[...])
         _write(cut, buffers, 3, out, i)
 
 
@@ -288,8 +287,8 @@ def _take_keys(
             row = pl.ds(position * cut.heads + h, 1)
             s = _masked(cut, s, j)
             new = jnp.maximum(largest[row], s.max(axis=0, keepdims=True))
-            keep = jnp.exp2((largest[row] - new) * _scale(cut))
-            exponentials = jnp.exp2((s - new) * _scale(cut))
+            keep = jnp.exp2((largest[row] - new) * how.scale)
+            exponentials = jnp.exp2((s - new) * how.scale)
             largest[row] = new
             total[row] = total[row] * keep + exponentials.sum(axis=0, keepdims=True)
             weights.append((keep, exponentials.astype(dtype)))
@@ -303,6 +302,13 @@ def _take_keys(
 
 
 def _backward(cut: Blocks, *refs: Any) -> None:
+    """Adds what one block of queries and one of keys give to the gradients; writes complete ones.
+
+    Args:
+      refs: q, k, v, the gradient of the result, the result and the log-sums as in `_forward`; the
+        gradient, of one of q, k and v at a time; the words of `Buffers`, and the sums of two
+        gradients, (2, positions, slab, size) float32.
+    """
     how, per = cut.how, 1 + cut.how.cls
     operands = [refs[i * per : (i + 1) * per] for i in range(5)]
     logs, out, (words, sums) = refs[5 * per], refs[5 * per + 1 : -2], refs[-2:]
@@ -379,7 +385,7 @@ def _sum_gradients(
         for h in heads:
             row = pl.ds((word * values + p) * cut.heads + h, 1)
             s = _masked(cut, logits[p][h], keys)
-            weights = jnp.exp2(s * _scale(cut) - logs[0, 0, row, : cut.size])
+            weights = jnp.exp2(s * how.scale - logs[0, 0, row, : cut.size])
             product = o_ts[p][h].astype(jnp.float32) * do_ts[p][h].astype(jnp.float32)
             along = product.sum(axis=0, keepdims=True)
             logits_bar = (weights * (bars[p][h] - along)).astype(dtype)
