@@ -212,7 +212,7 @@ def test_output_that_nobody_reads_on_is_no_error():
         command("--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     )
     listing.stdout.close()
-    _, errors = listing.communicate(timeout=60)
+    _, errors = listing.communicate()
     assert listing.returncode == 141
     assert b"BrokenPipe" not in errors
 

@@ -22,11 +22,18 @@ def test_a_scheme_registered_from_outside_the_package():
 
 
 def test_finetuned_from_python_and_then_predicted(demo_data, tmp_path):
-    # What its command line does, with fewer epochs.
+    # What its command line does, with a smaller model and fewer epochs.
     code = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY / "examples")!r})
 import finetune
+from timesformer_jax import recipes
+recipe = recipes.finetune
+def small(name):
+    config = recipe(name)
+    config.model.depth, config.model.hidden_size = 1, 16
+    return config
+recipes.finetune = small
 finetune.main(*sys.argv[1:], epochs=2)
 """
     arguments = (str(demo_data), str(tmp_path / "run"))

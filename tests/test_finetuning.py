@@ -4,12 +4,14 @@ import csv
 import json
 import os
 import re
+import signal
 
+import forked
 import jax
 import numpy as np
 import pytest
 import torch
-from conftest import scalars, tiny_run
+from conftest import environment, scalars, tiny_run
 from PIL import Image
 from tensorboard.backend.event_processing import event_file_loader
 
@@ -172,9 +174,14 @@ def test_a_license_stays_with_what_is_trained_from_it(
     convert.convert(vit, tmp_path / "r.pyth", to="release", attention="divided", num_heads=2)
     source = torch.load(tmp_path / "r.pyth", weights_only=True)
     torch.save(source | {"license": "CC-BY-NC-4.0"}, tmp_path / "r.pyth")
-    timesformer(*arguments(pretrained=tmp_path / "r.pyth", epochs=1))
+    run = arguments(pretrained=tmp_path / "r.pyth")
+    folder = os.fspath(tmp_path / "run" / "checkpoints")
+    ended = forked.run(
+        forked.run_command_that_ends, signal.SIGTERM, (folder, 7), *run, environment=environment()
+    )
+    assert ended.returncode == 128 + signal.SIGTERM
     assert checkpoints.load_parameters(tmp_path / "run")[0].license == "CC-BY-NC-4.0"
-    timesformer(*arguments(pretrained=tmp_path / "r.pyth"))
+    assert "going on from step 8" in timesformer(*run).stderr
     assert checkpoints.load_parameters(tmp_path / "run")[0].license == "CC-BY-NC-4.0"
 
 

@@ -237,7 +237,7 @@ print(next(batches)[0]["frames"].shape)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        capture_output=True, text=True, env=environment(), timeout=120,
+        capture_output=True, text=True, env=environment(), timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "(4, 4, 40, 40, 3)\n"

@@ -1,14 +1,14 @@
 """What the README says can be done."""
 
 import csv
+import dataclasses
 import json
 import re
 import shlex
 
-import forked
 import numpy as np
 import pytest
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY
 from videos import write_video
 
 import timesformer_jax as tsf
@@ -16,22 +16,22 @@ from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.store import save_parameters
 from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.models import presets
 from timesformer_jax.models.timesformer import parameters
 
 README = (REPOSITORY / "README.md").read_text()
 
 
-@pytest.mark.processes
 @pytest.mark.compiles
-def test_the_python_lines_run_as_written():
+def test_the_python_lines_run_as_written(monkeypatch):
+    """With one of the twelve blocks of the base model."""
+    base = dataclasses.replace(presets.PRESETS["timesformer_base"], depth=1)
+    monkeypatch.setitem(presets.PRESETS, "timesformer_base", base)
     section = README.split("The network itself:")[1].split("##")[0]
     code = "\n".join(re.findall(r"^    (.*)$", section, re.MULTILINE))
-    code += "\nprint(logits.shape, features.shape)"
-    # A process of its own, as tests' quickly compiled programs take twice as long for a base model.
-    done = forked.run(
-        forked.run_script, code, environment=environment(optimised=True), cwd=REPOSITORY
-    )
-    assert done.stdout == "(1, 400) (1, 768)\n", done.stderr
+    exec(code, names := {})
+    assert names["logits"].shape == (1, 400)
+    assert names["features"].shape == (1, 768)
 
 
 def test_every_command_flag_config_and_file_named_is_there():

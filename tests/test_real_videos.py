@@ -42,6 +42,7 @@ def test_later_segments_are_predicted_to_their_source(real_videos, tmp_path, tim
         f"--config.data.directory={tmp_path / 'data'}", "--config.data.demo=",
         "--config.clip.frame_stride=2", "--config.batch_size=7", "--config.epochs=20",
         "--config.optimizer.reference_batch_size=7", "--config.eval.every_epochs=0",
+        "--config.model.depth=1", "--config.model.hidden_size=32", "--config.log_every_steps=20",
     )  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     later = [row for row in rows if row[-1] == "validation"]

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
 import threading
 import time
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,10 +195,12 @@ def test_a_kernel_that_takes_the_device_along_is_passed_over_the_next_time(monke
 
 
 def test_a_run_that_does_not_end_is_passed_over(monkeypatch):
-    monkeypatch.setattr(measure, "RUN_SECONDS", 2.0)
-    kernels(monkeypatch, slow=slow(good, 8.0))
+    over = threading.Event()
+    monkeypatch.setattr(measure, "RUN_SECONDS", 3.0)  # a busy machine runs the other one in time
+    kernels(monkeypatch, endless=on_the_device(good, lambda x: over.wait() and x))
     entry, _ = fastest(xla=good)
-    assert entry["tried"]["slow"] == "it does not run (TimeoutError: not over after 2 s)"
+    over.set()
+    assert entry["tried"]["endless"] == "it does not run (TimeoutError: not over after 3 s)"
 
 
 # ---- the cache ----------------------------------------------------------------------------------
@@ -279,14 +280,10 @@ print(entry["chosen"], new)
 
 @pytest.mark.processes
 def test_of_two_processes_one_measures():
-    pipe = subprocess.PIPE
     running = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEASURES], stdout=pipe, text=True, env=environment()
-        )
-        for _ in range(2)
+        forked.Process(forked.run_script, MEASURES, environment=environment()) for _ in range(2)
     ]
-    said = sorted(run.communicate(timeout=300)[0] for run in running)
+    said = sorted(run.communicate()[0] for run in running)
     assert said == ["good False\n", "good True\n"]
 
 
