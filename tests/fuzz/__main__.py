@@ -97,7 +97,7 @@ def fuzz_videos(folder: pathlib.Path, count: int, number: int) -> int:
                 others = opened.pop_all()
                 found.took((path, others), f"here {outcome}", bool(others))
     os.chdir(folder)
-    whole = ("check", "failures.csv", 2, "problems in"), ("prepare", "data", 0, "")
+    whole = ("check", "failures.csv", 0, ""), ("prepare", "data", 0, "")
     for name, output, expected, said in whole:
         words = [name, "--videos=videos", "--follow", "--workers=1", f"--output={output}"]
         status, _, errors = commands.run(words)

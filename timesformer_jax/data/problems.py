@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 NO_TRAINING = (
-    "no clip is for training: give clips the split train, or no split, so that it is drawn"
+    "no clip is for training, so that only `evaluate` can use the data: give clips the split train,"
+    " or no split, so that it is drawn"
 )
 NO_VALIDATION = (
     "no clip is for validation, so that training cannot measure its accuracy: add videos, or train"
