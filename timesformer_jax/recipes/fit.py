@@ -235,7 +235,7 @@ def to_data(
     if "log_every_steps" in automatic_fields:
         steps = config.epochs * (len(train) // batch_size)
         every = max(min(config.log_every_steps, steps // REPORTS), 1)
-        if every != config.log_every_steps:
+        if steps and every != config.log_every_steps:
             reason = f"the run has {steps} steps: log_every_steps {every}"
             changes.append(Change({"log_every_steps": every}, reason))
     return changes
