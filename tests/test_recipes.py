@@ -124,7 +124,7 @@ def test_every_config_trains_its_model_on_its_clips(name):
 
 
 def test_every_recipe_of_the_paper_has_its_file():
-    assert set(PUBLISHED) | {"demo", "finetune", "from_scratch_small"} == set(CONFIGS)
+    assert set(PUBLISHED) | {"demo", "demo_long", "finetune", "from_scratch_small"} == set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -179,7 +179,7 @@ def test_the_commands_of_a_config_parse_and_name_it(name, monkeypatch):
         else:
             trained.append((command, arguments["workdir"]))
             assert arguments["config"].name == name
-            from_random = name in ("demo", "from_scratch_small")
+            from_random = name in ("demo", "demo_long", "from_scratch_small")
             assert bool(arguments["config"].pretrained) != from_random
     workdir = {"finetune": "mine", "from_scratch_small": "small"}.get(name, name)
     assert trained == [("train", f"runs/{workdir}")]

@@ -4,6 +4,7 @@ from timesformer_jax.recipes.ablations import ablate, with_arguments
 from timesformer_jax.recipes.files import load
 from timesformer_jax.recipes.recipes import (
     demo,
+    demo_long,
     diving48,
     finetune,
     from_scratch_small,
@@ -18,6 +19,7 @@ from timesformer_jax.recipes.recipes import (
 __all__ = [
     "ablate",
     "demo",
+    "demo_long",
     "diving48",
     "finetune",
     "from_scratch_small",

@@ -229,3 +229,19 @@ def demo() -> ConfigDict:
     config.eval.batch_size = 80
     fit.make_automatic(config, ["batch_size", "data.directory"])
     return config
+
+
+def demo_long() -> ConfigDict:
+    """Trains a tiny model on one clip of 64 frames of each of the embedded three-minute videos."""
+    config = demo()
+    config.name = "demo_long"
+    config.clip.sampling = "segments"  # the clip spans the video
+    config.clip.frames = 64
+    config.model.patch_size = 16
+    config.model.hidden_size = 32
+    config.model.depth = 2
+    config.epochs = 20
+    config.data.directory = "data/demo_long"
+    config.data.demo = "long"
+    fit.make_automatic(config, ["data.directory"])
+    return config

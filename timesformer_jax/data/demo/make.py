@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from timesformer_jax.data.demo import appearance, motion
+from timesformer_jax.data.demo import appearance, long, motion
 from timesformer_jax.data.demo.drawing import load_photographs
 from timesformer_jax.data.encode import encode_mp4
 from timesformer_jax.data.prepare.prepare import prepare
@@ -30,6 +30,7 @@ class Task(NamedTuple):
       fps: frames per second.
       height: of a frame, in pixels; not above the width.
       train, validation: numbers of videos.
+      store_stride: every store_stride-th frame is stored, as by `prepare`.
     """
 
     labels: tuple[str, ...]
@@ -38,11 +39,13 @@ class Task(NamedTuple):
     height: int
     train: int = 3200
     validation: int = 800
+    store_stride: int = 1
 
 
 TASKS = {
     "motion": Task(motion.DIRECTIONS, motion.frames, motion.FPS, motion.HEIGHT),
     "appearance": Task(appearance.OBJECTS, appearance.frames, motion.FPS, motion.HEIGHT),
+    "long": Task(long.CLASSES, long.frames, long.FPS, long.HEIGHT, 720, 540, store_stride=long.FPS),
 }
 
 ANNOTATIONS = "annotations.csv"
@@ -83,6 +86,7 @@ def prepare_demo(
         annotations=videos / ANNOTATIONS,
         short_side=TASKS[task].height,
         quality=95,
+        store_stride=TASKS[task].store_stride,
         clips_per_shard=400,
         name="demo",
     )
