@@ -32,6 +32,7 @@ from absl import app, flags
 from contenders import Lost, Options, Runner, Task
 from cpu_load import Others, busy_cores, spare_cores
 
+from timesformer_jax import storage
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.model import best_row, search_batch_sizes
@@ -102,7 +103,7 @@ def main(_: Sequence[str]) -> None:
     unknown = [name for name in SELECTED.value if name not in WORKLOADS]
     if unknown:
         sys.exit(f"error: --workloads has no {unknown[0]!r}; there are: {', '.join(WORKLOADS)}")
-    report.check_folder(JSON.value)
+    storage.check_output("--json", JSON.value)
     os.environ["JAX_PLATFORMS"] = DEVICE.value
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(MEMORY_SHARE)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from timesformer_jax import storage
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.benchmark.model import WORKLOADS
@@ -68,7 +69,7 @@ FLAGS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
-    report.check_folder(options.json)
+    storage.check_output("--json", options.json)
     platform, device = first_device()
     settings = {
         "preset": options.preset,

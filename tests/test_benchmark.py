@@ -280,7 +280,7 @@ def test_attention_is_measured_where_there_is_no_tensorflow(tmp_path):
         (["attention", "--sides=0"], "--sides=0 must be whole numbers"),
         (["attention", "--sides=100"], "image_size 100 is not divisible by patch_size 16"),
         (["attention", "--json=/nowhere/x.json"], "the folder of --json=/nowhere/x.json"),
-        (["attention", "--json=/"], "--json=/ is a folder; name a file"),
+        (["attention", "--json=/"], "--json=/ is a folder; give the name of a file in it"),
         (["attention", "--dtype=float16"], "dtype must be one of float32, bfloat16"),
         (["model", "--presets=timesformer_bas"], "did you mean 'timesformer_base'"),
         (["model", "--workloads=train"], "there are inference, training"),

@@ -30,7 +30,7 @@ from timesformer_jax.inference.appended import AppendedFile
 from timesformer_jax.inference.feature_table import GrowingTable
 from timesformer_jax.inference.sources import Source, find
 from timesformer_jax.models.timesformer import parameters
-from timesformer_jax.storage import check_folder
+from timesformer_jax.storage import check_output
 from timesformer_jax.transforms.preprocess import preprocess
 
 SPEC = ClipSpec(frames=4, frame_stride=4, crop=16, short_side=24)
@@ -453,7 +453,7 @@ def test_what_cannot_be_is_refused_before_the_work(
     long = tmp_path / f"{'x' * 250}.json"
     assert "is too long" in refusal("timeline", *flags, f"--output={long}")
     with pytest.raises(tsf.InputError, match="null byte"):
-        check_folder("--output", f"{tmp_path}/a\0.json")
+        check_output("--output", f"{tmp_path}/a\0.json")
     said = refusal("predict", *flags, "--batch_size=1000000", "--views=1")
     assert "GiB: lower --batch_size" in said
     said = refusal("features", *flags, "--batch_size=1000000", f"--output={tmp_path / 'a.npz'}")
@@ -566,7 +566,7 @@ def test_a_run_killed_while_it_removes_the_folder_keeps_the_table(tmp_path, monk
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--output=f.txt"], ".parquet or .npz"),
+        (["--output=f.txt"], ".parquet, .npz"),
         (["--output=gs://b/f.npz"], "on a disk"),
         (["--output=/no/where/f.npz"], "does not exist"),
         (["--output=f.npz", "--dataset=ucf101"], "--annotations"),

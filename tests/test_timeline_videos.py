@@ -270,7 +270,7 @@ def test_the_page_fits_narrow_screens_in_light_and_dark(written, browser):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--output=a.txt"], "its ending must be one of"),
+        (["--output=a.txt"], "the name must end in"),
         (["--output=nowhere/a.json"], "does not exist"),
         (["--stride=0"], "--stride=0: it must be a number from 0.001"),
         (["--window=2"], "leave out the window"),

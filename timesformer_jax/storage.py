@@ -4,8 +4,9 @@ import errno
 import fcntl
 import io
 import os
+import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 from etils import epath
@@ -86,8 +87,8 @@ def absolute(path: str | os.PathLike) -> epath.Path:
 def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
     """Yields a temporary path to write to. `path` is then complete or unchanged, at any power loss.
 
-    On a disk the temporary file is in the same folder, and is renamed at the end. For gs:// it is a
-    local file, and is uploaded at the end.
+    On a disk a file or a folder is written beside `path`, and renamed at the end; a folder must not
+    exist yet. For gs:// it is a local file, and is uploaded at the end.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -99,14 +100,22 @@ def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        for written in (temporary, *pathlib.Path(temporary).rglob("*")):
+            _sync(written)
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            temporary.rmtree()
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: os.PathLike) -> None:
+    """Waits until a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: epath.Path, content: bytes) -> None:
@@ -140,13 +149,32 @@ def locked(directory: epath.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_folder(flag: str, path: str, source: str | os.PathLike | None = None) -> None:
-    """Raises InputError if a file cannot be written: before the work, so that none is lost.
+def extension(path: str | os.PathLike) -> str:
+    """The extension of a file's name in lower case, such as ".csv"."""
+    return os.path.splitext(path)[1].lower()
+
+
+def check_output(
+    flag: str,
+    path: str | None,
+    extensions: Collection[str] = (),
+    source: str | os.PathLike | None = None,
+) -> None:
+    """Checks before the work that a file can be written after it.
 
     Args:
       flag: that gave the path, such as "--output".
+      path: of the file; None if there is none to write.
+      extensions: those that the name may have, such as ".csv"; () for any.
       source: the input, which the file must not replace.
+
+    Raises:
+      InputError: the path has another extension, is a folder, is in no folder, or is the input.
     """
+    if path is None:
+        return
+    if extensions and extension(path) not in extensions:
+        raise InputError(f"{flag}={path}: the name must end in {', '.join(extensions)}")
     if is_remote(path):
         return
     if os.path.isdir(path):
@@ -176,6 +204,6 @@ def disk_errors(output: str | os.PathLike) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"disk full at {output}; free space and run the same command again: finished"
-                " shards are kept"
+                " work is kept"
             ) from error
         raise InputError(f"cannot write {output}: {error.strerror or error}") from error

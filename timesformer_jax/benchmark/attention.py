@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from timesformer_jax import storage
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import DevicePeak, default_dtype, describe, measure_peak
 from timesformer_jax.benchmark.programs import (
@@ -81,7 +82,7 @@ def benchmark_attention(
       InputError: if a name, size or file is wrong.
     """
     deadline = time.monotonic() + 60 * minutes
-    report.check_folder(json)
+    storage.check_output("--json", json)
     select.check_name(attention_kernels)
     fields: dict[str, Any] = {"dtype": dtype or default_dtype()}
     if depth is not None or quick:

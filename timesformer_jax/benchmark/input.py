@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 from ml_collections import ConfigDict
 
+from timesformer_jax import storage
 from timesformer_jax.benchmark import input_videos, report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.clip_spec import ClipSpec
@@ -26,7 +27,7 @@ from timesformer_jax.data.input import pipeline, reading, sampling
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, install
 from timesformer_jax.timing import spread
 
 ROUNDS = 10
@@ -73,7 +74,7 @@ def benchmark_input(
     Raises:
       InputError: the data cannot be read, a setting is invalid, or a package is missing.
     """
-    report.check_folder(json)
+    storage.check_output("--json", json)
     if reference:
         _input_reference()  # before videos are made
     if data and synthetic:
@@ -275,7 +276,7 @@ def _input_reference() -> ModuleType:
         return importlib.import_module("timesformer_jax.benchmark.input_reference")
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--reference needs the package {error.name}: pip install '.[benchmark]'"
+            f"--reference needs the package {error.name}: {install('benchmark')}"
         ) from error
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from timesformer_jax import storage
 from timesformer_jax.benchmark import report
 from timesformer_jax.benchmark.machine import DevicePeak, default_dtype, describe, measure_peak
 from timesformer_jax.benchmark.programs import (
@@ -89,7 +90,7 @@ def benchmark_model(
       InputError: if a name, size or file is wrong.
     """
     deadline = time.monotonic() + 60 * minutes
-    report.check_folder(json)
+    storage.check_output("--json", json)
     for workload in workloads or WORKLOADS:
         if workload not in WORKLOADS:
             raise InputError(f"--workloads has no {workload!r}; there are {', '.join(WORKLOADS)}")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from timesformer_jax import storage
 from timesformer_jax.benchmark.machine import DevicePeak, machine
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.errors import InputError
@@ -28,16 +29,6 @@ def numbers(flag: str, words: Sequence[str]) -> list[int]:
     return [int(word) for word in words]
 
 
-def check_folder(path: str | None) -> None:
-    """Raises InputError if the file of --json cannot be created. Called before measuring."""
-    if path is None:
-        return
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise InputError(f"the folder of --json={path} does not exist")
-    if os.path.isdir(path):
-        raise InputError(f"--json={path} is a folder; name a file")
-
-
 def write(path: str | os.PathLike | None, figures: Any) -> None:
     """Writes the figures as JSON, atomically. Does nothing if `path` is None.
 
@@ -46,13 +37,9 @@ def write(path: str | os.PathLike | None, figures: Any) -> None:
     """
     if path is None:
         return
-    try:
-        with open(f"{path}.new", "w") as f:
-            json.dump(figures, f, indent=1, allow_nan=False)
-            f.write("\n")
-        os.replace(f"{path}.new", path)
-    except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror}") from None
+    content = json.dumps(figures, indent=1, allow_nan=False) + "\n"
+    with storage.disk_errors(path):
+        storage.write_atomically(storage.absolute(path), content.encode())
 
 
 def headline(peak: DevicePeak) -> str:

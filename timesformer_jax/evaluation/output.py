@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from timesformer_jax import storage
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, install
 from timesformer_jax.evaluation.metrics import MultiLabelResults, Results
 
 if TYPE_CHECKING:
@@ -25,10 +24,8 @@ MOST_NAMED = 60
 def check_outputs(paths: Sequence[str]) -> None:
     """Raises InputError unless all can be written; before the work, so that none is lost."""
     for path in paths:
-        if os.path.splitext(path)[1] not in WRITERS:
-            raise InputError(f"--output={path}: the name must end in {', '.join(WRITERS)}")
-        storage.check_folder("--output", path)
-        if path.endswith(".png"):
+        storage.check_output("--output", path, WRITERS)
+        if storage.extension(path) == ".png":
             _figure()
 
 
@@ -42,7 +39,7 @@ def write(results: Results | MultiLabelResults, path: str, about: Mapping[str, A
         the average precision of each class of multi-label results.
       about: more fields of the JSON file.
     """
-    content = WRITERS[os.path.splitext(path)[1]](results, about)
+    content = WRITERS[storage.extension(path)](results, about)
     with storage.disk_errors(path):
         storage.write_atomically(storage.absolute(path), content)
 
@@ -134,7 +131,7 @@ def _figure() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise InputError("a picture needs the package matplotlib: pip install '.[data]'") from e
+        raise InputError(f"a picture needs the package matplotlib: {install('data')}") from e
     return Figure
 
 

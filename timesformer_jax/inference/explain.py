@@ -77,8 +77,7 @@ def explain(
       InputError: if there is no such class, or a file cannot be read or written.
     """
     for flag, path in (("--output", output), ("--video", video)):
-        if path is not None:
-            storage.check_folder(flag, path, file)
+        storage.check_output(flag, path, source=file)
     output = output or _default_output(file)
     clock = Clock()
     predictor = Predictor(checkpoint, 1, 1, attention_kernels)

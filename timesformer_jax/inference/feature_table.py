@@ -27,7 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from timesformer_jax.errors import InputError
+from timesformer_jax import storage
+from timesformer_jax.errors import InputError, install
 from timesformer_jax.inference.appended import AppendedFile
 from timesformer_jax.inference.sources import Source
 from timesformer_jax.storage import absolute, as_text, atomic_path, disk_errors, is_remote
@@ -46,12 +47,13 @@ def check_output(output: str) -> None:
     """Raises InputError if a table cannot be written there, before anything is computed."""
     if is_remote(output):
         raise InputError(f"--output={output} must be on a disk; copy the table when it is complete")
-    if not output.endswith((".parquet", ".npz")):
-        raise InputError(f"--output={output} must be a file .parquet or .npz")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
-        raise InputError(f"the folder of --output={output} does not exist")
-    if output.endswith(".parquet"):
+    storage.check_output("--output", output, (".parquet", ".npz"))
+    if _is_parquet(output):
         _parquet(output)
+
+
+def _is_parquet(output: str) -> bool:
+    return storage.extension(output) == ".parquet"
 
 
 class GrowingTable:
@@ -119,7 +121,7 @@ class GrowingTable:
         with open(os.path.join(self.part, "rows.jsonl"), encoding="utf-8") as file:
             rows = [json.loads(line) for line in file.readlines()[1:]]
         if rows:
-            write = _write_parquet if self.output.endswith(".parquet") else _write_npz
+            write = _write_parquet if _is_parquet(self.output) else _write_npz
             with disk_errors(self.output), atomic_path(absolute(self.output)) as temporary:
                 write(temporary, self.part, rows, self._shapes, self._about)
         # Renamed first: of a folder that is removed in part, the next run would take no row and
@@ -169,7 +171,7 @@ class GrowingTable:
         with disk_errors(new):
             shutil.rmtree(new, ignore_errors=True)
             os.makedirs(new)
-            copy = _copy_parquet if self.output.endswith(".parquet") else _copy_npz
+            copy = _copy_parquet if _is_parquet(self.output) else _copy_npz
             for name in self._shapes:
                 with open(os.path.join(new, f"{name}.f32"), "wb") as file:
                     copy(self.output, name, file)
@@ -190,7 +192,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 def _read_rows(output: str) -> tuple[str, list[dict[str, Any]]]:
     """The settings and the rows of a complete table, without its arrays."""
     try:
-        if output.endswith(".parquet"):
+        if _is_parquet(output):
             table = _parquet(output).read_table(output, columns=[*TEXTS, *NUMBERS])
             about = table.schema.metadata[METADATA].decode()
             columns = {name: table[name].to_pylist() for name in table.column_names}
@@ -243,8 +245,7 @@ def _parquet(output: str) -> Any:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{output} needs the package pyarrow: pip install '.[parquet]' in the project's "
-            "folder; or write .npz"
+            f"{output} needs the package pyarrow: {install('parquet')}; or write .npz"
         ) from error
     return pyarrow.parquet
 

@@ -45,7 +45,7 @@ def timeline(
     """
     outputs = output or []
     for path in outputs:
-        _check_output(path)
+        storage.check_output("--output", path, FORMATS)
     predictor = Predictor(checkpoint, crops=crops, attention_kernels=attention_kernels)
     with tqdm(unit="clip", desc=os.path.basename(os.path.abspath(video)), leave=False) as bar:
 
@@ -72,17 +72,11 @@ def timeline(
         print(f"written to {path}")
 
 
-def _check_output(path: str) -> None:
-    if os.path.splitext(path)[1].lower() not in FORMATS:
-        raise InputError(f"--output={path}: its ending must be one of {', '.join(FORMATS)}")
-    storage.check_folder("--output", path)
-
-
 def _as_text(
     found: VideoTimeline, path: str, video: str, predictor: Predictor, checkpoint: str
 ) -> str:
     """The content of an output file, by the ending of its name."""
-    match os.path.splitext(path)[1].lower():
+    match storage.extension(path):
         case ".json":
             return found.to_json(video=video, checkpoint=checkpoint, crops=predictor.crops)
         case ".csv":

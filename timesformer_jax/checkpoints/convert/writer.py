@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from etils import epath
 from flax import traverse_util
 from tqdm import tqdm
 
+from timesformer_jax import storage
 from timesformer_jax.checkpoints import run_files, schema, store
 from timesformer_jax.checkpoints.card import write_card
 from timesformer_jax.checkpoints.catalogue import NON_COMMERCIAL
@@ -85,11 +85,11 @@ def convert(
     checkpoint = read(src, resize, revision=revision, allow_nonfinite=allow_nonfinite, **overrides)
     checkpoint = _with_license(_with_labels(checkpoint, labels), license)
     about = _about(checkpoint, results)
-    with _atomic_path(dst) as partial:
-        written = _WRITERS[to](partial, checkpoint)
+    with _written_at(dst) as partial:
+        written = _WRITERS[to](os.fspath(partial), checkpoint)
         if to == "hf":
             write_card(
-                epath.Path(partial), written.metadata, name or os.path.basename(dst), about,
+                partial, written.metadata, name or os.path.basename(dst), about,
                 for_transformers=True,
             )  # fmt: skip
     logging.info("%s: %s written to %s", src, checkpoint.config.attention, dst)
@@ -108,6 +108,15 @@ def _about(checkpoint: Checkpoint, results: str | None) -> RunFiles:
     if results is None:
         return about
     return about._replace(evaluations=(run_files.evaluated(results), *about.evaluations))
+
+
+@contextlib.contextmanager
+def _written_at(dst: str) -> Iterator[epath.Path]:
+    """`storage.atomic_path` in a folder that is made where there is none."""
+    with storage.disk_errors(dst):
+        os.makedirs(os.path.dirname(dst), exist_ok=True)
+        with storage.atomic_path(epath.Path(dst)) as partial:
+            yield partial
 
 
 def _with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
@@ -130,28 +139,6 @@ def _with_labels(checkpoint: Checkpoint, labels: str | Sequence[str] | None) -> 
             "label a class"
         )
     return dataclasses.replace(checkpoint, labels=tuple(labels))
-
-
-@contextlib.contextmanager
-def _atomic_path(dst: str) -> Iterator[str]:
-    """Yields a temporary path for a file or directory, and renames it to `dst` at the end."""
-    partial = f"{dst}.partial"
-    _remove(partial)
-    os.makedirs(os.path.dirname(dst), exist_ok=True)
-    try:
-        yield partial
-        os.replace(partial, dst)
-    except OSError as e:
-        raise InputError(f"cannot write {dst}: {e.strerror or e}") from e
-    finally:
-        _remove(partial)
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    elif os.path.exists(path):
-        os.remove(path)
 
 
 def _write_native(path: str, checkpoint: Checkpoint) -> Checkpoint:

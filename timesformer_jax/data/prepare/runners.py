@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from timesformer_jax.data.layout import FAILURES_FILE
 from timesformer_jax.data.prepare.shards import Shard, ShardOptions, write_shard
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, install
 from timesformer_jax.workers import run_tasks
 
 RUNNERS = ("local", "beam")
@@ -55,7 +55,7 @@ def write_on_beam(shards: Sequence[Shard], source: Source, beam_options: str) ->
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise InputError("--runner=beam needs Apache Beam: pip install '.[beam]'") from error
+        raise InputError(f"--runner=beam needs Apache Beam: {install('beam')}") from error
     with beam.Pipeline(options=PipelineOptions(shlex.split(beam_options))) as pipeline:
         _ = (
             pipeline
