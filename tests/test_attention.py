@@ -179,7 +179,9 @@ def test_sparse_attention_holds_no_square_of_all_patches(name, t, grid, monkeypa
 
 @pytest.mark.parametrize("name", LAYERS)
 @LONG_CLIPS
-def test_by_blocks_none_holds_the_square_and_sparse_attention_does_not_compute_it(name, t, grid):
+def test_attention_by_blocks_never_holds_all_logits_and_sparse_attention_does_not_compute_them(
+    name, t, grid
+):
     largest, by_blocks = traced(LAYERS[name], t, grid)
     square = (t * math.prod(grid)) ** 2
     assert largest < square / 3

@@ -69,7 +69,7 @@ def test_one_device_sends_nothing():
     assert of_mapped(mesh_of(1), lambda x: jax.lax.psum(x, "a"), P(), (4,)) == []
 
 
-def test_compiled_for_a_sharded_product_it_is_what_the_partitioner_chose():
+def test_collectives_of_a_sharded_product_are_those_of_the_compiled_program():
     # Rows of the left against columns of the right: summed over the axis that both are split along.
     mesh = mesh_of(2, 2, 2)
     place = functools.partial(jax.NamedSharding, mesh)

@@ -228,7 +228,7 @@ def test_video_model_starts_at_the_image_models_features(scheme):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_divided_is_what_an_image_model_becomes_unless_told_otherwise(caplog):
+def test_an_image_model_becomes_a_divided_one_by_default(caplog):
     assert tsf.from_pretrained(VIT, num_heads=4).config.attention == "divided"
     assert "an image model; a divided one starts from it" in caplog.text
 

@@ -121,7 +121,7 @@ def test_the_devices_share_the_work(sizes):
 # Where parameters lie.
 
 
-def test_kernels_lie_as_the_rules_say_and_so_does_what_mirrors_them():
+def test_parameters_and_optimizer_state_are_sharded_by_the_rules():
     state = trained(DIVIDED, TENSOR).state
     expected = {
         "attention/spatial/qkv": (P("fsdp", None, "tensor"), (12, 3, 12)),

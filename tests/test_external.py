@@ -470,7 +470,7 @@ def test_where_the_data_cannot_be_written_the_index_is_in_the_cache(tmp_path, ca
     assert len(open_split(tmp_path / "data", "train")) == 2
 
 
-def test_an_index_that_can_be_kept_nowhere_is_made_and_said_to_be_lost(tmp_path, cache, caplog):
+def test_an_index_that_cannot_be_saved_is_used_with_a_warning(tmp_path, cache, caplog):
     write(tmp_path / "data" / "train.tfrecord", [clip(0)])
     (tmp_path / "data" / "train.records.npz").mkdir()
     cache.write_text("a file where the folder should be")

@@ -150,7 +150,7 @@ def test_the_frame_stride_of_videos_of_three_seconds():
     st.sampled_from([12.0, 25.0, 29.97, 60.0]),
     st.sampled_from([2, 8, 16]),
 )
-def test_the_stride_is_the_largest_that_nine_of_ten_videos_are_as_long_as(seconds, fps, frames):
+def test_the_fitted_stride_is_the_largest_that_fits_nine_of_ten_videos(seconds, fps, frames):
     default = recipes.finetune()
     default.clip.frames = frames
     data = clips(seconds, fps=fps)
@@ -187,7 +187,7 @@ def test_words_that_a_mirror_changes(label, sided):
     assert bool(fit.sided_labels([label])) == sided
 
 
-def test_classes_of_left_and_right_are_not_mirrored_unless_somebody_says_so():
+def test_classes_named_left_or_right_are_not_mirrored_by_default():
     labels, data = ("turn left", "turn right", "stop"), clips([10.0] * 40)
     _, taken = fitted(recipes.finetune(), data, labels)
     assert taken["data.flip"] is False

@@ -121,7 +121,7 @@ def whole(demo_data, tmp_path_factory, peers):
     return workdir
 
 
-def test_killed_preempted_and_on_other_processes_it_is_the_run_of_one(
+def test_a_run_killed_preempted_or_on_several_processes_equals_one_on_one_process(
     demo_data, whole, tmp_path, peers
 ):
     """4 processes, one of them killed; 2 with another mesh, one told to end; 2 to the end."""

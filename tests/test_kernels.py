@@ -91,7 +91,7 @@ def loss(attention):
 
 
 @pytest.mark.parametrize("frames", [8, 96])
-def test_the_kernel_lowers_for_cuda_and_reads_the_projection_where_it_lies(frames):
+def test_the_kernel_lowers_for_cuda_and_reads_the_projection_without_a_copy(frames):
     qkv = jax.ShapeDtypeStruct((2, frames, 49, 3, 2, 64), jnp.bfloat16)
     forward = lowered(hopper.attention, qkv)
     assert forward.count("custom_call @mosaic_gpu") == 1

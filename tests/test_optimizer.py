@@ -112,7 +112,7 @@ def test_cosine_warms_up_and_ends_at_zero():
     assert float(schedule(600)) == pytest.approx(0, abs=1e-9)
 
 
-def test_cosine_without_warmup_starts_at_the_peak_and_warns_of_nothing(caplog):
+def test_cosine_without_warmup_starts_at_the_peak_without_warnings(caplog):
     config = recipes.demo().optimizer
     config.warmup_epochs = 0.0
     schedule = learning_rate(config, 32, steps_per_epoch=100)

@@ -217,7 +217,7 @@ def test_pieces_of_howto100m_are_as_long_as_a_clip():
         ("train_fraction=0.25", {"data.train_fraction": 0.25}),
     ],
 )  # fmt: skip
-def test_an_argument_changes_what_belongs_together_and_nothing_else(arguments, changed):
+def test_an_argument_changes_only_the_fields_that_depend_on_it(arguments, changed):
     before, after = flat(config_of("k400_base")), flat(config_of("k400_base", arguments))
     assert after == before | changed | {"name": f"k400_base:{arguments}"}
 

@@ -42,7 +42,7 @@ def written(workdir, *steps, done=0):
     scalars.close()
 
 
-def test_curves_of_a_run_that_went_on_are_those_of_one_that_did_not_stop(tmp_path):
+def test_curves_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path):
     written(tmp_path / "whole", *range(1, 9))
     written(tmp_path / "parts", *range(1, 7))
     written(tmp_path / "parts", *range(5, 9), done=4)  # from the checkpoint of step 4

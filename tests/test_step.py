@@ -321,7 +321,7 @@ def test_where_nothing_was_saved_the_line_says_so(config, tmp_path, monkeypatch)
         loop.train(config, tmp_path / "run")
 
 
-def test_the_average_is_saved_goes_on_is_evaluated_and_is_what_one_predicts_with(
+def test_the_moving_average_is_saved_resumed_evaluated_and_used_to_predict(
     config, tmp_path, monkeypatch
 ):
     """Goes on scanned and with remat, which are no matter of the checkpoint."""

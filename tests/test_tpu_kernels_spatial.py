@@ -147,7 +147,7 @@ def test_odd_sizes(b, t, n, heads, dtype, with_cls, count):
 
 
 @pytest.mark.parametrize("frames", [1, 3])
-def test_what_lies_behind_the_last_patch_reaches_nothing(frames):
+def test_undefined_rows_after_the_last_patch_change_nothing(frames):
     """The simulator of a TPU's memory has NaN there, and where nothing was written."""
     memory = pltpu.InterpretParams(out_of_bounds_reads="uninitialized", uninitialized_memory="nan")
     check(1, 3, 21, 2, 64, "bfloat16", frames=frames, interpret=memory)

@@ -128,7 +128,7 @@ def test_a_running_softmax_over_blocks_of_keys(frames, cls, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("frames", [3, 33])
-def test_what_lies_behind_the_last_position_reaches_nothing(frames):
+def test_undefined_rows_after_the_last_position_change_nothing(frames):
     """The simulator of a TPU's memory has NaN there, and where nothing was written."""
     memory = pltpu.InterpretParams(out_of_bounds_reads="uninitialized", uninitialized_memory="nan")
     check((1, frames, 5, 1, 32), "bfloat16", frames == 3, memory)
@@ -161,7 +161,7 @@ V5E = AbstractMesh(
 
 
 @pytest.mark.parametrize("frames", [8, 96, 1000])
-def test_the_kernels_lower_for_a_tpu_and_take_the_projection_as_it_lies(frames):
+def test_the_kernels_lower_for_a_tpu_and_read_the_projection_without_a_copy(frames):
     def both(qkv, token, g):
         out, vjp = jax.vjp(functools.partial(tpu_temporal.attention, heads=12), qkv, token)
         return out, vjp(g)

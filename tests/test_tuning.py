@@ -182,7 +182,7 @@ def test_without_reference_nothing_is_trusted(monkeypatch):
     assert "no numbers to compare it with (RuntimeError: RESOURCE_EX" in entry["tried"]["good"]
 
 
-def test_a_kernel_that_takes_the_device_along_is_passed_over_the_next_time(monkeypatch):
+def test_a_kernel_that_crashed_the_device_is_skipped_the_next_time(monkeypatch):
     kernels(monkeypatch, stuck=breaks_down, good=good)
     monkeypatch.setattr(measure, "_answers", lambda device: False)
     with pytest.raises(measure.DeviceLost, match="does not answer after the temporal attention 's"):
@@ -375,7 +375,7 @@ def test_the_choice_is_used_and_said_once(monkeypatch, caplog):
     assert "absent" not in record.getMessage()
 
 
-def test_the_choice_of_training_stands_where_it_is_also_without_gradients(monkeypatch):
+def test_the_kernel_chosen_for_training_is_used_without_gradients_too(monkeypatch):
     for_every_kind(monkeypatch)
     pretended(monkeypatch, "other")
     tuning.choose_kernels(SMALL, 2, 3, 56, gradients=True)

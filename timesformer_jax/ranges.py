@@ -186,7 +186,7 @@ def check(name: str, value: Any, shown: str | None = None) -> None:
 
 
 def check_given(**values: Any) -> None:
-    """Checks arguments by their names, of which those that are None are not given.
+    """Checks the arguments that are not None, by their names.
 
     Raises:
       InputError: one is not in its range.

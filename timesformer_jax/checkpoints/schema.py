@@ -118,7 +118,7 @@ def text(value: Any, name: str) -> str:
 
 
 def whole_number(value: Any, name: str) -> int:
-    """A whole number in the range of its name, of which more words may follow."""
+    """A whole number in the range of the first word of `name`."""
     if isinstance(value, list | tuple):
         raise InputError(f"{name} must be a whole number, not {shown(value)}")
     ranges.check(name.partition(" ")[0], value, name)

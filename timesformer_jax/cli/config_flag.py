@@ -28,7 +28,7 @@ def parse(name: str, source: str, words: Sequence[str], values: flags.FlagValues
     Args:
       name: of the flag: --NAME gives the config, --NAME.FIELD sets one of its fields.
       source: as for `load`.
-      words: the command line, of which only the flags --NAME.FIELD are left to parse.
+      words: the command line; only its flags --NAME.FIELD are parsed.
       values: its flag NAME, which has the value `source`, gets the config.
 
     Returns:

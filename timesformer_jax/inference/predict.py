@@ -48,8 +48,8 @@ def predict(
       checkpoint, views, crops, attention_kernels, batch_size: as for `Predictor`.
       start, end: seconds.
       top: classes of a video.
-      threshold: only classes with at least this probability, as is usual for a checkpoint of which
-        a video has any number of the labels.
+      threshold: only classes with at least this probability, as is usual for a multi-label
+        checkpoint.
       labels: a file of class names, one a line, in place of the checkpoint's.
       json, csv: one JSON object, or one row, a video, instead of text.
       output: a file to write to, instead of the standard output.

@@ -167,7 +167,7 @@ def in_batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, of which the next one is made in a thread while one is used."""
+    """The items; a thread makes the next one while one is used."""
     with ThreadPoolExecutor(1, "decode") as thread:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:

@@ -73,7 +73,7 @@ def attention_rollout(
         inputs.append(x)
         x = _forward(*nnx.split(block), x, grid)
     logits, x_bar = _read(*whole, x, target)
-    # One token, or those of all frames, of which the prediction is the mean.
+    # One token, or one for each frame; the prediction uses their mean.
     assert x.cls is not None
     share = 1 / x.cls.shape[1] if x.cls.ndim == 3 else 1.0
     wide = jnp.promote_types(x.patches.dtype, jnp.float32)

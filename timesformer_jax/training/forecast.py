@@ -73,7 +73,7 @@ def announce(
 
 
 def tell_time_left(seconds: float, steps_left: int) -> None:
-    """Logs the measured time of a step and what is left of the run."""
+    """Logs the measured time of a step and the remaining time of the run."""
     if jax.process_index() == 0:
         logging.info(
             "%.3g s a step, measured: %s left, evaluations not counted",

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Whole(NamedTuple):
-    """What operations need to know of a whole clip, of which they change some frames.
+    """Statistics of a whole clip, for operations that are given some of its frames only.
 
     Attributes:
       gray: () the mean grey level.
@@ -120,7 +120,7 @@ def drawn_operation(key: Key[Array, ""], magnitude: float) -> tuple[jax.Array, j
 
 
 # RandAugment's operations. Each takes a clip, a strength in [-1, 1] and a fill colour; some also
-# the `Whole` of a clip of which they are given a part.
+# take the `Whole` of a clip, if they are given a part of it.
 OPERATIONS: dict[str, Callable[..., Clip]] = {
     "identity": lambda clip, s, fill: clip,
     "autocontrast": lambda clip, s, fill, whole=None: autocontrast(clip, whole),

@@ -189,7 +189,7 @@ def _read_external(found: Located, num_heads: int | None, allow_nonfinite: bool)
 
 def _license(file: WeightsFile, known: Pretrained | None) -> tuple[str, str]:
     """The license of the weights, and how it is known; "" and "" if it is not."""
-    if file.metadata.get("license") == "":  # our own file of weights of which none is known
+    if file.metadata.get("license") == "":  # our own file, of weights whose license is unknown
         return "", ""
     if license := file.metadata.get("license"):
         note = file.metadata.get("license_note") or "the file that was read says so"

@@ -47,7 +47,7 @@ class Clip:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The labels, of which multi-label data may have any number."""
+        """The labels: one, or any number in multi-label data."""
         return (self.label,) if self.labels is None else self.labels
 
     @property

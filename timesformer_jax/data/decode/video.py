@@ -273,7 +273,7 @@ class VideoFile:
     def _seek(self, seconds: float) -> None:
         assert self._stream.time_base is not None  # of a stream that was opened
         stamp = round(seconds / self._stream.time_base) + self._start_stamp
-        # Beyond the numbers of a file lies its end.
+        # A number beyond the last frame stands for the end of the file.
         self._container.seek(min(stamp, MAX_STAMP), stream=self._stream, backward=True)
         self._at_start = False
 

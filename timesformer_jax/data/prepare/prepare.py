@@ -85,7 +85,7 @@ def prepare(
       labels: a file with one label name per line, in class order; None: the data set's order, or
         the labels that occur, sorted.
       multilabel: what separates the labels of a clip in the csv's column `label`, such as ";", if a
-        clip may have any number of them; "none": each text is one label, whatever it holds.
+        clip may have any number of them; "none": the whole text is one label.
       name: of the data set, at the start of the file names; None: `dataset`, or "videos".
       short_side: shorter side of the stored frames, in pixels.
       quality: of the stored JPEGs (4:2:0), 1 to 100.
