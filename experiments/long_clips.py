@@ -176,13 +176,14 @@ def draw() -> None:
             if points:
                 axis.plot(*zip(*points), marker="o", color=colour, label=NAMES[model])
         axis.axvline(PAPER, color="grey", linestyle=":")
-        axis.annotate(" the paper's longest, 96", (PAPER, 1), (0, -10), color="grey", fontsize=8,
+        axis.annotate(" the paper's longest, 96", (PAPER, 0.5), (2, 0), color="grey", fontsize=8,
                       xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="frames of the clip", ylabel=label)
         ticks = sorted({row["frames"] for row in rows})
-        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8, rotation=60)
         axis.minorticks_off()
-    axes[0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, fontsize=8, loc="outside upper center", ncols=2)
     figure.savefig(DOCS / "long_clips.png", dpi=110)
     print(f"written: {PAGE} and {DOCS / 'long_clips.png'}")
 
