@@ -273,7 +273,7 @@ class VideoFile:
     def _seek(self, seconds: float) -> None:
         assert self._stream.time_base is not None  # of a stream that was opened
         stamp = round(seconds / self._stream.time_base) + self._start_stamp
-        # A number beyond the last frame stands for the end of the file.
+        # A time stamp beyond the range of the file means its end.
         self._container.seek(min(stamp, MAX_STAMP), stream=self._stream, backward=True)
         self._at_start = False
 
