@@ -75,6 +75,13 @@ def test_a_child_gives_the_same_and_a_crash_costs_one_video(video, tmp_path):
     assert children() == []
 
 
+def test_a_relative_path_is_found_after_a_change_of_the_working_directory(video, monkeypatch):
+    with isolated():
+        decode_clip(video)  # starts a child
+        monkeypatch.chdir(video.parent)
+        assert len(decode_clip(video.name).frames) == 60
+
+
 def test_a_decoder_that_hangs_is_ended(video):
     """The time in which it must give something is made shorter than any decoder needs."""
     with isolated(stall_seconds=1e-4):

@@ -33,6 +33,7 @@ from timesformer_jax.data.decode.container import VideoError, VideoInfo
 from timesformer_jax.data.decode.stream import ClipStream, Gap, Shown, StreamedClip, assemble
 from timesformer_jax.data.decode.timeline import Timeline
 from timesformer_jax.data.decode.video import VideoFile
+from timesformer_jax.storage import is_remote
 from timesformer_jax.workers import HANG_SIGNAL, STALL_SECONDS
 
 # Sampled ticks, or nothing if the sampling failed.
@@ -77,7 +78,7 @@ def open_stream(
     pool = _current()
     if pool is None or not isinstance(path, str | os.PathLike):
         return ClipStream(path, sample, start, end, **options)
-    return _stream(pool, [os.fspath(path), start, end, options], sample)
+    return _stream(pool, [_for_child(path), start, end, options], sample)
 
 
 @contextlib.contextmanager
@@ -102,7 +103,7 @@ def read_info(path: str | os.PathLike) -> VideoInfo:
         with VideoFile(path) as video:
             return video.info
     with pool.child() as child:
-        return VideoInfo(**child.ask("info", os.fspath(path)))
+        return VideoInfo(**child.ask("info", _for_child(path)))
 
 
 def decode_clip(
@@ -123,7 +124,7 @@ def decode_clip(
     if pool is None or not isinstance(path, str | os.PathLike):
         return clip_lib.decode_clip(path, start, end, sample=sample, **options)
     with pool.child() as child:
-        return child.decode([os.fspath(path), start, end, options], sample)
+        return child.decode([_for_child(path), start, end, options], sample)
 
 
 @contextlib.contextmanager
@@ -149,6 +150,12 @@ def isolated_for(owner: object) -> None:
     context = isolated()
     context.__enter__()
     weakref.finalize(owner, context.__exit__, None, None, None)
+
+
+def _for_child(path: str | os.PathLike) -> str:
+    """The path as a child finds it, which stays in the working directory that it started in."""
+    name = os.fspath(path)
+    return name if is_remote(name) else os.path.join(os.getcwd(), name)
 
 
 def _current() -> _Pool | None:
