@@ -129,6 +129,8 @@ def evaluate_checkpoint(
         evaluated = _open_data(checkpoint, metadata, data, split, fps)
         evaluated = match_labels(metadata, evaluated)
         check_batch(mesh, batch_size, "--batch_size")
+        parts = jax.device_count()
+        batch_size = min(batch_size, -(-len(evaluated) // parts) * parts)  # no more than there are
         own = batch_size * views // jax.process_count()
         clip = metadata.clip
         require_memory_for(own, clip.frames, clip.crop, "--batch_size or --views")
