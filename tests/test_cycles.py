@@ -83,6 +83,13 @@ def test_cycles_are_summed_by_part_and_pass_and_loops_count_as_often_as_they_run
     assert (found.kernels, found.known) == ([], True)
 
 
+def test_an_estimate_below_zero_counts_as_none():
+    # libtpu had one near 2^64 in a step of joint attention for a v5e:2x2.
+    text = STEP.replace('"1855"', f'"{2**64 - 1}"')
+    found = count_cycles(text, CHIPS["v5e"], "v5e", LAYERS)
+    assert found.total == 5000 + 24000
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
     found = count_cycles(STEP.replace("direction=LT", "direction=NE"), CHIPS["v5e"], "v5e", LAYERS)
     assert found.of(part="linear layers, GELU") == 2000

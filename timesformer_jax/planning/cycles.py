@@ -128,7 +128,9 @@ def count_cycles(text: str, chip: Chip, chip_name: str, layers: Sequence[str]) -
             calls[kernel, (kernel_name(instruction), part, direction)] += times
         elif cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest):
             kind = "copy" if _moves(instruction, module) else "operation"
-            shares[part, direction, kind] += times * int(cycles[1])
+            estimate = int(cycles[1])
+            # Near 2^64 it is a negative number, written as an unsigned one: no estimate.
+            shares[part, direction, kind] += times * (estimate if estimate < 2**63 else 0)
             everything_known &= known
     distinct = list(dict.fromkeys(kernel for kernel, _ in calls))
     schedules = dict(zip(distinct, compile_kernels(distinct, chip_name)))
