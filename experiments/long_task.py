@@ -138,7 +138,7 @@ def accuracy(workdir: pathlib.Path, views: int) -> float:
         params, metadata.model, metadata.clip, split, mesh,
         batch_size=max(540 // (views * metadata.clip.frames), 4), views=views, crops=1,
     )  # fmt: skip
-    return results.scalars()["top1"]
+    return float(results.scalars()["top1"])
 
 
 # ---- the table and the picture ------------------------------------------------------------------
