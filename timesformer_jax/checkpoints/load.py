@@ -39,7 +39,8 @@ def load(
       **overrides: fields of `TimeSformerConfig`, as for `from_pretrained`.
 
     Returns:
-      The metadata, and nested dicts of arrays as `models.timesformer.parameters` gives them.
+      The metadata, and nested dicts of arrays as `models.timesformer.parameters` gives them:
+      float32, or bfloat16 if that is the `dtype` asked for.
 
     Raises:
       InputError: one line that says what was looked for, or what is wrong with the file.
@@ -56,4 +57,5 @@ def load(
             f"timesformer train --config.pretrained={source}"
         )
     sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
-    return checkpoint.metadata, jax.device_put(checkpoint.load(), sharding)
+    dtype = overrides.get("dtype", "float32")
+    return checkpoint.metadata, jax.device_put(checkpoint.load(dtype), sharding)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -238,7 +239,7 @@ class Checkpoints:
         return state._replace(**fields), items["progress"]
 
     def restore_parameters(self, step: int, model: TimeSformerConfig, sharding: Sharding) -> dict:
-        """The parameters of `step` for prediction: their moving average if there is one.
+        """The parameters of `step` for prediction, float32: their moving average if there is one.
 
         Args:
           step: a saved step.
@@ -249,13 +250,18 @@ class Checkpoints:
           DamagedCheckpoint: if they cannot be read.
           InputError: if an earlier version of this package saved them.
         """
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            parameters(abstract(model)),
-        )
         with self._read_errors(step):
             name = "ema" if "ema" in self._restore(step, {}, [])["checksums"] else "params"
-            return self._restore(step, {name: target}, [])[name]
+            stored = self._manager.item_metadata(step)[name]
+            is_half = {str(x.dtype) for x in jax.tree.leaves(stored)} == {"bfloat16"}
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(
+                    x.shape, jnp.bfloat16 if is_half else x.dtype, sharding=sharding
+                ),
+                parameters(abstract(model)),
+            )
+            found = self._restore(step, {name: target}, [])[name]
+        return jax.tree.map(lambda x: x.astype(jnp.float32), found) if is_half else found
 
     def _restore(self, step: int, arrays: dict[str, Any], values: list[str]) -> ocp.args.Composite:
         """Restores items and compares their checksums.

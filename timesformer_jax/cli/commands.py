@@ -43,6 +43,7 @@ WRITTEN_DOWN = (
     string("labels", None, "file of class names, one per line, in the order of the logits"),
     string("license", None, "license of the weights, to be written down"),
     string("results", None, "results.json of timesformer evaluate, for the model card"),
+    string("dtype", "float32", "of the arrays on disk: float32 or bfloat16, half the size"),
 )
 MANY_VIDEOS = (
     integer("batch_size", None, "clips at a time; by default 8, or 1 on a CPU"),

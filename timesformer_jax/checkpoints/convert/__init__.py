@@ -36,7 +36,9 @@ def from_pretrained(
       allow_nonfinite: load parameters that are infinite or not a number.
       **overrides: fields of `TimeSformerConfig` that the file does not tell (num_heads, if heads
         do not have 64 channels) or that shall differ. image_size and num_frames resize the
-        position embeddings; another num_classes starts a new head; both are logged.
+        position embeddings; another num_classes starts a new head; both are logged. With
+        dtype="bfloat16" the parameters are bfloat16 too, in half the memory: for inference. To
+        train, keep them float32 and set the dtype in the recipe.
 
     Raises:
       InputError: if the file is missing, damaged or of an unknown format, or if an array is
@@ -45,6 +47,7 @@ def from_pretrained(
     checkpoint = read(
         source, resize, revision=revision, allow_nonfinite=allow_nonfinite, **overrides
     )
-    model = with_parameters(checkpoint.config, checkpoint.load())
+    dtype = overrides.get("dtype", "float32")
+    model = with_parameters(checkpoint.config, checkpoint.load(dtype))
     model.labels, model.clip = checkpoint.labels, checkpoint.clip
     return model

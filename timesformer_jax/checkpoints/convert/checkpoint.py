@@ -60,8 +60,12 @@ class Checkpoint:
             multilabel=self.multilabel,
         )
 
-    def load(self) -> dict:
-        """Reads the parameters; the result is as that of `models.timesformer.parameters`."""
+    def load(self, dtype: str = "float32") -> dict:
+        """Reads the parameters; the result is as that of `models.timesformer.parameters`.
+
+        Args:
+          dtype: of the result, "float32" or "bfloat16".
+        """
         # Copied: an alias of a memory-mapped file would change, or end, with the file.
-        params = {path: jnp.array(array.load()) for path, array in self.params.items()}
+        params = {path: jnp.array(array.load(), dtype) for path, array in self.params.items()}
         return traverse_util.unflatten_dict(params, sep="/")

@@ -45,6 +45,7 @@ def convert(
     dst: str | os.PathLike,
     *,
     to: str = "native",
+    dtype: str = "float32",
     resize: str = "bicubic",
     labels: str | Sequence[str] | None = None,
     license: str | None = None,
@@ -62,6 +63,8 @@ def convert(
       to: "native", a directory that `from_pretrained`, training and prediction read; "hf", a
         directory that transformers' `TimesformerForVideoClassification.from_pretrained` reads; or
         "release", a torch file (.pyth) in the authors' layout.
+      dtype: of the arrays on disk, "float32" or "bfloat16", which takes half the space and keeps 8
+        bits of each number; "native" and "hf" have it. Read again, they are float32.
       resize: how position embeddings are resized, as in `from_pretrained`.
       labels: class names in the order of the logits, or a file with one of them a line; by default
         those of src.
@@ -80,13 +83,17 @@ def convert(
     dst = os.path.abspath(dst)
     if to not in _WRITERS:
         raise InputError(f"to must be one of {', '.join(_WRITERS)}, not {to!r}")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    if dtype != "float32" and to == "release":
+        raise InputError("the authors' release has float32 only: write bfloat16 to native or hf")
     if os.path.exists(dst):
         raise InputError(f"{dst} exists; remove it or choose another destination")
     checkpoint = read(src, resize, revision=revision, allow_nonfinite=allow_nonfinite, **overrides)
     checkpoint = _with_license(_with_labels(checkpoint, labels), license)
     about = _about(checkpoint, results)
     with _written_at(dst) as partial:
-        written = _WRITERS[to](os.fspath(partial), checkpoint)
+        written = _WRITERS[to](os.fspath(partial), checkpoint, dtype)
         if to == "hf":
             write_card(
                 partial, written.metadata, name or os.path.basename(dst), about,
@@ -141,10 +148,10 @@ def _with_labels(checkpoint: Checkpoint, labels: str | Sequence[str] | None) -> 
     return dataclasses.replace(checkpoint, labels=tuple(labels))
 
 
-def _write_native(path: str, checkpoint: Checkpoint) -> Checkpoint:
+def _write_native(path: str, checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     # Popped one by one, so that the source is unmapped before Orbax fills its buffers.
     params = {
-        name: jnp.array(checkpoint.params.pop(name).load())
+        name: jnp.array(checkpoint.params.pop(name).load(), dtype)
         for name in _progress(list(checkpoint.params))
     }
     params = traverse_util.unflatten_dict(params, sep="/")
@@ -153,10 +160,10 @@ def _write_native(path: str, checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def _write_hf(path: str, checkpoint: Checkpoint) -> Checkpoint:
+def _write_hf(path: str, checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     from safetensors.numpy import save_file
 
-    arrays, checkpoint = _to_format(checkpoint, HuggingFace())
+    arrays, checkpoint = _to_format(checkpoint, HuggingFace(), dtype)
     os.makedirs(path)
     # transformers needs "format"; an empty license says that none is known.
     metadata = {"format": "pt", "license": checkpoint.license}
@@ -164,16 +171,17 @@ def _write_hf(path: str, checkpoint: Checkpoint) -> Checkpoint:
     metadata["clip"] = json.dumps(dataclasses.asdict(checkpoint.clip))
     save_file(arrays, os.path.join(path, "model.safetensors"), metadata=metadata)
     config = hf.config_json(checkpoint.config, checkpoint.labels, checkpoint.multilabel)
+    config["dtype"] = dtype
     _write_json(path, "config.json", config)
     _write_json(path, "preprocessor_config.json", hf.preprocessor_json(checkpoint.clip))
     _write_license(path, checkpoint)
     return checkpoint
 
 
-def _write_release(path: str, checkpoint: Checkpoint) -> Checkpoint:
+def _write_release(path: str, checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     import torch
 
-    arrays, checkpoint = _to_format(checkpoint, Release())
+    arrays, checkpoint = _to_format(checkpoint, Release(), dtype)
     content = {
         "epoch": 0,
         "model_state": {
@@ -197,7 +205,9 @@ def _write_release(path: str, checkpoint: Checkpoint) -> Checkpoint:
 _WRITERS = {"native": _write_native, "hf": _write_hf, "release": _write_release}
 
 
-def _to_format(checkpoint: Checkpoint, format: Format) -> tuple[dict[str, np.ndarray], Checkpoint]:
+def _to_format(
+    checkpoint: Checkpoint, format: Format, dtype: str
+) -> tuple[dict[str, np.ndarray], Checkpoint]:
     """The arrays in an external format, by its names; removes them from the checkpoint.
 
     Also returns the checkpoint as it is written. External models have every position embedding, so
@@ -210,7 +220,7 @@ def _to_format(checkpoint: Checkpoint, format: Format) -> tuple[dict[str, np.nda
     arrays = {}
     for path, name in _progress(names.items()):
         value = format.from_jax(path, adapted.params.pop(path).load(), config)
-        arrays[name] = np.ascontiguousarray(value)
+        arrays[name] = np.ascontiguousarray(value, jnp.dtype(dtype))
     if config.position_resize != "nearest":
         logging.warning(
             "%s cannot say position_resize=%s: clips of other sizes get nearest neighbours there",

@@ -147,7 +147,6 @@ def config_json(
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
         "problem_type": MULTILABEL if multilabel else "single_label_classification",
-        "dtype": "float32",
     }
 
 
