@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from timesformer_jax.distributed.sharding import target_device
 from timesformer_jax.models.ops import long_attention
@@ -29,18 +29,22 @@ from timesformer_jax.models.tokens import Grid, Numbers, Tokens, joined
 Partition = Callable[[int, Grid], Numbers]
 
 
-def attend(qkv: Float[Array, "l 3 h d"]) -> Float[Array, "l hd"]:
+def attend(
+    qkv: Float[Array, "l 3 h d"], valid: Bool[Array, " l"] | None = None
+) -> Float[Array, "l hd"]:
     """Multi-head self-attention of one sequence (equations 5 to 7).
 
     Args:
       qkv: (length, 3, h, d), the queries, keys and values of the sequence's tokens.
+      valid: (length,), the tokens that are attended to; None: all.
 
     Returns:
       (length, h * d), the heads side by side. The softmax is float32 at least.
     """
     # The gradient of a split is one concatenation; those of slices would be padded and added.
     q, k, v = (part.squeeze(1) for part in jnp.split(qkv, 3, axis=1))
-    return dot_product_attention(q * q.shape[-1] ** -0.5, k, v).reshape(len(qkv), -1)
+    q = q * q.shape[-1] ** -0.5
+    return dot_product_attention(q, k, v, valid).reshape(len(qkv), -1)
 
 
 def attend_along_frames(qkv: Float[Array, "b t n 3 h d"]) -> Float[Array, "b t n hd"]:

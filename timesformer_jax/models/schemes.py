@@ -19,7 +19,7 @@ import numpy as np
 
 from timesformer_jax.distributed import sequence
 from timesformer_jax.errors import InputError
-from timesformer_jax.models import attention
+from timesformer_jax.models import attention, padding
 from timesformer_jax.models.attention import Partition
 from timesformer_jax.models.tokens import Grid, Numbers, Tokens
 
@@ -106,14 +106,21 @@ class AttentionLayer(NamedTuple):
     width: float = 1.0
 
     def attend(self, qkv: Tokens, grid: Grid) -> Tokens:
-        """The attended values: see `attention.over_time` for the shapes."""
+        """The attended values: see `attention.over_time` for the shapes.
 
-        def attend(*qkv: Any) -> Tokens:
+        A frame that is not valid has its sequences to itself where they lie within frames: what
+        comes out there is used by no valid one.
+        """
+        if qkv.valid is not None and self.within != "frame":
+            return padding.attend(qkv, grid, self.partition, self.within)
+
+        def attend(*qkv: Any) -> Any:
             if self.attention_fn is None:
-                return attention.over_partition(Tokens(*qkv), grid, self.partition)
-            return self.attention_fn(Tokens(*qkv), grid)
+                return attention.over_partition(Tokens(*qkv), grid, self.partition)[:2]
+            return self.attention_fn(Tokens(*qkv), grid)[:2]
 
-        return Tokens(*sequence.by_heads(attend, *qkv)) if self.within == "clip" else attend(*qkv)
+        qkv = qkv[:2]
+        return Tokens(*(sequence.by_heads(attend, *qkv) if self.within == "clip" else attend(*qkv)))
 
 
 class Scheme(NamedTuple):

@@ -19,13 +19,14 @@ import numpy as np
 from flax import nnx, traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed import sequence
 from timesformer_jax.distributed.pieces import in_pieces, is_long
 from timesformer_jax.distributed.sharding import constrain, target_device
 from timesformer_jax.errors import InputError
+from timesformer_jax.models import padding
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.embedding import Embedding, Video, patch_grid
 from timesformer_jax.models.ops.layer_norm import LayerNorm
@@ -34,6 +35,9 @@ from timesformer_jax.models.ops.reference import use_references
 from timesformer_jax.models.remat import BLOCK_INPUT, OUTPUT, checkpointed
 from timesformer_jax.models.schemes import AttentionLayer, by_clip, by_frame
 from timesformer_jax.models.tokens import Grid, MaybeKey, Rate, Tokens, drop_path, tape
+
+# So many frames of each clip are valid; None: all of all clips.
+ValidFrames = Int[Array | np.ndarray, " b"] | None
 
 
 class Attention(nnx.Module):
@@ -68,7 +72,7 @@ class Attention(nnx.Module):
             sequences = np.pad(sequences, ((0, 0), (0, x.patches.shape[2] - n)))
         y = Tokens(self._copies(cls, count), x.patches)
         y = jax.tree.map(self._split_heads, self.qkv(jax.tree.map(self.norm, y)))
-        attended = self.layer.attend(y, grid)
+        attended = self.layer.attend(y._replace(valid=x.valid), grid)
         if tape.value is not None:
             attended = tape.value.note(y, attended)
         y = _named(OUTPUT, attended)
@@ -76,7 +80,8 @@ class Attention(nnx.Module):
         if y.cls is not None and y.cls.ndim > cls.ndim:
             copies = constrain(y.cls, self._token_rule)
             copies = copies if copies.shape[1] == count else copies[:, :count]
-            y = y._replace(cls=copies.mean(axis=1))
+            there = None if x.valid is None else padding.present(x.valid, sequences)[..., None]
+            y = y._replace(cls=copies.mean(axis=1, where=there))
         if self.layer.within == "position":
             y = y._replace(patches=sequence.to_frames(y.patches, n))
         return y
@@ -136,7 +141,7 @@ class MLP(nnx.Module):
         if is_long(frames, tokens):
             y = Tokens(self._layers(x.cls), in_pieces(self._layers, x.patches, tokens))
         else:
-            y = self._layers(x)
+            y = self._layers(x._replace(valid=None))
         return drop_path(y, rate, self.partition(x.patches.shape[1], grid), key)
 
     def _layers(self, x: Any) -> Any:
@@ -173,7 +178,7 @@ def _add(x: Tokens, update: Tokens) -> Tokens:
     """x + update, whose cls may be None."""
     assert x.cls is not None  # the residual stream always has the token
     cls = x.cls if update.cls is None else x.cls + update.cls
-    return _residual_stream(Tokens(cls, x.patches + update.patches))
+    return _residual_stream(x._replace(cls=cls, patches=x.patches + update.patches))
 
 
 def _residual_stream(x: Tokens) -> Tokens:
@@ -184,7 +189,7 @@ def _residual_stream(x: Tokens) -> Tokens:
         # summed, and transpose in every layer.
         patches = with_layout_constraint(patches, Layout(tuple(range(patches.ndim))))
     assert x.cls is not None
-    return Tokens(constrain(x.cls, "token"), patches)
+    return x._replace(cls=constrain(x.cls, "token"), patches=patches)
 
 
 def _linear(
@@ -213,7 +218,8 @@ def _fold_in(key: MaybeKey, data: int | jax.Array) -> MaybeKey:
 
 
 def _named(name: str, x: Tokens) -> Tokens:
-    return jax.tree.map(lambda t: checkpoint_name(t, name), x)
+    named = jax.tree.map(lambda t: checkpoint_name(t, name), x._replace(valid=None))
+    return named._replace(valid=x.valid)
 
 
 class TimeSformer(nnx.Module):
@@ -241,51 +247,69 @@ class TimeSformer(nnx.Module):
         self.head = _head(config, rngs)
 
     @no_type_check  # `_check` says in one line what is wrong
-    def __call__(self, video: Video, *, key: MaybeKey = None) -> Float[Array, "b c"]:
+    def __call__(
+        self, video: Video, *, key: MaybeKey = None, valid_frames: ValidFrames = None
+    ) -> Float[Array, "b c"]:
         """Class logits of clips.
 
         Args:
           video: (B, T, H, W, 3) float, normalised RGB; H and W multiples of the patch size.
           key: randomness of drop path in training; None for inference.
+          valid_frames: (B,) ints from 1 to T. Only so many frames of each clip count, from the
+            first one: no token attends to the others, and no average includes them. A clip has the
+            logits that its valid frames have alone, with the first rows of the time embedding for T
+            frames. None: all frames count.
 
         Returns:
           (B, num_classes) float32.
 
         Raises:
-          InputError: if the video is not of that shape.
+          InputError: if the video or valid_frames is not of that shape, or the scheme has no form
+            for clips of different lengths (`padding.check_partition`).
         """
-        return self.head(self.features(video, key=key))
+        return self.head(self.features(video, key=key, valid_frames=valid_frames))
 
     @no_type_check
-    def features(self, video: Video, *, key: MaybeKey = None) -> Float[Array, "b d"]:
+    def features(
+        self, video: Video, *, key: MaybeKey = None, valid_frames: ValidFrames = None
+    ) -> Float[Array, "b d"]:
         """(B, T, H, W, 3) to (B, D): the classification token after the final norm."""
-        return self.norm(self._encoded(video, key).cls)
+        return self.norm(self._encoded(video, key, valid_frames).cls)
 
     @no_type_check
-    def tokens(self, video: Video) -> Tokens:
+    def tokens(self, video: Video, valid_frames: ValidFrames = None) -> Tokens:
         """(B, T, H, W, 3) to all tokens after the final norm: cls (B, D), patches (B, T, N, D).
 
         `cls` is what `features` gives. Classification was trained on it alone.
         """
-        return jax.tree.map(self.norm, self._encoded(video, None))
+        x = self._encoded(video, None, valid_frames)
+        return jax.tree.map(self.norm, x._replace(valid=None))._replace(valid=x.valid)
 
     @no_type_check
-    def _encoded(self, video: Video, key: MaybeKey) -> Tokens:
+    def _encoded(self, video: Video, key: MaybeKey, valid_frames: ValidFrames) -> Tokens:
         """The tokens after the last block, with one classification token, (B, D)."""
-        x, grid = self.embedded(video), patch_grid(self.config, video)
+        x, grid = self.embedded(video, valid_frames), patch_grid(self.config, video)
         run = self._scanned if self.config.scan_layers else self._unrolled
         return self.with_one_token(run(x, grid, key))
 
     @no_type_check
-    def embedded(self, video: Video) -> Tokens:
-        """(B, T, H, W, 3) to the tokens before the first block."""
+    def embedded(self, video: Video, valid_frames: ValidFrames = None) -> Tokens:
+        """(B, T, H, W, 3) to the tokens before the first block, which carry the mask of frames."""
         self._check(video)
-        return _residual_stream(self.embedding(video))
+        x = _residual_stream(self.embedding(video))
+        if valid_frames is None:
+            return x
+        for layer in self.config.scheme.layers:
+            padding.check_partition(layer.name, layer.partition)
+        return x._replace(valid=padding.mask(valid_frames, video.shape))
 
     def with_one_token(self, x: Tokens) -> Tokens:
         """Of the tokens of all frames, in a space-only model, the mean."""
         assert x.cls is not None  # the residual stream always has the token
-        return x._replace(cls=x.cls.mean(axis=1)) if self.config.scheme.token_per_frame else x
+        if not self.config.scheme.token_per_frame:
+            return x
+        there = None if x.valid is None else x.valid[..., None]
+        return x._replace(cls=x.cls.mean(axis=1, where=there))
 
     def _unrolled(self, x: Tokens, grid: Grid, key: MaybeKey) -> Tokens:
         """The blocks one after another."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 Grid = tuple[int, int]  # patches of a frame: down and across
 # The number of each patch's sequence, (T, N), from 0 without gaps.
@@ -23,10 +23,13 @@ class Tokens(NamedTuple):
     Attributes:
       cls: (B, ...), (B, S, ...) where every sequence has a token of its own, or None.
       patches: (B, T, N, ...).
+      valid: (B, T), the frames that a clip has: the others fill it up to the length of the longest
+        (`models.padding`). None: all clips have all frames.
     """
 
     cls: Float[Array, "b *s"] | None
     patches: Float[Array, "b t n *d"]
+    valid: Bool[Array, "b t"] | None = None
 
 
 def joined(qkv: Tokens, attention: Callable[[jax.Array], jax.Array], axis: int) -> Tokens:

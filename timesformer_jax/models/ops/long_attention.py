@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+from timesformer_jax.models.ops.dot_product_attention import LEAST
 
 # Tokens of a block, and logits that are computed at a time: on a CPU they should stay in its
 # caches, on other devices the products should be large.
@@ -35,6 +37,9 @@ OfGroup = Float[Array, "ga l gs *x"]
 InBlocks = Float[Array, "blocks r w d"]
 Rows = Float[Array, "r w d"]
 Statistics = Float[Array, "blocks r w"]
+# The tokens that are attended to; None: all.
+Valid = Bool[Array, "a l"] | None
+ValidInBlocks = Bool[Array, "blocks r w"] | None
 
 
 # Where the short form is used. On a CPU the blocks take as long as it with 256 tokens, and less
@@ -84,29 +89,29 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(cut: Plan, qkv: QKV) -> Result:
-    return _forward(cut, qkv)[0]
+def _attention(cut: Plan, qkv: QKV, valid: Valid = None) -> Result:
+    return _forward(cut, qkv, valid)[0]
 
 
-def _forward(cut: Plan, qkv: QKV) -> tuple:
-    """The result and, for the backward pass, qkv, the result and the log-sums (A, S, h, L)."""
+def _forward(cut: Plan, qkv: QKV, valid: Valid = None) -> tuple:
+    """The result and, for the backward pass, qkv, valid, the result and the log-sums (A, S, h, L)."""
     a, length, s, _, heads, d = qkv.shape
     out = jnp.zeros((a, length, s, heads * d), qkv.dtype)
     logs = jnp.zeros((a, s, heads, length), _wide(qkv))
 
     def group(i: Any, j: Any, results: tuple) -> tuple:
         parts = _blocks(cut, _slice(cut, qkv, i, j))
-        o, log = _forward_group(cut, length, *parts)
+        o, log = _forward_group(cut, length, *parts, _valid_keys(cut, valid, heads, i))
         o = _unblocked(cut, o, length).astype(qkv.dtype)
         log = jnp.moveaxis(log, 0, -2).reshape(*cut.group, heads, -1)[..., :length]
         return _put(cut, results[0], o, i, j), _put_logs(cut, results[1], log, i, j)
 
     out, logs = _each_group(cut, (a, s), group, (out, logs))
-    return out, (qkv, out, logs)
+    return out, (qkv, valid, out, logs)
 
 
-def _backward(cut: Plan, saved: tuple, g: Result) -> tuple[QKV]:
-    qkv, out, logs = saved
+def _backward(cut: Plan, saved: tuple, g: Result) -> tuple[QKV, None]:
+    qkv, valid, out, logs = saved
     a, length, s, _, heads, d = qkv.shape
     # The weights of the queries that fill up the last block are zero: exp(0 - infinity).
     fill = ((0, 0),) * 3 + ((0, cut.blocks * cut.block - length),)
@@ -121,28 +126,30 @@ def _backward(cut: Plan, saved: tuple, g: Result) -> tuple[QKV]:
         log = jnp.pad(log, fill, constant_values=jnp.inf)
         log = jnp.moveaxis(log.reshape(-1, cut.blocks, cut.block), 1, 0)
         along = (o.astype(log.dtype) * do).sum(-1)
-        bars = _backward_group(cut, length, q, k, v, do, log, along)
+        keys = _valid_keys(cut, valid, heads, i)
+        bars = _backward_group(cut, length, q, k, v, do, log, along, keys)
         bars = [_unblocked(cut, x, length).astype(qkv.dtype) for x in bars]
         bars = [x.reshape(*x.shape[:-1], 1, heads, d) for x in bars]
         return _put(cut, qkv_bar, jnp.concatenate(bars, axis=3), i, j)
 
-    return (_each_group(cut, (a, s), group, jnp.zeros_like(qkv)),)
+    return _each_group(cut, (a, s), group, jnp.zeros_like(qkv)), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def attention(qkv: QKV, platform: str) -> Result:
+def attention(qkv: QKV, platform: str, valid: Valid = None) -> Result:
     """softmax(q k^T / sqrt(d)) v along L, for every sequence and head (equations 5 to 7).
 
     Args:
       qkv: (A, L, S, 3, h, d), queries, keys and values.
       platform: of the device that computes it: "cpu", "gpu" or "tpu".
+      valid: (A, L), the tokens that are attended to; None: all.
 
     Returns:
       (A, L, S, h * d) of the dtype of qkv. Logits, softmax and sums are float32 at least.
     """
-    return _attention(plan(qkv.shape, platform), qkv)
+    return _attention(plan(qkv.shape, platform), qkv, valid)
 
 
 def _wide(x: Any) -> Any:
@@ -152,9 +159,13 @@ def _wide(x: Any) -> Any:
 # ---- One group: q, k, v and the like are (blocks, R, W, d) -------------------------------------
 
 
-def _logits(cut: Plan, length: int, q: Rows, k: Rows, key_block: Any) -> Float[Array, "r q k"]:
-    """The logits of two blocks, -inf for keys that fill up the block."""
+def _logits(
+    cut: Plan, length: int, q: Rows, k: Rows, key_block: Any, valid: Bool[Array, "r w"] | None
+) -> Float[Array, "r q k"]:
+    """The logits of two blocks: -inf for keys that fill up the block, `LEAST` for invalid ones."""
     s = _product("rqd,rkd->rqk", q, k) * q.shape[-1] ** -0.5
+    if valid is not None:
+        return jnp.where(valid[:, None], s, LEAST)
     if cut.block * cut.blocks == length:
         return s
     there = key_block * cut.block + jnp.arange(cut.block) < length
@@ -168,7 +179,7 @@ def _product(
 
 
 def _forward_group(
-    cut: Plan, length: int, q: InBlocks, k: InBlocks, v: InBlocks
+    cut: Plan, length: int, q: InBlocks, k: InBlocks, v: InBlocks, valid: ValidInBlocks
 ) -> tuple[InBlocks, Statistics]:
     """The result, and the logarithms of the sums of exponentials."""
     wide, rows, d = _wide(q), q.shape[1], q.shape[-1]
@@ -176,8 +187,8 @@ def _forward_group(
     def queries(q: Rows) -> tuple[Rows, Float[Array, "r w"]]:
         def keys(state: tuple, block: tuple) -> tuple[tuple, None]:
             largest, total, out = state
-            k, v, number = block
-            s = _logits(cut, length, q, k, number)
+            k, v, number, valid = block
+            s = _logits(cut, length, q, k, number, valid)
             new = jnp.maximum(largest, s.max(-1))
             weights = jnp.exp(s - new[..., None])
             kept = jnp.exp(largest - new)
@@ -190,7 +201,7 @@ def _forward_group(
             jnp.zeros((rows, cut.block), wide),
             jnp.zeros((rows, cut.block, d), wide),
         )
-        (largest, total, out), _ = jax.lax.scan(keys, start, (k, v, jnp.arange(cut.blocks)))
+        (largest, total, out), _ = jax.lax.scan(keys, start, (k, v, jnp.arange(cut.blocks), valid))
         return out / total[..., None], largest + jnp.log(total)
 
     return jax.lax.map(queries, q)
@@ -198,7 +209,7 @@ def _forward_group(
 
 def _backward_group(
     cut: Plan, length: int, q: InBlocks, k: InBlocks, v: InBlocks, do: InBlocks,
-    log: Statistics, along: Statistics,
+    log: Statistics, along: Statistics, valid: ValidInBlocks,
 ) -> tuple[InBlocks, InBlocks, InBlocks]:  # fmt: skip
     """The gradients of q, k and v.
 
@@ -208,12 +219,12 @@ def _backward_group(
     wide, scale = _wide(q), q.shape[-1] ** -0.5
 
     def keys(q_bar: InBlocks, block: tuple) -> tuple[InBlocks, tuple[Rows, Rows]]:
-        k, v, number = block
+        k, v, number, valid = block
 
         def queries(sums: tuple[Rows, Rows], block: tuple) -> tuple[tuple[Rows, Rows], Rows]:
             k_bar, v_bar = sums
             q, do, log, along, q_bar = block
-            weights = jnp.exp(_logits(cut, length, q, k, number) - log[..., None])
+            weights = jnp.exp(_logits(cut, length, q, k, number, valid) - log[..., None])
             bar = weights * (_product("rqd,rkd->rqk", do, v) - along[..., None])
             bar = (bar * scale).astype(q.dtype)
             k_bar += _product("rqk,rqd->rkd", bar, q)
@@ -224,7 +235,7 @@ def _backward_group(
         sums, q_bar = jax.lax.scan(queries, (zeros, zeros), (q, do, log, along, q_bar))
         return q_bar, sums
 
-    blocks = k, v, jnp.arange(cut.blocks)
+    blocks = k, v, jnp.arange(cut.blocks), valid
     q_bar, (k_bar, v_bar) = jax.lax.scan(keys, jnp.zeros(q.shape, wide), blocks)
     return q_bar, k_bar, v_bar
 
@@ -261,6 +272,16 @@ def _put_logs(
     cut: Plan, logs: Float[Array, "a s h l"], group: Float[Array, "ga gs h l"], i: Any, j: Any
 ) -> Float[Array, "a s h l"]:
     return jax.lax.dynamic_update_slice(logs, group, (i, j, 0, 0))
+
+
+def _valid_keys(cut: Plan, valid: Valid, heads: int, i: Any) -> ValidInBlocks:
+    """The valid keys of the group whose first sequence is (i, any)."""
+    if valid is None:
+        return None
+    keys = jax.lax.dynamic_slice_in_dim(valid, i, cut.group[0])
+    keys = jnp.pad(keys, ((0, 0), (0, cut.blocks * cut.block - keys.shape[1])))
+    keys = jnp.repeat(keys, cut.group[1] * heads, axis=0)
+    return jnp.moveaxis(keys.reshape(len(keys), cut.blocks, cut.block), 1, 0)
 
 
 def _blocks(cut: Plan, group: Float[Array, "ga l gs parts h d"]) -> tuple[InBlocks, ...]:

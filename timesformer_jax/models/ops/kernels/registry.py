@@ -139,7 +139,7 @@ def _tpu_temporal() -> Kernel:
     def attention(qkv: Tokens, grid: Grid) -> Tokens:
         from timesformer_jax.models.ops.kernels import tpu_temporal
 
-        cls, patches = _side_by_side(qkv)
+        cls, patches, _ = _side_by_side(qkv)
         patches, cls = tpu_temporal.attention(patches, cls, heads=qkv.patches.shape[-2])
         return Tokens(cls, patches)
 
@@ -170,7 +170,7 @@ def _tpu_spatial(kind: str) -> Kernel:
         from timesformer_jax.models.ops.kernels import tpu_spatial
 
         _, t, n, _, heads, _ = qkv.patches.shape
-        cls, patches = _side_by_side(qkv)
+        cls, patches, _ = _side_by_side(qkv)
         patches, cls = tpu_spatial.attention(
             patches, cls, heads, frames=frames(t), sequences=sequences(n, grid[1])
         )

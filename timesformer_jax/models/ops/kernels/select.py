@@ -169,8 +169,9 @@ def on_each_device(
         return tuple(attention(Tokens(*qkv), grid))
 
     # The partitioner cannot split a kernel: without shard_map every device gathers the whole batch.
-    inputs = _partition_specs(kind, qkv)
-    outputs = tuple(P(*axes[:-3], *axes[-2:-1]) for axes in inputs)
+    cls, patches = _partition_specs(kind, qkv)
+    inputs = cls, patches, P(patches[0])
+    outputs = *(P(*axes[:-3], *axes[-2:-1]) for axes in (cls, patches)), P()
     run = jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
     return Tokens(*run(*qkv))
 
