@@ -3,14 +3,22 @@
 import dataclasses
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_attention import CHANNELS, HEADS, LAYERS
 
+from timesformer_jax.checkpoints import schema
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input import pipeline, sampling
+from timesformer_jax.data.records.open import open_split
 from timesformer_jax.errors import InputError
-from timesformer_jax.models import padding, schemes
+from timesformer_jax.inference.clip_model import ClipModel
+from timesformer_jax.models import padding
 from timesformer_jax.models.attention import Tokens
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.ops import long_attention
@@ -76,8 +84,6 @@ def alone(config, params, clip, direction):
         ("space", 3, False, {}),
         ("local_global", 1, False, {}),
         ("axial", 2, False, {}),
-        ("time", 4, False, {}),
-        ("space_then_time", 2, False, {}),
     ],
     ids=str,
 )
@@ -185,3 +191,80 @@ def test_a_scheme_whose_sequences_change_with_the_length_is_refused():
         padding.check_partition("half", by_half)
     for layer in (by_window, *(layer.partition for layer in LAYERS.values())):
         padding.check_partition("fine", layer)
+
+
+# ---- from the data to the model ------------------------------------------------------------------
+
+
+@hypothesis.given(
+    n=st.integers(1, 400), fps=st.sampled_from([5.0, 24.0, 30.0]), frames=st.integers(1, 20),
+    stride=st.integers(1, 40), position=st.floats(0, 0.999),
+)  # fmt: skip
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_a_masked_clip_has_the_frames_of_a_repeated_one_up_to_the_videos_end(
+    n, fps, frames, stride, position
+):
+    spec = ClipSpec(frames, stride, short="mask")
+    found = sampling.train_indices(n, fps, spec, position, np.zeros(frames))
+    repeated = dataclasses.replace(spec, short="repeat")
+    whole = sampling.train_indices(n, fps, repeated, position, np.zeros(frames))
+    assert (found == whole[: len(found)]).all()
+    # The frames of the clip as real numbers, from 0: a video that has all of them is not short.
+    span = stride * frames / 30 * fps
+    inside = [i for i in range(frames) if i * max(span - 1, 0) / max(frames - 1, 1) < n]
+    assert len(found) == (frames if n >= span else len(inside))
+    assert (whole[len(found) :] == n - 1).all()
+
+
+def test_a_masked_clip_of_segments_has_every_frame_of_a_shorter_video_once():
+    spec = ClipSpec(8, sampling="segments", short="mask")
+    assert sampling.test_indices(5, 30.0, spec, views=2).tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert sampling.train_indices(8, 30.0, spec, 0.5, np.zeros(8)).shape == (8,)
+
+
+def test_a_batch_says_how_many_frames_of_each_clip_count(demo_data):
+    split = open_split(demo_data, "train")
+    split = dataclasses.replace(
+        split, num_frames=split.num_frames // np.arange(1, 9).repeat(8)[: len(split)]
+    )
+    options = {"batch_size": 8, "short_side_range": (32, 40), "flip": False, "seed": 0}
+    spec = ClipSpec(16, 2, crop=32, short="mask")
+    request = next(pipeline.train_requests(split, spec, **options))
+    assert len(set(request.valid_frames.tolist())) > 2
+    for row, (indices,), valid in zip(request.record, request.indices, request.valid_frames):
+        assert indices.shape == (16,)
+        assert (indices[valid - 1 :] == indices[valid - 1]).all()
+        assert (np.diff(indices[:valid]) >= 0).all()
+        assert indices.max() < split.num_frames[row]
+    repeated = next(
+        pipeline.train_requests(split, dataclasses.replace(spec, short="repeat"), **options)
+    )
+    assert repeated.valid_frames is None
+    count = np.arange(16) < request.valid_frames[:, None, None]
+    assert (np.where(count, repeated.indices - request.indices, 0) == 0).all()
+
+
+def test_a_short_video_is_predicted_as_if_it_were_alone():
+    config = tiny("divided")
+    params, rng = random_parameters(config), np.random.default_rng(2)
+    spec = ClipSpec(FRAMES, crop=4, short_side=4, short="mask")
+    metadata = CheckpointMetadata(config, spec, ("a", "b", "c"), {})
+    model = ClipModel(metadata, params, crops=1, batch_size=2, attention_kernels="auto")
+    boxes = np.array([[0.0, 0.0, 4.0]])
+    clips = [(rng.integers(0, 256, (k, 4, 4, 3), np.uint8), boxes) for k in (FRAMES, 2)]
+    expected = []
+    for frames, _ in clips:
+        video = ((frames / 255 - 0.45) / 0.225).astype(np.float32)[None]
+        expected.append(jax.nn.softmax(alone(config, params, video, None)[0][0]))
+    np.testing.assert_allclose(model.classify(clips), expected, rtol=1e-4, atol=1e-5)
+    frames = model.encode(clips, frames=True)["frames"]
+    assert np.isnan(frames).any(axis=(1, 3)).tolist() == [[False] * 5, [False] * 2 + [True] * 3]
+
+
+def test_the_spec_keeps_what_fills_up_short_clips():
+    spec = ClipSpec(short="mask")
+    assert schema.clip_spec(dataclasses.asdict(spec)) == spec
+    older = {k: v for k, v in dataclasses.asdict(spec).items() if k != "short"}
+    assert schema.clip_spec(older).short == "repeat"
+    with pytest.raises(InputError, match="short must be repeat or mask, not 'pad'"):
+        ClipSpec(short="pad")

@@ -25,6 +25,8 @@ class ClipSpec:
       short_side: pixels that a video's shorter side is scaled to before it is cropped.
       sampling: "stride", frames at a fixed distance; or "segments", one frame from each of T equal
         parts of the whole video (the Something-Something recipes).
+      short: what fills up the clip of a video that is shorter than it: "repeat", its last frame, as
+        in the authors' release; or "mask", frames that no token attends to and no average includes.
     """
 
     frames: int = 8
@@ -36,6 +38,7 @@ class ClipSpec:
     start: str = "middle"
     short_side: int = 256
     sampling: str = "stride"
+    short: str = "repeat"
 
     def __post_init__(self):
         # JSON and configs give lists, which cannot be hashed.
@@ -47,6 +50,8 @@ class ClipSpec:
             raise InputError(f"sampling must be stride or segments, not {self.sampling!r}")
         if self.start not in ("middle", "first"):
             raise InputError(f"start must be middle or first, not {self.start!r}")
+        if self.short not in ("repeat", "mask"):
+            raise InputError(f"short must be repeat or mask, not {self.short!r}")
         for field in ("frames", "frame_stride", "crop", "short_side"):
             ranges.check(field, getattr(self, field))
         if len(self.mean) != 3 or len(self.std) != 3:

@@ -77,7 +77,8 @@ def evaluate(
     )
     probabilities, records = [], []
     for batch in progress:
-        arrays = put_batch(mesh, {k: batch[k] for k in ("frames", "crop_boxes", "record", "valid")})
+        names = ("frames", "crop_boxes", "record", "valid", "valid_frames")
+        arrays = put_batch(mesh, {name: batch[name] for name in names if name in batch})
         p, record, valid = jax.device_get(step(params, arrays))
         probabilities.append(p[valid])
         records.append(record[valid])

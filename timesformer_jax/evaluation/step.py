@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +19,7 @@ from timesformer_jax.models.timesformer import (
 )
 from timesformer_jax.transforms.preprocess import preprocess
 
-Probabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Probabilities = Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 def make_probabilities(
@@ -26,16 +27,21 @@ def make_probabilities(
 ) -> Probabilities:
     """A function that predicts class probabilities, averaged over views.
 
-    It takes parameters, frames (B, V, T, H, W, 3) uint8 and crop_boxes (B, V, 3). It returns
-    (B, classes) float32: the mean over the V views of the softmax, as in the paper (the authors'
-    release sums logits). Of multi-label models the mean of the sigmoids.
+    It takes parameters, frames (B, V, T, H, W, 3) uint8, crop_boxes (B, V, 3), and the frames of
+    each record's clips that count, (B,), or None if all do. It returns (B, classes) float32: the
+    mean over the V views of the softmax, as in the paper (the authors' release sums logits). Of
+    multi-label models the mean of the sigmoids.
     """
 
-    def probabilities(params: Any, frames: jax.Array, crop_boxes: jax.Array) -> jax.Array:
+    def probabilities(
+        params: Any, frames: jax.Array, crop_boxes: jax.Array, lengths: jax.Array | None = None
+    ) -> jax.Array:
         views = frames.shape[:2]
         frames = frames.reshape(-1, *frames.shape[2:])  # b v ... -> (b v) ...
         video = preprocess(frames, crop_boxes.reshape(-1, 3), clip, dtype=model.dtype)
-        logits = with_parameters(model, params)(video)
+        if lengths is not None:
+            lengths = jnp.repeat(lengths, views[1])
+        logits = with_parameters(model, params)(video, valid_frames=lengths)
         return class_probabilities(logits, multilabel).reshape(*views, -1).mean(axis=1)
 
     return probabilities
@@ -53,7 +59,8 @@ def make_step(
     def step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             probabilities = make_probabilities(model, clip, multilabel)
-            p = probabilities(params, batch["frames"], batch["crop_boxes"])
+            lengths = batch.get("valid_frames")
+            p = probabilities(params, batch["frames"], batch["crop_boxes"], lengths)
         return p, batch["record"], batch["valid"]
 
     # Replicated: every host computes the metrics of the whole split.

@@ -22,7 +22,7 @@ from timesformer_jax.transforms.preprocess import preprocess
 BATCH_SIZE = 8
 
 # Frames (T, H, W, 3) uint8 and crop boxes (C, 3) of each clip, with one C for all. Sizes of the
-# frames may differ.
+# frames may differ, and with `ClipSpec.short` "mask" their number may be less than T.
 ClipInputs = Sequence[tuple[np.ndarray, np.ndarray]]
 
 # What a program computes of clips: arrays whose first axis is the clip.
@@ -91,7 +91,8 @@ class ClipModel:
     ) -> Outputs:
         """The features of n clips, as for `classify`: an entry for each field of `Features`.
 
-        "clips" is (n, C, D), "frames" (n, C, T, D), "positions" (n, C, N, D), all float32.
+        "clips" is (n, C, D), "frames" (n, C, T, D), "positions" (n, C, N, D), all float32. Of
+        "frames", those that a shorter clip lacks are NaN.
         """
         program = functools.partial(self._encode, frames=frames, positions=positions)
         return self._in_batches(program, clips)
@@ -105,14 +106,30 @@ class ClipModel:
         outputs = []
         for first in range(0, len(clips), size):
             batch = clips[first : first + size]
-            inputs = [self.inputs(*clip) for clip in batch]
+            inputs = [self.inputs(self._filled(frames), boxes) for frames, boxes in batch]
             inputs += [inputs[-1]] * (size - len(batch))
+            lengths = self._lengths(batch, size)
             with self.alone():
                 video = jnp.concatenate(inputs)
                 self._choose_kernels(len(video))
-                found = jax.device_get(program(self._params, video))
+                found = jax.device_get(program(self._params, video, lengths))
             outputs.append(jax.tree.map(lambda x: x[: len(batch)], found))  # noqa: B023
         return jax.tree.map(lambda *x: np.concatenate(x), *outputs)
+
+    def _filled(self, frames: np.ndarray) -> np.ndarray:
+        """A clip with `ClipSpec.short` "mask", filled up to T frames; any other as it is."""
+        missing = self._metadata.clip.frames - len(frames)
+        if self._metadata.clip.short != "mask" or missing <= 0:
+            return frames
+        return np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+
+    def _lengths(self, batch: ClipInputs, size: int) -> np.ndarray | None:
+        """(size * C,), the frames of each crop that count; None if all do for this checkpoint."""
+        if self._metadata.clip.short != "mask":
+            return None
+        lengths = [len(frames) for frames, _ in batch]
+        lengths += lengths[-1:] * (size - len(batch))
+        return np.repeat(np.array(lengths, np.int32), self._crops)
 
     def _choose_kernels(self, clips: int) -> None:
         if clips not in self._tuned:
@@ -122,20 +139,30 @@ class ClipModel:
 
     # ---- programs: (n * C, T, S, S, 3) normalised to outputs of n clips -------------------------
 
-    def _probabilities(self, params: dict, video: jax.Array) -> jax.Array:
-        logits = with_parameters(self._metadata.model, params)(video)
+    def _probabilities(
+        self, params: dict, video: jax.Array, lengths: jax.Array | None
+    ) -> jax.Array:
+        logits = with_parameters(self._metadata.model, params)(video, valid_frames=lengths)
         probabilities = class_probabilities(logits, self._metadata.multilabel)
         return probabilities.reshape(-1, self._crops, logits.shape[-1]).mean(axis=1)
 
     def _features(
-        self, params: dict, video: jax.Array, frames: bool, positions: bool
+        self,
+        params: dict,
+        video: jax.Array,
+        lengths: jax.Array | None,
+        frames: bool,
+        positions: bool,
     ) -> dict[str, jax.Array]:
-        tokens = with_parameters(self._metadata.model, params).tokens(video)
+        tokens = with_parameters(self._metadata.model, params).tokens(video, lengths)
+        valid = None if tokens.valid is None else tokens.valid[..., None]  # B T 1
         found = {"clips": tokens.cls}
         if frames:
-            found["frames"] = tokens.patches.mean(axis=2)
+            mean = tokens.patches.mean(axis=2)
+            found["frames"] = mean if valid is None else jnp.where(valid, mean, jnp.nan)
         if positions:
-            found["positions"] = tokens.patches.mean(axis=1)
+            there = None if valid is None else valid[..., None]
+            found["positions"] = tokens.patches.mean(axis=1, where=there)
         return {
             name: x.astype(jnp.float32).reshape(-1, self._crops, *x.shape[1:])
             for name, x in found.items()

@@ -27,7 +27,8 @@ class Clips:
     """The clips of a video, before they are cropped and normalised.
 
     Attributes:
-      frames: (V, T, H, W, 3) uint8 RGB: V clips of T frames, with `short_side` of the spec.
+      frames: (V, T, H, W, 3) uint8 RGB: V clips of T frames, with `short_side` of the spec; fewer
+        frames if the video is short and `short` of the spec is "mask".
       crop_boxes: (C, 3) float64, the squares of every clip: top, left and side, in pixels.
       times: (V, T) float64, when each frame is shown, in seconds from the beginning of the video;
         NaN where only the frames are known.
@@ -93,9 +94,9 @@ def read(
         frames, times = found.frames, found.times
     height, width = frames.shape[1:3]
     return Clips(
-        frames.reshape(views, clip.frames, height, width, 3),
+        frames.reshape(views, -1, height, width, 3),
         sampling.test_crop_boxes(height, width, crops),
-        times.reshape(views, clip.frames),
+        times.reshape(views, -1),
     )
 
 
@@ -120,8 +121,10 @@ def _in_memory(
         if clip.sampling == "segments":
             times = np.full(len(frames), np.nan)
             ticks = sampling.test_indices(len(frames), 1.0, clip, views).reshape(-1)
-        elif len(frames) == clip.frames and views == 1:
-            return decode.resize(frames, clip.short_side), np.full(clip.frames, np.nan)
+        elif views == 1 and (
+            len(frames) == clip.frames or (clip.short == "mask" and len(frames) < clip.frames)
+        ):
+            return decode.resize(frames, clip.short_side), np.full(len(frames), np.nan)
         else:
             raise InputError(
                 f"{len(frames)} frames without a rate: give it as fps=..., or give one clip of "

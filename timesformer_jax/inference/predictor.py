@@ -23,6 +23,7 @@ from timesformer_jax.inference.results import AttentionMap, Features, Prediction
 from timesformer_jax.inference.streams import Covering
 from timesformer_jax.inference.timeline.find import SWITCH_COST, Progress, find_timeline
 from timesformer_jax.inference.timeline.result import VideoTimeline
+from timesformer_jax.models.embedding import cut_off
 from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 from timesformer_jax.workers import available_cores
@@ -111,6 +112,13 @@ class Predictor:
     @functools.cached_property
     def model(self) -> TimeSformer:
         return with_parameters(self.metadata.model, self._params)
+
+    def _model_for(self, frames: int) -> TimeSformer:
+        """`model`; for a shorter clip with `ClipSpec.short` "mask", of so many frames."""
+        spec = self.metadata.clip
+        if spec.short != "mask" or frames >= spec.frames:
+            return self.model
+        return with_parameters(*cut_off(self.metadata.model, self._params, spec.frames, frames))
 
     @property
     def fingerprint(self) -> str:
@@ -277,7 +285,8 @@ class Predictor:
         index = None if target is None else class_index(self.labels, target)
         video = self.inputs(clip.frames[0], clip.crop_boxes)
         with self._clips.alone():
-            heat, probabilities = trace(self.model, video, index, self.metadata.multilabel)
+            model = self._model_for(video.shape[1])
+            heat, probabilities = trace(model, video, index, self.metadata.multilabel)
         name = None if index is None else self.labels[index]
         clip_of_it = clip.frames[0], clip.times[0], clip.crop_boxes[0]
         return AttentionMap(heat, probabilities, name, *clip_of_it)

@@ -25,7 +25,7 @@ class Features(NamedTuple):
       clips: (V, C, D), the classification token after the final norm, of each of V clips and C
         crops. The head of the model is a linear layer on it.
       frames: (V, C, T, D), the mean of the patches of every frame, after the final norm; None if
-        not asked for.
+        not asked for. NaN for frames that a short video lacks (`ClipSpec.short` "mask").
       positions: (V, C, N, D), the mean of the patches of every position over the frames, row by
         row; None if not asked for.
     """

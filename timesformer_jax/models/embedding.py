@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -128,6 +129,21 @@ def resize_time(
     if method == "nearest" or new == len(table):
         return _nearest(table, 0, new)
     return jax.image.resize(table, (new, table.shape[1]), "linear", antialias=False)
+
+
+def cut_off(
+    config: TimeSformerConfig, params: dict, clip_frames: int, frames: int
+) -> tuple[TimeSformerConfig, dict]:
+    """The model, and its parameters, for the first `frames` frames of clips of `clip_frames`.
+
+    Its time embedding has the first rows of the one for whole clips: it gives the numbers that the
+    model gives for whole clips of which only `frames` frames are valid.
+    """
+    params = dict(params, embedding=dict(params["embedding"]))
+    if (table := params["embedding"].get("time")) is not None:
+        table = resize_time(table, clip_frames, config.position_resize)
+        params["embedding"]["time"] = table[:frames]
+    return dataclasses.replace(config, num_frames=frames), params
 
 
 def _nearest(table: Float[Array | np.ndarray, "..."], axis: int, size: int) -> Float[Array, "..."]:

@@ -48,7 +48,7 @@ def mask(valid_frames: Any, shape: tuple[int, ...]) -> Bool[Array, "b t"]:
             f"valid_frames must be {b} integers, one for each clip, not {numbers.dtype} of shape "
             f"{tuple(numbers.shape)}"
         )
-    if is_known and b and not (numbers.min() >= 1 and numbers.max() <= t):
+    if is_known and b and (numbers.min() < 1 or numbers.max() > t):
         raise InputError(
             f"valid_frames must be from 1 to the {t} frames of the clips, not {numbers.min()} to "
             f"{numbers.max()}"

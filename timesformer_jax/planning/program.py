@@ -142,7 +142,7 @@ def build(
         "flip": ((), jnp.bool_),
         "augment_seed": ((), jnp.uint32),
         "label": ((), jnp.int32),
-    }
+    } | _lengths(clip)
     batch = _batch(mesh, batch_size, fields)
     return Program(model, clip, mesh, state, batch, step, train, parts, config.attention_kernels)
 
@@ -158,7 +158,7 @@ def _inference(
         "crop_boxes": ((views, 3), jnp.float32),
         "record": ((), jnp.int32),
         "valid": ((), jnp.bool_),
-    }
+    } | _lengths(clip)
     params = parameters(abstract(model))
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -169,6 +169,11 @@ def _inference(
     held = TrainState(None, params, None)  # type: ignore[arg-type]
     step = make_step(model, clip, mesh)
     return Program(model, clip, mesh, held, batch, step, "none", 1, config.attention_kernels)
+
+
+def _lengths(clip: ClipSpec) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """What a batch has beside its clips where they are filled up."""
+    return {"valid_frames": ((), jnp.int32)} if clip.short == "mask" else {}
 
 
 def _batch(

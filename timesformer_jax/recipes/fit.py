@@ -29,7 +29,7 @@ OF_IMAGE_MODEL = (
 OF_VIDEO_MODEL = (
     *OF_IMAGE_MODEL,
     "model.attention", "model.position_embedding", "model.position_resize", "model.init",
-    "clip.frames", "clip.frame_stride", "clip.sampling", "clip.start",
+    "clip.frames", "clip.frame_stride", "clip.sampling", "clip.start", "clip.short",
 )  # fmt: skip
 # What the data decides.
 OF_DATA = ("clip.frame_stride", "data.flip", "batch_size", "log_every_steps")
@@ -243,7 +243,7 @@ def to_data(
 
 def _frame_stride(clip: ConfigDict, train: Clips) -> list[Change]:
     """The largest stride, at most the config's, whose clips most videos are as long as."""
-    if clip.sampling != "stride" or not len(train):
+    if clip.sampling != "stride" or clip.short == "mask" or not len(train):
         return []
     short = train.shorter_than(clip.frames, clip.frame_stride)
     stride = clip.frame_stride
@@ -286,7 +286,8 @@ def warnings(config: ConfigDict, train: Clips, labels: tuple[str, ...]) -> list[
     found = []
     clip = config.clip
     short = train.shorter_than(clip.frames, clip.frame_stride)
-    if clip.sampling == "stride" and short > len(train) // SHORT_ONE_IN:
+    is_repeated = clip.sampling == "stride" and clip.short == "repeat"
+    if is_repeated and short > len(train) // SHORT_ONE_IN:
         found.append(
             f"{short} of {len(train)} videos are shorter than a clip of "
             f"{clip.frames * clip.frame_stride / 30:.1f} s: their last frame is repeated; a "

@@ -230,7 +230,8 @@ def _progress_bar(step: int, total: int) -> tqdm:
 
 def step_inputs(batch: pipeline.Batch) -> pipeline.Batch:
     """The arrays of a batch that the training step takes."""
-    return {name: batch[name] for name in ("frames", "crop_boxes", "flip", "augment_seed", "label")}
+    names = ("frames", "crop_boxes", "flip", "augment_seed", "label", "valid_frames")
+    return {name: batch[name] for name in names if name in batch}
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -127,8 +127,9 @@ def make_train_step(
 
     Returns:
       A function of the state and a batch (frames (B, T, S, S, 3) uint8, crop_boxes (B, 3), flip
-      (B,) and label (B,), and augment_seed (B,) uint32 for augmentation). It returns the new state
-      and the metrics of the batch: loss, accuracy (of the clips' own labels), gradient_norm (before
+      (B,) and label (B,), augment_seed (B,) uint32 for augmentation, and valid_frames (B,) int32
+      where clips are filled up, as `pipeline.train_batches` has it). It returns the new state and
+      the metrics of the batch: loss, accuracy (of the clips' own labels), gradient_norm (before
       clipping) and learning_rate, each () float32.
     """
     inputs = _make_inputs(model, clip, augmentation, mesh)
@@ -169,11 +170,13 @@ class Examples(NamedTuple):
       video: (B, T, H, W, 3), normalised.
       targets: (B, classes) float32 probabilities with augmentation, else the labels.
       labels: the clips' own classes, (B,) int, or of multi-label data (B, classes) float32, 0 or 1.
+      valid_frames: (B,) int, the frames of each clip that count; None: all.
     """
 
     video: jax.Array
     targets: jax.Array
     labels: jax.Array
+    valid_frames: jax.Array | None = None
 
 
 def _make_inputs(
@@ -183,18 +186,22 @@ def _make_inputs(
 
     def inputs(batch: Batch) -> Examples:
         labels = targets = batch["label"]
+        lengths = batch.get("valid_frames")
         frames = batch["frames"], batch["crop_boxes"]
         if not augmentation.on:
             video = preprocess(*frames, clip, batch["flip"], dtype=model.dtype)
-            return Examples(video, targets, labels)
+            return Examples(video, targets, labels, lengths)
         video = crop(*frames, clip.crop, batch["flip"])
         with jax.named_scope("preprocessing"):
             video, targets = augment(
                 video, labels, batch["augment_seed"], augmentation,
                 fill=clip.mean, classes=model.num_classes, mesh=mesh,
             )  # fmt: skip
+        if lengths is not None and augmentation.mixes:
+            # As long as the longer of the two clips that it is mixed of.
+            lengths = jnp.maximum(lengths, jnp.roll(lengths, 1))
         video = normalise(jnp.asarray(video), clip, model.dtype)
-        return Examples(video, jnp.asarray(targets), labels)
+        return Examples(video, jnp.asarray(targets), labels, lengths)
 
     return inputs
 
@@ -209,7 +216,8 @@ def _make_gradient(model: TimeSformerConfig, accumulate_steps: int) -> Callable:
     def loss(
         trainable: Any, params: Any, examples: Examples, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        logits = with_parameters(model, params | trainable)(examples.video, key=key)
+        apply = with_parameters(model, params | trainable)
+        logits = apply(examples.video, key=key, valid_frames=examples.valid_frames)
         targets, labels = examples.targets, examples.labels
         correct = logits.argmax(-1) == labels if labels.ndim == 1 else _hits(logits, labels)
         if labels.ndim == 2:

@@ -73,8 +73,10 @@ def train_batches(
         crop_boxes (b, 3) float32, top, left and side of the crop in pixels of `frames`,
         flip (b,) bool, record (b,) int32 (the row in `split`),
         label (b,) int32, or of multi-label data (b, classes) float32, 0 or 1,
-        augment_seed (b,) uint32, the seed of the clip's augmentation on the device, and
-        valid (b,) bool, all True.
+        augment_seed (b,) uint32, the seed of the clip's augmentation on the device,
+        valid (b,) bool, all True, and with clip.short "mask"
+        valid_frames (b,) int32, the frames of each clip that count, from the first one; the others
+        repeat the last of them.
       The last incomplete batch of an epoch is left out.
 
     Raises:
@@ -117,7 +119,7 @@ def train_requests(
                 )
                 for record in records
             ]  # fmt: skip
-            yield _batch_request(split, records, clips, side)
+            yield _batch_request(split, spec, records, clips, side)
         state = IteratorState(state.epoch + 1)
 
 
@@ -163,7 +165,7 @@ def _eval_requests(
         valid = records < len(split)
         records = np.where(valid, records, 0)
         clips = [_eval_clip(split, spec, record, views, crops) for record in records]
-        request = _batch_request(split, records, clips, side)
+        request = _batch_request(split, spec, records, clips, side)
         yield dataclasses.replace(request, valid=valid)
 
 
@@ -236,7 +238,7 @@ def _stored_indices(split: Split, record: int, indices: np.ndarray) -> np.ndarra
 
 
 def _batch_request(
-    split: Split, records: np.ndarray, clips: list[dict[str, Any]], side: int
+    split: Split, spec: ClipSpec, records: np.ndarray, clips: list[dict[str, Any]], side: int
 ) -> BatchRequest:
     """The request of a batch, with the squares to decode and the crop boxes within them."""
     crop_boxes = np.stack([clip["crop_boxes"] for clip in clips])  # b C 3
@@ -247,7 +249,7 @@ def _batch_request(
     crop_boxes[..., :2] -= corners
     return BatchRequest(
         record=records.astype(np.int32),
-        indices=np.stack([clip["indices"] for clip in clips]).astype(np.int32),
+        indices=np.stack([_filled(clip["indices"], spec.frames) for clip in clips]),
         corners=corners.astype(np.int32),
         crop_boxes=crop_boxes.astype(np.float32),
         flip=np.array([clip["flip"] for clip in clips], bool),
@@ -258,10 +260,23 @@ def _batch_request(
             else split.targets[records].astype(np.float32)
         ),
         valid=np.ones(len(records), bool),
+        valid_frames=(
+            np.array([clip["indices"].shape[1] for clip in clips], np.int32)
+            if spec.short == "mask"
+            else None
+        ),
     )
+
+
+def _filled(indices: np.ndarray, frames: int) -> np.ndarray:
+    """(V, k) to (V, frames) int32, filled up with the last of each view."""
+    fill = frames - indices.shape[1]
+    return np.pad(indices.astype(np.int32), ((0, 0), (0, fill)), mode="edge")
 
 
 def _batch(request: BatchRequest, frames: np.ndarray, crop_boxes: np.ndarray) -> Batch:
     names = ("flip", "augment_seed", "label", "record", "valid")
     columns = {name: getattr(request, name) for name in names}
+    if request.valid_frames is not None:
+        columns["valid_frames"] = request.valid_frames
     return {"frames": frames, "crop_boxes": crop_boxes, **columns}

@@ -53,6 +53,7 @@ class BatchRequest:
       augment_seed: (b,) uint32, the seed of the clip's augmentation on the device.
       label: (b,) int32; of multi-label data (b, classes) float32, 0 or 1.
       valid: (b,) bool, False for rows that only fill up the last batch.
+      valid_frames: (b,) int32, the frames of each clip that count; None if all do.
     """
 
     record: np.ndarray
@@ -63,6 +64,7 @@ class BatchRequest:
     augment_seed: np.ndarray
     label: np.ndarray
     valid: np.ndarray
+    valid_frames: np.ndarray | None = None
 
 
 def read_batches(

@@ -1,6 +1,7 @@
 """Which frames of a video a clip has, and how they are cropped: pure NumPy functions.
 
-Frames are numbered in the source video. Random numbers in [0, 1) are arguments, so training,
+Frames are numbered in the source video. A clip with `ClipSpec.short` "mask" has the frames that the
+video has, k of T, wherever (T,) is said here. Random numbers in [0, 1) are arguments, so training,
 evaluation and prediction share these functions and differ only in the arguments.
 """
 
@@ -31,8 +32,8 @@ def train_indices(
       (T,) int64 in [0, num_frames).
     """
     if spec.sampling == "segments":
-        return segment_indices(num_frames, spec.frames, draws)
-    return clip_indices(num_frames, fps, spec.frames, spec.frame_stride, position)
+        return _of_segments(num_frames, spec, draws)
+    return clip_indices(num_frames, fps, spec.frames, spec.frame_stride, position, spec.short)
 
 
 def test_indices(num_frames: int, fps: float, spec: ClipSpec, views: int) -> np.ndarray:
@@ -52,19 +53,30 @@ def test_indices(num_frames: int, fps: float, spec: ClipSpec, views: int) -> np.
         # Rounded down: of an even number of frames, the first of the two middle ones is taken.
         positions = np.nextafter(view_positions(views), 0)
         return np.stack(
-            [segment_indices(num_frames, spec.frames, np.full(spec.frames, p)) for p in positions]
+            [_of_segments(num_frames, spec, np.full(spec.frames, p)) for p in positions]
         )
     positions = view_positions(views, first=spec.start == "first")
-    return np.stack(
-        [clip_indices(num_frames, fps, spec.frames, spec.frame_stride, p) for p in positions]
-    )
+    length = spec.frames, spec.frame_stride
+    return np.stack([clip_indices(num_frames, fps, *length, p, spec.short) for p in positions])
 
 
 test_indices.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it as a test
 
 
+def _of_segments(num_frames: int, spec: ClipSpec, draws: np.ndarray) -> np.ndarray:
+    """`segment_indices`; of a video with fewer frames than segments all frames, each once."""
+    if spec.short == "mask" and num_frames < spec.frames:
+        return np.arange(num_frames)
+    return segment_indices(num_frames, spec.frames, draws)
+
+
 def clip_indices(
-    num_frames: int, fps: float, clip_frames: int, frame_stride: int, position: float
+    num_frames: int,
+    fps: float,
+    clip_frames: int,
+    frame_stride: int,
+    position: float,
+    short: str = "repeat",
 ) -> np.ndarray:
     """The source frames of one clip, as in the authors' Kinetics recipes.
 
@@ -79,18 +91,22 @@ def clip_indices(
       frame_stride: distance between them at 30 fps.
       position: where the clip lies: 0 at the beginning of the video, 0.5 in the middle, 1 at the
         end; a uniform random number in training.
+      short: `ClipSpec.short`.
 
     Returns:
-      (clip_frames,) int64 in [0, num_frames).
+      (clip_frames,) int64 in [0, num_frames); with "mask" those within the video, at least one.
     """
     span = frame_stride * clip_frames / 30 * fps
-    return _spread(num_frames, position * max(num_frames - span, 0), span, clip_frames)
+    start = position * max(num_frames - span, 0)
+    return _spread(num_frames, start, span, clip_frames, short)
 
 
-def _spread(num_frames: int, start: float, span: float, clip_frames: int) -> np.ndarray:
-    """(clip_frames,) frames from `start`, evenly over a span; beyond the video, its last frame."""
+def _spread(num_frames: int, start: float, span: float, clip_frames: int, short: str) -> np.ndarray:
+    """(clip_frames,) frames from `start`, evenly over a span; beyond the video, as `short` says."""
     # The span can be shorter than one frame if the frame rate is low.
     indices = np.linspace(start, start + max(span - 1, 0), clip_frames)
+    if short == "mask":
+        indices = indices[: max(int((indices < num_frames).sum()), 1)]
     return np.clip(indices, 0, num_frames - 1).astype(np.int64)
 
 
@@ -139,7 +155,7 @@ def sliding_indices(
     span = window * fps
     for start in starts:
         if spec.sampling == "stride":
-            yield _spread(num_frames, start, span, spec.frames)
+            yield _spread(num_frames, start, span, spec.frames, spec.short)
             continue
         first = min(int(start), num_frames - 1)
         length = min(max(round(span), 1), num_frames - first)

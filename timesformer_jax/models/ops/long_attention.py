@@ -94,7 +94,7 @@ def _attention(cut: Plan, qkv: QKV, valid: Valid = None) -> Result:
 
 
 def _forward(cut: Plan, qkv: QKV, valid: Valid = None) -> tuple:
-    """The result and, for the backward pass, qkv, valid, the result and the log-sums (A, S, h, L)."""
+    """The result and, for the backward pass, qkv, valid, result and log-sums (A, S, h, L)."""
     a, length, s, _, heads, d = qkv.shape
     out = jnp.zeros((a, length, s, heads * d), qkv.dtype)
     logs = jnp.zeros((a, s, heads, length), _wide(qkv))
