@@ -85,7 +85,7 @@ def _forward(q: Heads, k: Heads, v: Heads, valid: Valid = None) -> tuple:
     return out.astype(v.dtype), (q, k, v, weights)
 
 
-def _backward(saved: tuple, g: Float[Array, "l h d"]) -> tuple[Heads, Heads, Heads]:
+def _backward(saved: tuple, g: Float[Array, "l h d"]) -> tuple[Heads, Heads, Heads, None]:
     q, k, v, weights = saved
     wide = _accumulator(q)
     # XLA's CPU compiler runs a batch of products on one core, but on all cores if a reduction is
