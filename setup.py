@@ -66,6 +66,9 @@ EXPERIMENTS = ["scikit-learn>=1.9"]  # probes of experiments/, beside the extra 
 # Checkpoints by name, and safetensors; PyTorch, which is large, reads and writes .pyth and .bin.
 HUB = ["huggingface_hub>=1.0", "safetensors>=0.8"]
 CONVERT = [*HUB, "torch>=2.13"]
+# TensorFlow writes SavedModels; onnxruntime runs what jax2onnx writes. Later ones of jax2onnx ask for
+# an older Orbax.
+EXPORT = ["jax2onnx>=0.13,<0.13.1", "onnxruntime>=1.24", "tensorflow>=2.21"]
 
 setuptools.setup(
     name="timesformer_jax",
@@ -108,6 +111,7 @@ setuptools.setup(
         "hub": HUB,
         "convert": CONVERT,
         "dist": ["build>=1.6", "twine>=7.0"],
+        "export": EXPORT,
         "benchmark": BENCHMARK,
         "gcs": GCS,
         "parquet": PARQUET,
@@ -118,6 +122,7 @@ setuptools.setup(
             *GCS,
             *BENCHMARK,
             *CONVERT,
+            *EXPORT,
             *PARQUET,
             *EXPERIMENTS,
             "apache-beam>=2.77",

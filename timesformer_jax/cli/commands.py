@@ -348,6 +348,20 @@ COMMANDS = {
         ),
         positional=("checkpoint", "repo"),
     ),
+    "export": Command(
+        "writes a checkpoint as ONNX, StableHLO or a SavedModel, to run without this package",
+        "timesformer_jax.export.export:export",
+        (
+            string("to", None, "format: onnx, stablehlo, saved_model or hf (as convert writes it)"),
+            boolean("preprocess", "take uint8 frames of any size, and give probabilities"),
+            string("labels", None, "file of class names, one per line, in the order of the logits"),
+            string("license", None, "license of the weights, to be written down"),
+            integer("num_frames", None, "frames of a clip, if not the checkpoint's"),
+            integer("image_size", None, "side of a clip in pixels, if not the checkpoint's"),
+        ),
+        required=("to",),
+        positional=("checkpoint", "out"),
+    ),
     "checkpoints": Command(
         "lists the published checkpoints that are known by name",
         "timesformer_jax.checkpoints.catalogue:print_pretrained",

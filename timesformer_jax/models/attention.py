@@ -181,7 +181,7 @@ def _columns(qkv: Tokens, grid: Grid) -> Tokens:
 
 def _regroup(x: Float[Array, "b t n *x"], *sizes: int) -> Float[Array, "b ..."]:
     """(B, T, N, ...) to (B, *sizes, ...)."""
-    return x.reshape(len(x), *sizes, *x.shape[3:])
+    return x.reshape(x.shape[0], *sizes, *x.shape[3:])
 
 
 def _take(x: Float[Array, "b n *x"], index: Int[np.ndarray, "*i"]) -> Float[Array, "b ..."]:

@@ -107,14 +107,14 @@ def resample(
     Returns:
       (T, size, size, C) float.
     """
-    top, left, side = crop_box
-    scale = size / side
+    # No stack of scalars: jax2onnx does not know it.
+    scale = size / crop_box[2:]
     return jax.image.scale_and_translate(
         frames,
         (frames.shape[0], size, size, frames.shape[3]),
         spatial_dims=(1, 2),
-        scale=jnp.stack([scale, scale]),
-        translation=jnp.stack([-top * scale, -left * scale]),
+        scale=jnp.concatenate([scale, scale]),
+        translation=-crop_box[:2] * scale,
         method="linear",
         antialias=True,
     )

@@ -90,9 +90,9 @@ def convert(
     if os.path.exists(dst):
         raise InputError(f"{dst} exists; remove it or choose another destination")
     checkpoint = read(src, resize, revision=revision, allow_nonfinite=allow_nonfinite, **overrides)
-    checkpoint = _with_license(_with_labels(checkpoint, labels), license)
+    checkpoint = relabelled(checkpoint, labels, license)
     about = _about(checkpoint, results)
-    with _written_at(dst) as partial:
+    with written_at(dst) as partial:
         written = _WRITERS[to](os.fspath(partial), checkpoint, dtype)
         if to == "hf":
             write_card(
@@ -118,12 +118,19 @@ def _about(checkpoint: Checkpoint, results: str | None) -> RunFiles:
 
 
 @contextlib.contextmanager
-def _written_at(dst: str) -> Iterator[epath.Path]:
+def written_at(dst: str) -> Iterator[epath.Path]:
     """`storage.atomic_path` in a folder that is made where there is none."""
     with storage.disk_errors(dst):
         os.makedirs(os.path.dirname(dst), exist_ok=True)
         with storage.atomic_path(epath.Path(dst)) as partial:
             yield partial
+
+
+def relabelled(
+    checkpoint: Checkpoint, labels: str | Sequence[str] | None, license: str | None
+) -> Checkpoint:
+    """The checkpoint with other class names, or another license, where one is given."""
+    return _with_license(_with_labels(checkpoint, labels), license)
 
 
 def _with_license(checkpoint: Checkpoint, license: str | None) -> Checkpoint:
