@@ -65,7 +65,7 @@ def write(path: str, program: Program) -> None:
 def _plugins_of_primitives() -> Iterator[None]:
     """Only what translates JAX's primitives is imported, not the examples and other libraries.
 
-    All of them take nine seconds of a core. Where a later jax2onnx has no such flag, it imports all.
+    All of them take nine seconds of a core. A later jax2onnx without this flag imports all.
     """
     from jax2onnx.plugins import plugin_system
     from jax2onnx.plugins.jax import core, lax
@@ -77,7 +77,7 @@ def _plugins_of_primitives() -> Iterator[None]:
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{package.__name__}.{module.name}")
     setattr(plugin_system, flag, True)
-    logging.getLogger("onnx_ir").setLevel(logging.WARNING)
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # of shapes that are not told
     try:
         yield
     finally:

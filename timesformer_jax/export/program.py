@@ -94,7 +94,8 @@ def centre_crops(frames: jax.Array, spec: ClipSpec) -> jax.Array:
       (B, T, crop, crop, 3) float32, normalised.
     """
     b, t, height, width, _ = frames.shape
-    high, wide = (jnp.asarray(size, jnp.float32).reshape(1) for size in (height, width))
+    # jax2onnx loses a reshape of one number, so that it is broadcast.
+    high, wide = (jnp.full(1, jnp.asarray(size, jnp.float32)) for size in (height, width))
     side = jnp.minimum(high, wide)
     box = jnp.concatenate([(high - side) / 2, (wide - side) / 2, side])
     rows = frames.reshape(b * t, height, width, 3).astype(jnp.float32)
