@@ -66,8 +66,8 @@ EXPERIMENTS = ["scikit-learn>=1.9"]  # probes of experiments/, beside the extra 
 # Checkpoints by name, and safetensors; PyTorch, which is large, reads and writes .pyth and .bin.
 HUB = ["huggingface_hub>=1.0", "safetensors>=0.8"]
 CONVERT = [*HUB, "torch>=2.13"]
-# TensorFlow writes SavedModels; onnxruntime runs what jax2onnx writes. Later ones of jax2onnx ask for
-# an older Orbax.
+# jax2onnx writes ONNX, and asks for an older Orbax from 0.13.1 on; onnxruntime runs it; TensorFlow
+# writes SavedModels.
 EXPORT = ["jax2onnx>=0.13,<0.13.1", "onnxruntime>=1.24", "tensorflow>=2.21"]
 
 setuptools.setup(

@@ -20,11 +20,18 @@ class Browser:
 
     def open(self, path, width=1280, height=900, scheme="light"):
         """Opens a file as on a screen of this size, with "light" or "dark" preferred."""
+        self.open_address(f"file://{path}", width, height, scheme)
+
+    def open_address(self, address, width=1280, height=900, scheme="light"):
+        """As `open`, of an address."""
+        self.set_screen(width, height, scheme)
+        self.driver.get(address)
+
+    def set_screen(self, width, height, scheme):
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         scheme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
-        self.driver.get(f"file://{path}")
 
     def run(self, script, *arguments):
         """What the body of a function returns in the page."""

@@ -65,8 +65,8 @@ def export(
             f"one with timesformer train --config.pretrained={checkpoint}"
         )
     exported = program(found.metadata, found.load(), preprocess)
-    with writer.new_path(out) as partial:
-        WRITERS[to](partial, exported)
+    with writer.written_at(out) as partial:
+        WRITERS[to](os.fspath(partial), exported)
     if beside is not None:
         card = json.dumps(exported.card, indent=2).encode()
         storage.write_atomically(storage.absolute(beside), card)

@@ -61,6 +61,7 @@ def program(metadata: CheckpointMetadata, params: dict, preprocess: bool) -> Pro
     """
     config = dataclasses.replace(metadata.model, dtype="float32", remat="none", scan_layers=False)
     spec = metadata.clip
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     graph, state = nnx.split(_with_fused_projections(with_parameters(config, params)))
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
 
