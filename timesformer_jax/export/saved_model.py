@@ -55,7 +55,7 @@ def write(path: str, program: Program) -> None:
             Sout=((None, output.shape[1]),),
             platforms=tuple(name.upper() for name in exported.platforms),
             disabled_checks=(),
-            use_shardy_partitioner=jax.config.jax_use_shardy_partitioner,
+            use_shardy_partitioner=True,
         )
         return {program.output: found[0]}
 
