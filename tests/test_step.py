@@ -265,7 +265,7 @@ def test_training_the_head_alone_leaves_the_rest_and_computes_no_gradient_of_it(
 @pytest.fixture
 def config(demo_data):
     config = recipes.demo()
-    config.data.update(directory=str(demo_data), demo=False)
+    config.data.update(directory=str(demo_data), demo="")
     config.model.update(depth=1, hidden_size=16, num_heads=2, attention="space")
     config.update(epochs=2, batch_size=32, log_every_steps=100)
     config.optimizer.warmup_epochs = 0.0

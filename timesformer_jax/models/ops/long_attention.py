@@ -100,8 +100,8 @@ def _forward(cut: Plan, qkv: QKV, valid: Valid = None) -> tuple:
     logs = jnp.zeros((a, s, heads, length), _wide(qkv))
 
     def group(i: Any, j: Any, results: tuple) -> tuple:
-        parts = _blocks(cut, _slice(cut, qkv, i, j))
-        o, log = _forward_group(cut, length, *parts, _valid_keys(cut, valid, heads, i))
+        q, k, v = _blocks(cut, _slice(cut, qkv, i, j))
+        o, log = _forward_group(cut, length, q, k, v, _valid_keys(cut, valid, heads, i))
         o = _unblocked(cut, o, length).astype(qkv.dtype)
         log = jnp.moveaxis(log, 0, -2).reshape(*cut.group, heads, -1)[..., :length]
         return _put(cut, results[0], o, i, j), _put_logs(cut, results[1], log, i, j)
