@@ -269,7 +269,7 @@ def test_training_and_evaluation_are_told_the_frame_rate(tmp_path, monkeypatch):
     for name in ("train", "validation"):
         write(tmp_path / f"{name}.tfrecord", [clip(0, image__frame_rate=0.0)])
     config = recipes.demo()
-    config.data.update(directory=os.fspath(tmp_path), demo=False)
+    config.data.update(directory=os.fspath(tmp_path), demo="")
     config.model.num_classes = 5
     with pytest.raises(InputError, match="do not state their frame rate"):
         loop.train(config, os.fspath(tmp_path / "run"))
