@@ -41,8 +41,9 @@ def write(path: str, program: Program) -> None:
         return program.run(program.parameters, video)
 
     # Traced here: jax2onnx would replace functions of JAX by operators of its own meanwhile, not
-    # all of which know vmap.
-    with select.attention_kernels("xla"):
+    # all of which know vmap. Without functions inside of functions, which jax2onnx cannot rewrite
+    # with JAX 0.11.
+    with select.attention_kernels("xla"), jax.disable_jit():
         traced = jax.make_jaxpr(run)(program.symbolic_input())
     with _plugins_of_primitives():
         model = jax2onnx.to_onnx(
