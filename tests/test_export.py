@@ -99,8 +99,11 @@ def run_saved_model(path, video):
     return found[1].numpy(), loaded
 
 
-# jax2onnx 0.13 is older than the JAX that is pinned.
-pytestmark = pytest.mark.filterwarnings("ignore:jax[.].* is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.compiles,
+    # jax2onnx 0.13 is older than the JAX that is pinned.
+    pytest.mark.filterwarnings("ignore:jax[.].* is deprecated:DeprecationWarning"),
+]
 
 RUNS = {"onnx": run_onnx, "stablehlo": run_stablehlo, "saved_model": run_saved_model}
 
