@@ -62,8 +62,13 @@ ABLATED = {
     "time_in_every_second": Scheme((TEMPORAL._replace(every=2), SPATIAL)),
     "space_in_every_second": Scheme((TEMPORAL, SPATIAL._replace(every=2))),
 }
-for _name, _of_name in ABLATED.items():
-    register_scheme(_name, _of_name)
+
+
+def register_ablated() -> None:
+    """Registers the schemes of the ablations, by their names here."""
+    for name, scheme in ABLATED.items():
+        register_scheme(name, scheme)
+
 
 # ---- rows ----------------------------------------------------------------------------------------
 

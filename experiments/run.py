@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
-from paper_tables import TABLES, Row, Table
+from paper_tables import TABLES, Row, Table, register_ablated
 from tqdm import tqdm
 
 from timesformer_jax import recipes, storage
@@ -51,6 +51,7 @@ TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "hardware of the paper's s
 
 
 def main(arguments: list[str]) -> None:
+    register_ablated()
     names = arguments[1:] or ["all"]
     if unknown := set(names) - {*TABLES, "all"}:
         raise InputError(f"no table {unknown.pop()!r}, there are: all, {', '.join(TABLES)}")

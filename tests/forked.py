@@ -151,27 +151,27 @@ def run_command(*arguments):
 def run_command_that_ends(how, when, *arguments):
     """The command line, which sends itself a signal, at the same moment on any machine.
 
-    when: text, as soon as it is written to the standard error; or a folder of checkpoints and a
-      number of steps, after one step more and once that checkpoint is written; 0: before the first.
+    when: "evaluation", as the first begins; or a folder of checkpoints and a number of steps, after
+      one step more and once that checkpoint is written; 0: before the first.
     """
-    if isinstance(when, str):
-        _signal_when_written(when, how)
+    if when == "evaluation":
+        _signal_in_evaluation(how)
     else:
         _signal_after_step(*when, how)
     run_command(*arguments)
 
 
-def _signal_when_written(text, how):
-    write, sent = sys.stderr.write, []
+def _signal_in_evaluation(how):
+    from timesformer_jax.training import loop
 
-    def watched(written):
-        count = write(written)
-        if text in written and not sent:
-            sent.append(how)
-            os.kill(os.getpid(), how)
-        return count
+    evaluate = loop.evaluate
 
-    sys.stderr.write = watched
+    def signalled(*arguments, **keywords):
+        loop.evaluate = evaluate
+        os.kill(os.getpid(), how)
+        return evaluate(*arguments, **keywords)
+
+    loop.evaluate = signalled
 
 
 def _signal_after_step(checkpoints, last, how):

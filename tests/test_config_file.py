@@ -129,7 +129,9 @@ def test_a_recipe_is_found_by_name_from_anywhere(tmp_path, monkeypatch):
     assert load("k400_base:frames=16").clip.frames == 16
     with pytest.raises(InputError, match=r"no recipe demos; did you mean 'demo'\?"):
         load("demos")
-    with pytest.raises(InputError, match="no recipe zzz; there are: demo, diving48_base, "):
+    with pytest.raises(
+        InputError, match="no recipe zzz; there are: demo, demo_long, diving48_base, "
+    ):
         load("zzz")
     (tmp_path / "demo").mkdir()  # a folder is no config
     assert load("demo").name == "demo"

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import run
 from absl.testing import flagsaver
-from paper_tables import TABLES
+from paper_tables import ABLATED, TABLES
 
 from timesformer_jax import recipes
 from timesformer_jax.models.config import TimeSformerConfig
+from timesformer_jax.models.schemes import SCHEMES
 
 pytestmark = pytest.mark.compiles  # its imports are those of training
 
@@ -23,6 +24,8 @@ def kept_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments_page, "PAGE", tmp_path / "experiments.md")
     monkeypatch.setattr(experiments_page, "DOCS", tmp_path)
     run.flags.FLAGS(["run"])
+    for name, scheme in ABLATED.items():
+        monkeypatch.setitem(SCHEMES, name, scheme)
 
 
 def test_a_name_is_one_row_in_all_tables():

@@ -267,7 +267,7 @@ def test_the_frame_rate_is_what_a_record_says_before_what_is_told(tmp_path):
 def test_training_and_evaluation_are_told_the_frame_rate(tmp_path, monkeypatch):
     """Seen by how far they come: with it, to labels that do not fit the model."""
     for name in ("train", "validation"):
-        write(tmp_path / f"{name}.tfrecord", [clip(0, image__frame_rate=0.0)])
+        write(tmp_path / f"{name}.tfrecord", [clip(0, image__frame_rate=0.0)] * 8)
     config = recipes.demo()
     config.data.update(directory=os.fspath(tmp_path), demo="")
     config.model.num_classes = 5

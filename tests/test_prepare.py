@@ -706,7 +706,9 @@ def test_several_labels_of_a_clip(unsplit, tmp_path):
         for path, label in labels.items()
         if path != broken
     }
-    assert not check_prepared(output, 1.0, 1)[1]
+    (told,) = check_prepared(output, 1.0, 1)[1]
+    assert told.text == "1 class (z) with one training clip"
+    assert not told.is_error
     builder = tfds.builder_from_directory(output)
     stored = {
         example["id"].decode(): {"xyz"[i] for i in example["label"]}

@@ -34,7 +34,7 @@ def whole(demo_data, tmp_path_factory):
 
 
 def interrupted(arguments, workdir, how, when):
-    """A run that gets a signal when it says so or has that step; returns how it ended."""
+    """A run that gets a signal in an evaluation or after that step; returns how it ended."""
     if isinstance(when, int):
         when = workdir / "checkpoints", when
     run = forked.run(forked.run_command_that_ends, how, when, *arguments, environment=environment())
@@ -68,7 +68,7 @@ def test_killed_and_started_again_it_is_the_same_run(demo_data, whole, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("how", "when"), [(signal.SIGTERM, "evaluating validation"), (signal.SIGINT, 8)]
+    ("how", "when"), [(signal.SIGTERM, "evaluation"), (signal.SIGINT, 8)]
 )
 def test_asked_to_end_it_saves_and_says_so(how, when, demo_data, whole, tmp_path, timesformer):
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"checkpoint.every_steps": 8})
