@@ -238,7 +238,8 @@ def started_and_stopped(arguments, manifests, how):
 def test_a_killed_run_continues_to_the_same_bytes(source, prepared, tmp_path):
     again = arguments(source, tmp_path / "killed", workers=2)
     assert interrupt(again, 1, lambda pid: os.kill(pid, signal.SIGKILL)) == -signal.SIGKILL
-    assert interrupt(again, 3, lambda pid: os.killpg(pid, signal.SIGINT)) == 130
+    # Python dies of the signal itself if it comes while an exception is handled; a shell says 130.
+    assert interrupt(again, 3, lambda pid: os.killpg(pid, signal.SIGINT)) in (130, -signal.SIGINT)
     leftover = tmp_path / "killed" / "tiny-train.tfrecord-00000-of-00007.1.part"
     leftover.write_bytes(b"half")
     prepare(**again)

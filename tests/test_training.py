@@ -67,9 +67,7 @@ def test_killed_and_started_again_it_is_the_same_run(demo_data, whole, tmp_path,
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize(
-    ("how", "when"), [(signal.SIGTERM, "evaluation"), (signal.SIGINT, 8)]
-)
+@pytest.mark.parametrize(("how", "when"), [(signal.SIGTERM, "evaluation"), (signal.SIGINT, 8)])
 def test_asked_to_end_it_saves_and_says_so(how, when, demo_data, whole, tmp_path, timesformer):
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"checkpoint.every_steps": 8})
     status, errors = interrupted(arguments, tmp_path / "run", how, when)
