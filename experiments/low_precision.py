@@ -97,6 +97,11 @@ def calibrate(config, params, clips):
     return [float(value) for value in found]
 
 
+def new_forward(config):
+    """A program of its own each time: what `products` says is decided while it is traced."""
+    return jax.jit(lambda params, video: with_parameters(config, params)(video))
+
+
 def accuracy(run):
     from timesformer_jax.data.input.pipeline import eval_batches
     from timesformer_jax.data.records.open import open_split
@@ -116,7 +121,7 @@ def accuracy(run):
     logits = {}
     for form in ("float32", *FORMS):
         with products(form, ranges):
-            forward = jax.jit(lambda params, video: with_parameters(config, params)(video))
+            forward = new_forward(config)
             found = [
                 (np.asarray(forward(params, video))[valid], label[valid])
                 for video, label, valid in batches(open_split(data, "validation", None))
@@ -149,14 +154,14 @@ def logits():
     found = {}
     for form in ("float32", *FORMS):
         with products(form, ranges):
-            forward = jax.jit(lambda params, video: with_parameters(config, params)(video))
+            forward = new_forward(config)
             found[form] = np.asarray(forward(params, clips[2:]))
         largest = np.abs(found[form] - found["float32"]).max()
         spread = found["float32"].std()
         print(f"{form:8} largest change {largest:.4f} of logits with std {spread:.4f}")
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
     with products("float32", ranges):
-        forward = jax.jit(lambda params, video: with_parameters(config, params)(video))
+        forward = new_forward(config)
         change = np.abs(np.asarray(forward(half, clips[2:])) - found["float32"]).max()
     print(f"bfloat16 parameters, float32 products: largest change {change:.4f}")
 
@@ -179,13 +184,13 @@ def times(turns=5):
     programs = {}
     for form in ("float32", *FORMS):
         with products(form, ranges):
-            forward = jax.jit(lambda params, video: with_parameters(config, params)(video))
+            forward = new_forward(config)
             programs[f"{form} forward"] = forward.lower(params, clips[:1]).compile()
-    as_used = jax.jit(lambda params, video: with_parameters(config, params)(video))
+    as_used = new_forward(config)
     programs["as used forward"] = as_used.lower(params, clips[:1]).compile()
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     config16 = tsf.preset("timesformer_base", num_classes=400, dtype="bfloat16")
-    in_half = jax.jit(lambda params, video: with_parameters(config16, params)(video))
+    in_half = new_forward(config16)
     runs = {name: (lambda p=p: p(params, clips[:1])) for name, p in programs.items()}
     compiled = in_half.lower(half, clips[:1]).compile()
     _race(runs | {"bfloat16 forward": lambda: compiled(half, clips[:1])}, 3)

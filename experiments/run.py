@@ -38,7 +38,8 @@ from timesformer_jax.models.costs import macs, parameter_count
 from timesformer_jax.planning.plan import make_plan
 from timesformer_jax.training.loop import train
 
-EPOCHS = 3  # of 100 steps; divided attention then ends between 80 and 95%
+# Of 100 steps. One run each of divided attention on motion: 69.8% after 3 epochs, 97.6% after 4.
+EPOCHS = 3
 TASKS = ("motion", "appearance")
 # Training videos, for the length of a run.
 VIDEOS = {"k400": 240_000, "ssv2": 168_913}
@@ -170,9 +171,11 @@ def planned(row: Row, recipe: str) -> str:
     videos = VIDEOS[recipe.partition("_")[0]] * config.data.train_fraction
     steps = config.epochs * (videos // config.batch_size)
     seconds = plan.cycles.seconds if plan.cycles else plan.step_seconds
-    time = f"{seconds * steps / 3600:.1f} h" if seconds else "time unknown"
+    hours = f"{seconds * steps / 3600:.1f} h" if seconds else "time unknown"
     memory = "" if plan.fits is None else ", fits" if plan.fits else ", does not fit"
-    return f"# {row.name}: {steps:,.0f} steps, {time}, {plan.needed / 2**30:.1f} GiB a chip{memory}"
+    return (
+        f"# {row.name}: {steps:,.0f} steps, {hours}, {plan.needed / 2**30:.1f} GiB a chip{memory}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ FOLDER = "checkpoints"  # of a workdir
 # In a workdir.
 CARD, CURVES, RECIPE, RESULTS = "README.md", "curves.png", "recipe.json", "results.json"
 _METRICS = {"top1": "top-1", "top5": "top-5", "mAP": "mAP"}
-_LEAST_CLASSES_FOR_TOP5 = 6
+# With fewer classes the top 5 are all or nearly all of them, and say nothing.
+LEAST_CLASSES_FOR_TOP5 = 6
 
 
 class Evaluation(NamedTuple):
@@ -72,7 +73,7 @@ def read(step_folder: epath.Path | None, metadata: CheckpointMetadata) -> RunFil
         except InputError as e:
             logging.warning("%s is left out: %s", workdir / RESULTS, e)
     if accuracy := validation.read(step_folder.parent).get(step):
-        several = len(metadata.labels) >= _LEAST_CLASSES_FOR_TOP5
+        several = len(metadata.labels) >= LEAST_CLASSES_FOR_TOP5
         found.append(
             Evaluation("during training", split, _metrics(accuracy, several), 0, views=1, crops=1)
         )
@@ -94,7 +95,7 @@ def evaluated(path: str | os.PathLike) -> Evaluation:
 
 def _evaluation(fields: dict[str, Any], name: str, split: str) -> Evaluation:
     try:
-        several = len(fields["classes"]) >= _LEAST_CLASSES_FOR_TOP5
+        several = len(fields["classes"]) >= LEAST_CLASSES_FOR_TOP5
         return Evaluation(
             name, str(fields.get("split", split)), _metrics(fields, several),
             *(int(fields[field]) for field in ("videos", "views", "crops")),

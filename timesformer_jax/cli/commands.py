@@ -39,9 +39,12 @@ PART = (
     number("start", None, "start of the part of each video to look at, in seconds"),
     number("end", None, "end of this part, in seconds"),
 )
-WRITTEN_DOWN = (
+LABELS_AND_LICENSE = (
     string("labels", None, "file of class names, one per line, in the order of the logits"),
     string("license", None, "license of the weights, to be written down"),
+)
+WRITTEN_DOWN = (
+    *LABELS_AND_LICENSE,
     string("results", None, "results.json of timesformer evaluate, for the model card"),
     string("dtype", "float32", "of the arrays on disk: float32 or bfloat16, half the size"),
 )
@@ -354,8 +357,7 @@ COMMANDS = {
         (
             string("to", None, "format: onnx, stablehlo, saved_model or hf (as convert writes it)"),
             boolean("preprocess", "take uint8 frames of any size, and give probabilities"),
-            string("labels", None, "file of class names, one per line, in the order of the logits"),
-            string("license", None, "license of the weights, to be written down"),
+            *LABELS_AND_LICENSE,
             integer("num_frames", None, "frames of a clip, if not the checkpoint's"),
             integer("image_size", None, "side of a clip in pixels, if not the checkpoint's"),
         ),

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-# With fewer classes the top 5 are all or nearly all of them, and say nothing.
-LEAST_CLASSES_FOR_TOP5 = 6
+from timesformer_jax.checkpoints.run_files import LEAST_CLASSES_FOR_TOP5
 
 _TINY = float(np.finfo(np.float32).tiny)
 

@@ -6,10 +6,10 @@ import csv
 import dataclasses
 import io
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
+from timesformer_jax import storage
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference.predictor import Prediction
 
@@ -51,8 +51,7 @@ def choose_format(as_json: bool, as_csv: bool, output: str | None) -> str:
         return "json" if as_json else "csv"
     if output is None:
         return "text"
-    extension = os.path.splitext(output)[1].lower()
-    if extension not in FORMATS:
+    if (extension := storage.extension(output)) not in FORMATS:
         raise InputError(f"--output={output}: give --json or --csv, or name it .jsonl or .csv")
     return FORMATS[extension]
 

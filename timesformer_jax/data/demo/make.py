@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -63,23 +63,16 @@ def is_free(directory: str | os.PathLike) -> bool:
     return not any(path.is_file() or path.is_symlink() for path in directory.rglob("*"))
 
 
-def prepare_demo(
-    directory: str | os.PathLike,
-    task: str = "motion",
-    *,
-    train: int | None = None,
-    validation: int | None = None,
-    seed: int = 0,
-) -> None:
+def prepare_demo(directory: str | os.PathLike, task: str = "motion", **settings: Any) -> None:
     """Makes the videos in `directory`/videos, and prepares `directory` from them.
 
-    Existing files are kept. See `make_videos` for the arguments.
+    Existing files are kept. The task and the settings are those of `make_videos`.
 
     Raises:
       InputError: the directory holds another data set, or the disk is full.
     """
     videos = Path(directory) / "videos"
-    make_videos(videos, task, train=train, validation=validation, seed=seed)
+    make_videos(videos, task, **settings)
     prepare(
         videos,
         directory,
