@@ -29,12 +29,14 @@ pretraining gain, do not.
 Two tasks, both of real H.264 videos made of photographs:
 
 - **motion**: a patch moves in one of 8 directions. Neither one frame nor unordered frames show it.
-- **appearance**: a patch of one of 8 photographs moves. Its direction goes with its class in half
-  of the training videos and never in validation, so that a model which relies on motion is wrong.
+- **appearance**: one of 8 photographs, drawn small, moves across another one. Its direction goes
+  with its class in half of the training videos and never in validation, so that a model which
+  relies on motion is wrong.
 
-Top-1 in percent of 800 validation videos, 1 x 3 views: the mean of the seeds, and the smallest and
-the largest. *p*, for each task: a paired permutation test over the videos against the first row,
-with the seeds as they are. Of many comparisons one in twenty is below 0.05 by chance.
+Top-1 in percent of 800 validation videos, one centre crop of one clip each: the mean of the seeds,
+and the smallest and the largest. *p*, for each task: a paired permutation test over the videos
+against the first row, with the seeds as they are. Of many comparisons one in twenty is below 0.05
+by chance.
 
     .venv/bin/python experiments/run.py all                    # trains what has no result yet
     .venv/bin/python experiments/run.py table1 --scale=paper   # the commands of the paper's runs

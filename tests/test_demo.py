@@ -111,9 +111,8 @@ def test_only_the_patch_changes_and_it_stands_out():
 def test_the_splits_share_no_part_of_a_photograph():
     (_, train), (validation, _) = drawing.REGIONS["train"], drawing.REGIONS["validation"]
     assert train < validation
-    for left, right in zip(
-        drawing.load_photographs("train"), drawing.load_photographs("validation"), strict=True
-    ):
+    loaded = map(drawing.load_photographs, drawing.REGIONS.values())
+    for left, right in zip(*loaded, strict=True):
         assert left.height == right.height
         whole = left.width / train
         assert left.width + right.width < whole
@@ -210,4 +209,4 @@ def test_without_scikit_image(monkeypatch):
     monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda name: None)
     drawing.load_photographs.cache_clear()
     with pytest.raises(InputError, match="pip install scikit-image"):
-        drawing.load_photographs("train")
+        drawing.load_photographs(drawing.REGIONS["train"])

@@ -30,8 +30,11 @@ def random_of(split: str, index: int, seed: int) -> np.random.Generator:
 
 
 @cache
-def load_photographs(split: str) -> tuple[Image.Image, ...]:
-    """Loads the part of each of PHOTOGRAPHS that a split uses, without importing scikit-image."""
+def load_photographs(region: tuple[float, float]) -> tuple[Image.Image, ...]:
+    """Loads a part of each of PHOTOGRAPHS, without importing scikit-image.
+
+    region: the left and the right end, as shares of the width; one of REGIONS, or (0.0, 1.0).
+    """
     package = importlib.util.find_spec("skimage")
     if package is None:
         raise InputError(
@@ -43,7 +46,7 @@ def load_photographs(split: str) -> tuple[Image.Image, ...]:
     for name in PHOTOGRAPHS:
         try:
             with Image.open(folder / name) as image:
-                left, right = (round(share * image.width) for share in REGIONS[split])
+                left, right = (round(share * image.width) for share in region)
                 images.append(image.convert("RGB").crop((left, 0, right, image.height)))
         except OSError as error:
             raise InputError(
@@ -53,14 +56,16 @@ def load_photographs(split: str) -> tuple[Image.Image, ...]:
 
 
 def crop(
-    rng: np.random.Generator, photograph: Image.Image, width: int, height: int, level: float
-) -> np.ndarray:
+    rng: np.random.Generator, photograph: Image.Image, width: int, height: int, level: float,
+    scales: tuple[float, float] = (0.4, 1), largest: float = 6,
+) -> np.ndarray:  # fmt: skip
     """A random crop of a photograph at a random scale, as (height, width, 3) float32.
 
-    Its mean is `level`; its standard deviation is 15 to 30, of 255.
+    Its mean is `level`; its standard deviation is 15 to 30, of 255. A pixel of it is at most
+    `largest` pixels of the photograph wide, and of that a share of `scales`.
     """
-    largest = min(photograph.width / width, photograph.height / height, 6)
-    scale = rng.uniform(0.4, 1) * largest
+    largest = min(photograph.width / width, photograph.height / height, largest)
+    scale = rng.uniform(*scales) * largest
     x = rng.uniform(0, photograph.width - scale * width)
     y = rng.uniform(0, photograph.height - scale * height)
     box = (x, y, x + scale * width, y + scale * height)

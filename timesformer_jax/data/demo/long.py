@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL.Image import Image
 
-from timesformer_jax.data.demo.drawing import crop, load_photographs, random_of
+from timesformer_jax.data.demo.drawing import REGIONS, crop, load_photographs, random_of
 
 CLASSES = ("first", "second", "third")
 # What a square's brightness is multiplied with in red, green and blue.
@@ -68,7 +68,7 @@ def draw_squares(rng: np.random.Generator, index: int) -> list[Square]:
 def frames(split: str, index: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Draws the frames of a video, in order, as (HEIGHT, WIDTH, 3) uint8 RGB."""
     rng = random_of(split, index, seed)
-    photographs = load_photographs(split)
+    photographs = load_photographs(REGIONS[split])
     squares = draw_squares(rng, index)
     drawn = [_draw_square(rng, photographs, square.colour) for square in squares]
     scene_end = 0.0

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from timesformer_jax.data.demo import appearance, long, motion
-from timesformer_jax.data.demo.drawing import load_photographs
+from timesformer_jax.data.demo.drawing import REGIONS, load_photographs
 from timesformer_jax.data.encode import encode_mp4
 from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.errors import InputError, did_you_mean
@@ -159,7 +159,7 @@ def _annotations(names: list[tuple[str, int]], labels: tuple[str, ...]) -> bytes
 def _write_videos(directory: Path, task: str, names: list[tuple[str, int]], seed: int) -> None:
     if not names:
         return
-    load_photographs("train")  # so that a missing photograph is an error of this process
+    load_photographs(REGIONS["train"])  # so that a missing photograph is an error of this process
     with (
         tqdm(total=len(names), unit="video", desc="making the demo's videos") as progress,
         worker_pool(available_cores()) as pool,

@@ -12,11 +12,12 @@ A patch of one photograph moves across another in one of 8 directions, which is 
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL.Image import Image
 
-from timesformer_jax.data.demo.drawing import crop, load_photographs, paste, random_of
+from timesformer_jax.data.demo.drawing import REGIONS, crop, load_photographs, paste, random_of
 
 # Clockwise from the right in steps of 45 degrees, in image coordinates (y points down).
 DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
@@ -31,13 +32,13 @@ def frames(split: str, index: int, seed: int = 0) -> Iterator[np.ndarray]:
     rng = random_of(split, index, seed)
     size = int(rng.integers(11, 16))
     path = patch_positions(rng, index % len(DIRECTIONS), size)
-    photographs = load_photographs(split)
+    photographs = load_photographs(REGIONS[split])
     below, above = rng.choice(len(photographs), 2, replace=False)
     yield from moving_patch(rng, photographs[below], photographs[above], size, path)
 
 
 def moving_patch(
-    rng: np.random.Generator, below: Image, above: Image, size: int, path: np.ndarray
+    rng: np.random.Generator, below: Image, above: Image, size: int, path: np.ndarray, **piece: Any
 ) -> Iterator[np.ndarray]:
     """Draws a square piece of a photograph that moves across a piece of another.
 
@@ -46,6 +47,7 @@ def moving_patch(
       below, above: the photographs of the background and of the patch.
       size: the patch's side in pixels.
       path: (frames, 2) x, y of the patch's upper left corner.
+      piece: arguments of `crop`, which piece of `above` the patch is.
 
     Yields:
       (HEIGHT, WIDTH, 3) uint8 RGB.
@@ -54,7 +56,7 @@ def moving_patch(
     level = rng.uniform(90, 165)
     step = rng.uniform(55, 80) * (1 if level < 128 else -1)
     background = crop(rng, below, WIDTH, HEIGHT, level)
-    patch = crop(rng, above, size, size, level + step)
+    patch = crop(rng, above, size, size, level + step, **piece)
     for x, y in path:
         yield paste(background, patch, x, y)
 
