@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal
 SLOW := processes or compiles or training or decodes
 
-.PHONY: train check test fast-tests format lint layers types rooms plan-table tpu-test fuzz benchmarks device dist clean
+.PHONY: train check test fast-tests format lint layers types rooms plan-table tpu-test fuzz benchmarks device dist docs clean
 
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
@@ -65,11 +65,15 @@ dist: .venv/dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 
+# The site of docs/ into site/; a warning is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 device:
 	@test -n "$(DEVICE)" || { echo "say DEVICE=h100, or another folder of benchmarks/results"; exit 2; }
 
 clean:
-	rm -rf .venv .venv-tpu build dist *.egg-info
+	rm -rf .venv .venv-tpu build dist site *.egg-info
 
 # A file for each set of extras that is installed.
 .venv/%: setup.py constraints.txt

@@ -111,6 +111,8 @@ setuptools.setup(
         "hub": HUB,
         "convert": CONVERT,
         "dist": ["build>=1.6", "twine>=7.0"],
+        # Ruff breaks the lines of long signatures.
+        "docs": ["mkdocs-material>=9.8", "mkdocstrings-python>=2.0", "ruff>=0.17"],
         "export": EXPORT,
         "benchmark": BENCHMARK,
         "gcs": GCS,

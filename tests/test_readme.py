@@ -14,7 +14,6 @@ from videos import write_video
 import timesformer_jax as tsf
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.store import save_parameters
-from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models import presets
 from timesformer_jax.models.timesformer import parameters
@@ -32,32 +31,6 @@ def test_the_python_lines_run_as_written(monkeypatch):
     exec(code, names := {})
     assert names["logits"].shape == (1, 400)
     assert names["features"].shape == (1, 768)
-
-
-def test_every_command_flag_config_and_file_named_is_there():
-    from ml_collections import ConfigDict
-
-    from timesformer_jax import recipes
-    from timesformer_jax.recipes import files
-
-    for line in re.findall(r"^    timesformer ((?:.*\\\n)*.*)$", README, re.MULTILINE):
-        name = line.split()[0]
-        values = COMMANDS[name].define_flags()
-        for flag in re.findall(r"--([\w.]+)", line):
-            if flag.startswith("config."):
-                config: ConfigDict | object = recipes.recipe()
-                for part in flag.split(".")[1:]:
-                    assert part in config, flag
-                    config = config[part]
-            else:
-                assert flag in values, flag
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)|python (experiments/\S+\.py)", README):
-        assert (REPOSITORY / "".join(path)).exists(), path
-    for config in re.findall(r"--config=([^\s:`]+)", README):
-        assert config in files.names() or (REPOSITORY / config).exists(), config
-    makefile = (REPOSITORY / "Makefile").read_text()
-    for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
-        assert f"\n{target}:" in makefile
 
 
 @pytest.mark.processes

@@ -140,7 +140,8 @@ class Predictor:
         Args:
           video: as the class says.
           top: how many classes.
-          start, end: seconds; None: the beginning, the end.
+          start: seconds; None: the beginning.
+          end: seconds; None: the end.
           fps: of frames in memory.
 
         Returns:
@@ -188,7 +189,9 @@ class Predictor:
           video: as the class says.
           frames: with the mean of the patches of every frame.
           positions: with the mean over the frames of the patches of every position.
-          start, end, fps: as for `predict`.
+          start: as for `predict`.
+          end: as for `predict`.
+          fps: as for `predict`.
 
         Raises:
           VideoError, InputError: as `predict`.
@@ -212,7 +215,9 @@ class Predictor:
           video: as the class says, but no list. Of its frames the centre square is taken.
           target: None for attention rollout, or a class, by name or number: attentions are then
             weighted by their gradients for this class. See docs/explain.md.
-          start, end, fps: as for `predict`.
+          start: as for `predict`.
+          end: as for `predict`.
+          fps: as for `predict`.
 
         Raises:
           VideoError, InputError: as `predict`; InputError if there is no such class.

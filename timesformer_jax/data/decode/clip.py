@@ -53,7 +53,8 @@ def decode(
 
     Args:
       video: a file, which may be on gs://; a binary file that is open; or a folder of images.
-      start, end: seconds; None: the beginning, the end of the video.
+      start: seconds; None: the beginning of the video.
+      end: seconds; None: its end.
       short_side: pixels that the shorter side is resized to; None: as stored.
 
     Raises:
@@ -80,7 +81,8 @@ def decode_clip(
 
     Args:
       path: as for `VideoFile`.
-      start, end: seconds; None: the beginning, the end of the video.
+      start: seconds; None: the beginning of the video.
+      end: seconds; None: its end.
       short_side: pixels that the shorter side is resized to; None: as stored.
       frame_range: as for `VideoFile.timeline`, instead of start and end.
       threads: as for `VideoFile`.
