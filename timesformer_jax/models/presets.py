@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 
@@ -34,8 +35,12 @@ PRESETS = {
 """The configs of the presets by their names, for 400 classes."""
 
 
-def preset(name: str, **overrides) -> TimeSformerConfig:
+def preset(name: str, **overrides: Any) -> TimeSformerConfig:
     """The config of a preset, with fields replaced.
+
+    Args:
+      name: of `PRESETS`.
+      **overrides: fields of `TimeSformerConfig`.
 
     Raises:
       InputError: if there is no such preset, or no such field.
@@ -53,6 +58,18 @@ def preset(name: str, **overrides) -> TimeSformerConfig:
     return dataclasses.replace(PRESETS[name], **overrides)
 
 
-def create(name: str, *, seed: int = 0, **overrides) -> TimeSformer:
-    """A preset's model with random parameters drawn from `seed`."""
+def create(name: str, *, seed: int = 0, **overrides: Any) -> TimeSformer:
+    """A preset's model with random parameters.
+
+    Args:
+      name: of `PRESETS`.
+      seed: of the parameters.
+      **overrides: fields of `TimeSformerConfig`, such as num_classes.
+
+    Returns:
+      A function of normalised clips, (B, T, H, W, 3) to (B, num_classes) logits.
+
+    Raises:
+      InputError: as `preset`.
+    """
     return TimeSformer(preset(name, **overrides), rngs=nnx.Rngs(seed))
