@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from sklearn.metrics import f1_score
 
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.clip_spec import ClipSpec
@@ -26,6 +27,7 @@ from timesformer_jax.evaluation.metrics import (
     Results,
     average_pieces,
     average_precision,
+    best_threshold,
 )
 from timesformer_jax.evaluation.multi_view import evaluate, match_labels
 from timesformer_jax.evaluation.output import check_outputs, write
@@ -118,11 +120,20 @@ def test_outputs_hold_every_prediction(tmp_path):
         assert min(picture.size) > 300
 
 
-def test_the_table_names_the_worst_videos_and_has_no_top5_of_five_classes():
+@pytest.mark.parametrize(("classes", "has_top5"), [(5, False), (6, True)])
+def test_there_is_a_top5_of_six_classes_or_more(classes, has_top5):
+    """In what is printed, written to JSON and logged as scalars alike."""
+    results = some_results(classes)
+    found = results.to_json()
+    told = ["top-5" in results.table(), "top-5" in results.summary()]
+    told += ["top5" in fields for fields in (results.scalars(), found, *found["classes"].values())]
+    assert set(told) == {has_top5}
+    assert all("top1" in fields for fields in (results.scalars(), found["classes"]["class, 0"]))
+
+
+def test_the_table_names_the_worst_videos():
     results = some_results(classes=5)
     table = results.table(worst=2)
-    assert "top-5" not in table
-    assert "top-5" in some_results(classes=6).table()
     wrong = [i for i, p in enumerate(results.probabilities) if p.argmax() != results.truth[i]]
     worst = sorted(wrong, key=lambda i: results.probabilities[i, results.truth[i]])
     lines = table.splitlines()
@@ -164,6 +175,20 @@ def test_average_precision_is_the_mean_precision_at_each_positive(rows):
     assert found == pytest.approx(np.mean(precisions)) if precisions else np.isnan(found)
 
 
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=12))
+def test_the_best_threshold_is_that_of_all_which_gives_the_best_f1(rows):
+    truth, scores = np.array([t for t, _ in rows]), np.array([s / 4 for _, s in rows])
+    threshold, f1 = best_threshold(truth, scores)
+    if not truth.any():
+        assert np.isnan(threshold)
+        assert np.isnan(f1)
+        return
+    by_threshold = {s: f1_score(truth, scores >= s) for s in sorted({0.0, *scores}, reverse=True)}
+    assert f1 == pytest.approx(max(by_threshold.values()))
+    assert by_threshold[threshold] == pytest.approx(f1)
+    assert all(found < f1 for s, found in by_threshold.items() if s > threshold)
+
+
 def test_multi_label_outputs(tmp_path):
     random = np.random.default_rng(0)
     truth = random.random((30, 4)) < 0.3
@@ -175,7 +200,10 @@ def test_multi_label_outputs(tmp_path):
     found = json.loads((tmp_path / "x.json").read_text())
     aps = [found["classes"][label]["AP"] for label in "abc"]
     assert found["mAP"] == pytest.approx(np.mean(aps))
-    assert found["classes"]["d"] == {"AP": None, "videos": 0}
+    assert found["classes"]["d"] == {"AP": None, "F1": None, "threshold": None, "videos": 0}
+    assert found["classes"]["a"]["threshold"] in results.probabilities[truth[:, 0], 0]
+    assert found["threshold"] in results.probabilities[truth]
+    assert f"{found['threshold']:.3f} (predict --threshold)" in results.table()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
     for row, also, true in zip(rows, found["predictions"], truth):
         assert row["labels"] == "; ".join(also["labels"])

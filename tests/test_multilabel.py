@@ -1,5 +1,6 @@
 """Videos with any number of labels: from a csv to training, evaluation and prediction."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -14,11 +15,10 @@ from videos import write_video
 from timesformer_jax.checkpoints.load import load
 from timesformer_jax.cli.main import load_command
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.distributed.mesh import make_mesh, put_batch
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.multi_view import evaluate_checkpoint, match_labels
+from timesformer_jax.evaluation.multi_view import match_labels
 from timesformer_jax.inference.predictor import Predictor
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import TimeSformer, parameters
@@ -72,29 +72,31 @@ def test_the_loss_is_the_mean_cross_entropy_of_each_class(smoothing):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("multilabel")
-    labels = ["up", "up|down", "", "left|up", "down", "down|left"] * 3
+    labels = ["up", "up;down", "", "left;up", "down", "down;left"] * 3
     (folder / "videos").mkdir()
     for i in range(len(labels)):
         write_video(folder / "videos" / f"{i}.mp4", frames=12, fps=30)
     rows = [("path", "label"), *((f"{i}.mp4", label) for i, label in enumerate(labels))]
     with open(folder / "clips.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    prepare(
-        folder / "videos", folder / "data", folder / "clips.csv", multilabel="|", workers=1,
-        short_side=40, validation_fraction=0.3,
-    )  # fmt: skip
+    load_command([
+        "prepare", f"--videos={folder / 'videos'}", f"--annotations={folder / 'clips.csv'}",
+        f"--output={folder / 'data'}", "--multilabel=;", "--workers=1", "--short_side=40",
+        "--validation_fraction=0.3",
+    ])()  # fmt: skip
     fields = {"clip.frame_stride": 1, "batch_size": 8, "epochs": 1, "eval.every_epochs": 1}
     load_command(tiny_run(folder / "data", folder / "run", **fields))()
+    output = f"--output={folder / 'x.json'},{folder / 'x.csv'}"
+    with open(folder / "said", "w") as said, contextlib.redirect_stdout(said):
+        load_command(["evaluate", f"--checkpoint={folder / 'run'}", output])()
     return folder
 
 
-def test_evaluation_is_the_mean_average_precision(trained, capsys):
+def test_evaluation_is_the_mean_average_precision(trained):
     at_training = json.loads((trained / "run" / "results.json").read_text())
-    output = [str(trained / name) for name in ("x.json", "x.csv")]
-    evaluate_checkpoint(str(trained / "run"), output=output)
     found = json.loads((trained / "x.json").read_text())
     assert found["mAP"] == at_training["mAP"]
-    assert f"mAP {found['mAP']:.2%}  of {found['videos']} videos" in capsys.readouterr().out
+    assert f"mAP {found['mAP']:.2%}  of {found['videos']} videos" in (trained / "said").read_text()
     with open(trained / "x.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     aps = []
@@ -114,6 +116,19 @@ def test_prediction_gives_each_label_its_own_probability(trained):
     written = [float(row[f"p({label})"]) for label in ("down", "left", "up")]
     np.testing.assert_allclose(found, written, atol=0.02)  # records went through JPEG
     assert abs(found.sum() - 1) > 0.05
+
+
+def test_predictions_are_those_above_the_threshold_of_the_evaluation(trained, capsys):
+    threshold = json.loads((trained / "x.json").read_text())["threshold"]
+    video = trained / "videos" / "0.mp4"
+    load_command([
+        "predict", f"{video}", f"--checkpoint={trained / 'run'}", f"--threshold={threshold}",
+        "--json",
+    ])()  # fmt: skip
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    probabilities = Predictor(trained / "run").probabilities(video)
+    expected = {label for label, p in zip(("down", "left", "up"), probabilities) if p >= threshold}
+    assert {one["label"] for one in found} == expected
 
 
 def test_data_of_the_other_kind_is_refused(trained):

@@ -44,11 +44,10 @@ def run(tmp_path):
     checkpoints = Checkpoints(workdir / "checkpoints")
     for step, top1 in {4: 0.875, 5: 0.75}.items():
         checkpoints.save_model(step, parameters(model), metadata)
-        checkpoints.record_validation(step, {"top1": top1, "top5": 1.0, "loss": 0.1})
+        checkpoints.record_validation(step, {"top1": top1, "loss": 0.1})
     checkpoints.wait()
     checkpoints.close()
-    results = {"step": 5, "top1": 0.8, "top5": 1.0, "videos": 40, "views": 2, "crops": 3}
-    results["classes"] = dict.fromkeys(LABELS)
+    results = {"step": 5, "top1": 0.8, "videos": 40, "views": 2, "crops": 3}
     (workdir / "results.json").write_text(json.dumps(results))
     (workdir / "curves.png").write_bytes(b"a picture")
     return workdir
@@ -116,9 +115,9 @@ def test_the_card_of_any_model_is_valid_and_holds_no_markup_of_its_own():
 @pytest.mark.filterwarnings("ignore:Use 'content=.*' to upload:DeprecationWarning")
 def test_what_is_pushed_is_loaded_by_its_name(hub, run, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    results = {"top1": 0.9, "top5": 1.0, "videos": 9, "views": 4, "crops": 3, "split": "test"}
+    results = {"top1": 0.9, "videos": 9, "views": 4, "crops": 3, "split": "test"}
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(results | {"classes": {}}))
+    path.write_text(json.dumps(results))
     push(run, "mine", private=True, results=os.fspath(path))
     said = capsys.readouterr().out.splitlines()
     assert said == [f"{hub.address}/me/mine", "timesformer predict VIDEO --checkpoint=me/mine"]

@@ -18,8 +18,6 @@ FOLDER = "checkpoints"  # of a workdir
 # In a workdir.
 CARD, CURVES, RECIPE, RESULTS = "README.md", "curves.png", "recipe.json", "results.json"
 _METRICS = {"top1": "top-1", "top5": "top-5", "mAP": "mAP"}
-# With fewer classes the top 5 are all or nearly all of them, and say nothing.
-LEAST_CLASSES_FOR_TOP5 = 6
 
 
 class Evaluation(NamedTuple):
@@ -28,7 +26,7 @@ class Evaluation(NamedTuple):
     Attributes:
       name: what was evaluated, for a table.
       split: of the data.
-      metrics: fractions by name: "top-1" and "top-5", or "mAP".
+      metrics: fractions by name: "top-1" and perhaps "top-5", or "mAP".
       videos: their number; 0 if it is not known.
       views, crops: clips a video and squares a clip, whose probabilities were averaged.
     """
@@ -73,10 +71,7 @@ def read(step_folder: epath.Path | None, metadata: CheckpointMetadata) -> RunFil
         except InputError as e:
             logging.warning("%s is left out: %s", workdir / RESULTS, e)
     if accuracy := validation.read(step_folder.parent).get(step):
-        several = len(metadata.labels) >= LEAST_CLASSES_FOR_TOP5
-        found.append(
-            Evaluation("during training", split, _metrics(accuracy, several), 0, views=1, crops=1)
-        )
+        found.append(Evaluation("during training", split, _metrics(accuracy), 0, views=1, crops=1))
     curves = workdir / CURVES
     return RunFiles(tuple(found), {CURVES: curves.read_bytes()} if curves.exists() else {})
 
@@ -95,9 +90,8 @@ def evaluated(path: str | os.PathLike) -> Evaluation:
 
 def _evaluation(fields: dict[str, Any], name: str, split: str) -> Evaluation:
     try:
-        several = len(fields["classes"]) >= LEAST_CLASSES_FOR_TOP5
         return Evaluation(
-            name, str(fields.get("split", split)), _metrics(fields, several),
+            name, str(fields.get("split", split)), _metrics(fields),
             *(int(fields[field]) for field in ("videos", "views", "crops")),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError):
@@ -127,11 +121,9 @@ def _json_file(path: epath.Path) -> dict[str, Any]:
         raise InputError("it cannot be read: it holds no JSON object") from None
 
 
-def _metrics(fields: dict[str, Any], several_classes: bool) -> dict[str, float]:
-    """The accuracy by the names of a table; the top five of five classes say nothing."""
+def _metrics(fields: dict[str, Any]) -> dict[str, float]:
+    """The accuracy by the names of a table."""
     found = {shown: float(fields[name]) for name, shown in _METRICS.items() if name in fields}
     if not found:
         raise KeyError(*_METRICS)
-    if not several_classes:
-        found.pop("top-5", None)
     return found

@@ -62,8 +62,8 @@ class Checkpoints:
       read_only: never write, and raise if the directory does not exist.
 
     Attributes:
-      validation: {step: {"top1": ..., "top5": ...}} of the evaluated steps, as fractions; of
-        multi-label models {step: {"mAP": ...}}.
+      validation: {step: {"top1": ...}} of the evaluated steps, as fractions, with "top5" if there
+        are classes enough for it; of multi-label models {step: {"mAP": ...}}.
     """
 
     def __init__(

@@ -11,7 +11,8 @@ from timesformer_jax.errors import InputError
 
 FILE = "validation.json"
 
-Accuracies = dict[int, dict[str, float]]  # by step: {"top1": ..., "top5": ...}, or {"mAP": ...}
+# By step: "top1" and perhaps "top5", or "mAP".
+Accuracies = dict[int, dict[str, float]]
 
 
 def score(accuracy: dict[str, float]) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from timesformer_jax.checkpoints.run_files import LEAST_CLASSES_FOR_TOP5
+# With fewer classes the top 5 are all or nearly all of them, and say nothing: there is no `top5`.
+LEAST_CLASSES_FOR_TOP5 = 6
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -78,6 +79,14 @@ class Results:
         """(C,) int, how many videos of each class have it among the five most probable ones."""
         return self._by_class(self.ranks < 5)
 
+    @property
+    def correct(self) -> dict[str, np.ndarray]:
+        """`top1` and, where there are classes enough for it, `top5`, by name."""
+        found = {"top1": self.top1}
+        if len(self.labels) >= LEAST_CLASSES_FOR_TOP5:
+            found["top5"] = self.top5
+        return found
+
     def _by_class(self, rows: np.ndarray) -> np.ndarray:
         return np.bincount(self.truth[rows], minlength=len(self.labels))
 
@@ -101,29 +110,22 @@ class Results:
         return float(-np.log(np.maximum(p, _TINY)).mean())
 
     def scalars(self) -> dict[str, float]:
-        """top1 and top5 as fractions, and loss."""
+        """top1 and, of six classes or more, top5 as fractions, and loss."""
         total = len(self.truth)
-        return {
-            "top1": self.top1.sum() / total,
-            "top5": self.top5.sum() / total,
-            "loss": self.loss,
-        }
+        shares = {name: counts.sum() / total for name, counts in self.correct.items()}
+        return shares | {"loss": self.loss}
 
     def to_json(self) -> dict[str, Any]:
-        """top1 and top5 as fractions and the number of videos, of all and of every class; loss."""
+        """`scalars`, and of all and of every class the number of videos and these fractions."""
+        with np.errstate(invalid="ignore"):  # a class without videos
+            shares = [counts / self.videos for counts in self.correct.values()]
         return self.scalars() | {
             "videos": len(self.truth),
             "views": self.views,
             "crops": self.crops,
             "classes": {
-                label: {
-                    "top1": top1 / videos if videos else None,
-                    "top5": top5 / videos if videos else None,
-                    "videos": videos,
-                }
-                for label, videos, top1, top5 in zip(
-                    self.labels, self.videos.tolist(), self.top1.tolist(), self.top5.tolist()
-                )
+                label: _numbers(self.correct, row) | {"videos": int(videos)}
+                for label, row, videos in zip(self.labels, zip(*shares), self.videos)
             },
         }
 
@@ -134,9 +136,7 @@ class Results:
     def table(self, worst: int = 5) -> str:
         """A line for each class that has videos, the worst predictions, and the summary."""
         width = max(len(label) for label in self.labels)
-        shown = {"top-1": self.top1}
-        if len(self.labels) >= LEAST_CLASSES_FOR_TOP5:
-            shown["top-5"] = self.top5
+        shown = {name.replace("top", "top-"): counts for name, counts in self.correct.items()}
         lines = [f"{'class':<{width}}  {'videos':>6}" + "".join(f"  {k:>6}" for k in shown)]
         for row, (label, videos) in enumerate(zip(self.labels, self.videos)):
             if videos:
@@ -180,6 +180,18 @@ class MultiLabelResults:
             [average_precision(t, p) for t, p in zip(self.truth.T, self.probabilities.T)]
         )
 
+    @cached_property
+    def thresholds(self) -> tuple[np.ndarray, np.ndarray]:
+        """(C,) `best_threshold` of each class, and (C,) its F1; NaN as above."""
+        found = [best_threshold(t, p) for t, p in zip(self.truth.T, self.probabilities.T)]
+        thresholds, f1 = np.array(found).T
+        return thresholds, f1
+
+    @property
+    def common_threshold(self) -> tuple[float, float]:
+        """`best_threshold` of all labels of all videos together, and its F1."""
+        return best_threshold(self.truth.ravel(), self.probabilities.ravel())
+
     @property
     def loss(self) -> float:
         """The mean binary cross-entropy over videos and classes."""
@@ -194,16 +206,16 @@ class MultiLabelResults:
         return {"mAP": float(known.mean()) if len(known) else 0.0, "loss": self.loss}
 
     def to_json(self) -> dict[str, Any]:
-        """mAP and the number of videos; of every class its average precision and its videos."""
+        """mAP, the number of videos, and the same of every class: AP, F1 and its threshold."""
+        columns = (self.average_precision, *reversed(self.thresholds))
         return self.scalars() | {
             "videos": len(self.truth),
             "views": self.views,
             "crops": self.crops,
+            **_numbers(("F1", "threshold"), reversed(self.common_threshold)),
             "classes": {
-                label: {"AP": float(ap) if videos else None, "videos": int(videos)}
-                for label, ap, videos in zip(
-                    self.labels, self.average_precision, self.truth.sum(axis=0)
-                )
+                label: _numbers(("AP", "F1", "threshold"), row) | {"videos": int(videos)}
+                for label, row, videos in zip(self.labels, zip(*columns), self.truth.sum(axis=0))
             },
         }
 
@@ -218,12 +230,20 @@ class MultiLabelResults:
         return np.argsort(-losses, kind="stable")[:most]
 
     def table(self, worst: int = 5) -> str:
-        """A line for each class that has videos, the worst predictions, and the summary."""
+        """A line for each class that has videos, the worst predictions, and the summary.
+
+        F1 is the best one, of predictions with at least the probability beside it.
+        """
         width = max(len("class"), *(len(label) for label in self.labels))
-        lines = [f"{'class':<{width}}  {'videos':>6}  {'AP':>6}"]
-        for label, ap, videos in zip(self.labels, self.average_precision, self.truth.sum(axis=0)):
+        lines = [f"{'class':<{width}}  {'videos':>6}  {'AP':>6}  {'F1':>6}  {'from':>6}"]
+        columns = (self.truth.sum(axis=0), self.average_precision, *reversed(self.thresholds))
+        for label, videos, ap, f1, least in zip(self.labels, *columns):
             if videos:
-                lines.append(f"{label:<{width}}  {videos:>6}  {ap:>6.1%}")
+                numbers = f"{videos:>6}  {ap:>6.1%}  {f1:>6.1%}  {least:>6.3f}"
+                lines.append(f"{label:<{width}}  {numbers}")
+        least, f1 = self.common_threshold
+        if self.truth.any():
+            lines.append(f"all together: F1 {f1:.1%} from {least:.3f} (predict --threshold)")
         if len(rows := self.worst(worst)):
             lines += ["", "worst predictions, the largest loss first:"]
             lines += [f"  {self._described(row)}" for row in rows] + [""]
@@ -259,13 +279,40 @@ def average_precision(truth: np.ndarray, scores: np.ndarray) -> float:
     return float(precision[truth[order]].mean())
 
 
+def best_threshold(truth: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
+    """The score from which on a label is given, for the best F1; of equal ones the highest.
+
+    F1 is the harmonic mean of precision and recall. It is the best of these videos: on others
+    expect a little less.
+
+    Args:
+      truth: (m,) bool. scores: (m,).
+
+    Returns:
+      The threshold, a score of a positive, and its F1; NaN without a positive.
+    """
+    if not truth.any():
+        return float("nan"), float("nan")
+    candidates = np.unique(scores[truth])[::-1]
+    given = np.searchsorted(np.sort(-scores), -candidates, side="right")
+    right = np.searchsorted(np.sort(-scores[truth]), -candidates, side="right")
+    f1 = 2 * right / (given + truth.sum())
+    best = f1.argmax()
+    return float(candidates[best]), float(f1[best])
+
+
+def _numbers(names: Iterable[str], values: Iterable[float]) -> dict[str, float | None]:
+    """By name, for JSON, which has no NaN."""
+    return {name: None if np.isnan(x) else float(x) for name, x in zip(names, values)}
+
+
 def accuracy_line(results: dict[str, Any]) -> str:
     """One line of `to_json`: the accuracy, and the numbers of videos, views and crops."""
     if "mAP" in results:
         accuracy = f"mAP {results['mAP']:.2%}"
     else:
         accuracy = f"top-1 {results['top1']:.2%}"
-        if len(results["classes"]) >= LEAST_CLASSES_FOR_TOP5:
+        if "top5" in results:
             accuracy += f"  top-5 {results['top5']:.2%}"
     return (
         f"{accuracy}  of {results['videos']} videos, {results['views']} x {results['crops']} views"

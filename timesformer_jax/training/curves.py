@@ -98,8 +98,6 @@ class Scalars:
         lines = {
             "top-1": "validation/top1", "top-5": "validation/top5", "mAP": "validation/mAP",
         }  # fmt: skip
-        if all(row.get(lines["top-5"], 1) == 1 for row in self._rows.values()):
-            del lines["top-5"]  # of up to five classes it says nothing
         self._lines(accuracy, lines)
         accuracy.set(ylabel="validation accuracy", ylim=(0, 1.02))
         picture = io.BytesIO()
