@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import gzip
+import io
 import multiprocessing
 import os
 import signal
@@ -15,6 +17,7 @@ from videos import damage, numbers, write_video
 
 from timesformer_jax.data import decode
 from timesformer_jax.data.decode import VideoError, decode_clip, isolated
+from timesformer_jax.data.decode import clip as clip_lib
 from timesformer_jax.workers import HANG_SIGNAL
 
 pytestmark = pytest.mark.processes
@@ -66,13 +69,57 @@ def test_a_child_gives_the_same_and_a_crash_costs_one_video(video, tmp_path):
             decode_clip(video, sample=lambda count, fps: np.array([count]))
         with pytest.raises(ZeroDivisionError):
             decode_clip(video, sample=lambda count, fps: 1 // 0)
-        with open(video, "rb") as file:  # read here: a child does not have it
-            assert len(decode_clip(file).frames) == 60
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(decode_clip, [video] * 4))
         assert all(numbers(clip.frames) == list(range(60)) for clip in found)
         assert 1 <= len(children()) <= 2
     assert children() == []
+
+
+@pytest.mark.parametrize("kind", ["file", "unbuffered", "memory", "gzip", "pipe"])
+def test_an_open_file_is_decoded_by_a_child_too(kind, video, tmp_path, monkeypatch):
+    """From its beginning, wherever it is read; and it stays open."""
+
+    def kill(count, fps):
+        os.kill(children()[0], signal.SIGSEGV)
+        return np.arange(count)
+
+    monkeypatch.setattr(clip_lib, "decode_clip", None)  # which would decode here
+    with opened(kind, video, tmp_path) as file, isolated():
+        if kind == "pipe":  # which is read once
+            assert numbers(decode_clip(file).frames) == list(range(60))
+            return
+        file.seek(100)
+        with decode.open_stream(file, every_tick) as stream:
+            assert not isinstance(stream, decode.ClipStream)
+            assert len(list(stream)) == 60
+        with pytest.raises(VideoError, match="the decoder crashes: SIGSEGV"):
+            decode_clip(file, sample=kill)
+        assert numbers(decode_clip(file).frames) == list(range(60))
+        assert not file.closed
+
+
+@contextlib.contextmanager
+def opened(kind, video, folder):
+    """The video as an open file of a kind."""
+    content = video.read_bytes()
+    if kind == "memory":
+        yield io.BytesIO(content)
+    elif kind == "gzip":
+        with gzip.open(folder / "a.gz", "wb") as file:
+            file.write(content)
+        with gzip.open(folder / "a.gz") as file:
+            yield file
+    elif kind == "pipe":
+        os.mkfifo(folder / "pipe")
+        writer = threading.Thread(target=(folder / "pipe").write_bytes, args=[content])
+        writer.start()
+        with open(folder / "pipe", "rb") as file:
+            yield file
+        writer.join()
+    else:
+        with open(video, "rb", buffering=0 if kind == "unbuffered" else -1) as file:
+            yield file
 
 
 def test_a_relative_path_is_found_after_a_change_of_the_working_directory(video, monkeypatch):

@@ -41,7 +41,8 @@ class Predictor:
     predictor may be used from several threads: they decode at the same time, and the model computes
     one batch at a time. Each size of a batch is compiled once, when it is first used. Files are
     decoded in processes of their own, which live as long as the predictor: one that crashes or
-    hangs the decoder is a VideoError.
+    hangs the decoder is a VideoError. An open file that is no plain file, such as io.BytesIO, is
+    copied to memory for them.
 
         predictor = Predictor("runs/mine")
         predictor.predict("jump.mp4")     # [jump 97.3%, run 1.9%, ...]

@@ -51,6 +51,14 @@ def decode(
     A minute of 30 frames a second takes 0.5 GB at 340 x 256 and 11 GB at 1920 x 1080. Frames are
     upright, with square pixels. A video with a varying frame rate is resampled to its mean rate.
 
+    It decodes in this process: from another one, all frames would be in memory twice. So a file
+    that crashes FFmpeg ends the program, and one that hangs it is waited for. Of files that may do
+    so, take the frames that you need from another process, as a `Predictor` does:
+
+        from timesformer_jax.data.decode import decode_clip, isolated
+        with isolated():
+            clip = decode_clip(path, short_side=256)
+
     Args:
       video: a file, which may be on gs://; a binary file that is open; or a folder of images.
       start: seconds; None: the beginning of the video.

@@ -9,10 +9,12 @@ so that nothing which comes from a child is code.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,7 +31,12 @@ from timesformer_jax.data.decode import clip as clip_lib
 from timesformer_jax.data.decode.child import ERRORS
 from timesformer_jax.data.decode.child import __name__ as SERVER
 from timesformer_jax.data.decode.clip import DecodedClip
-from timesformer_jax.data.decode.container import VideoError, VideoInfo
+from timesformer_jax.data.decode.container import (
+    VideoError,
+    VideoInfo,
+    video_errors,
+    video_source,
+)
 from timesformer_jax.data.decode.stream import ClipStream, Gap, Shown, StreamedClip, assemble
 from timesformer_jax.data.decode.timeline import Timeline
 from timesformer_jax.data.decode.video import VideoFile
@@ -71,20 +78,20 @@ def open_stream(
     short_side: int | None = None,
     threads: int = 0,
 ) -> AbstractContextManager[Stream]:
-    """A `ClipStream`; while decoding is isolated, a path is decoded by a process of its own."""
+    """A `ClipStream`; while decoding is isolated, it is decoded by a process of its own."""
     options: dict[str, Any] = {
         "short_side": short_side, "frame_range": frame_range, "threads": threads,
     }  # fmt: skip
     pool = _current()
-    if pool is None or not isinstance(path, str | os.PathLike):
+    if pool is None:
         return ClipStream(path, sample, start, end, **options)
-    return _stream(pool, [_for_child(path), start, end, options], sample)
+    return _stream(pool, path, [start, end, options], sample)
 
 
 @contextlib.contextmanager
-def _stream(pool: _Pool, arguments: list, sample: Any) -> Iterator[Stream]:
-    with pool.child() as child:
-        stream = _ChildStream(child, arguments, sample)
+def _stream(pool: _Pool, video: Any, arguments: list, sample: Any) -> Iterator[Stream]:
+    with _for_child(video) as path, pool.child() as child:
+        stream = _ChildStream(child, [path, *arguments], sample)
         try:
             yield stream
         finally:
@@ -102,8 +109,8 @@ def read_info(path: str | os.PathLike) -> VideoInfo:
     if pool is None:
         with VideoFile(path) as video:
             return video.info
-    with pool.child() as child:
-        return VideoInfo(**child.ask("info", _for_child(path)))
+    with _for_child(path) as name, pool.child() as child:
+        return VideoInfo(**child.ask("info", name))
 
 
 def decode_clip(
@@ -116,15 +123,15 @@ def decode_clip(
     frame_range: tuple[int, int] | None = None,
     threads: int = 0,
 ) -> DecodedClip:
-    """`clip.decode_clip`; while decoding is isolated, a path is decoded by a process of its own."""
+    """`clip.decode_clip`; while decoding is isolated, in a process of its own."""
     pool = _current()
     options: dict[str, Any] = {
         "short_side": short_side, "frame_range": frame_range, "threads": threads,
     }  # fmt: skip
-    if pool is None or not isinstance(path, str | os.PathLike):
+    if pool is None:
         return clip_lib.decode_clip(path, start, end, sample=sample, **options)
-    with pool.child() as child:
-        return child.decode([_for_child(path), start, end, options], sample)
+    with _for_child(path) as name, pool.child() as child:
+        return child.decode([name, start, end, options], sample)
 
 
 @contextlib.contextmanager
@@ -152,10 +159,25 @@ def isolated_for(owner: object) -> None:
     weakref.finalize(owner, context.__exit__, None, None, None)
 
 
-def _for_child(path: str | os.PathLike) -> str:
-    """The path as a child finds it, which stays in the working directory that it started in."""
-    name = os.fspath(path)
-    return name if is_remote(name) else os.path.join(os.getcwd(), name)
+@contextlib.contextmanager
+def _for_child(video: str | os.PathLike | BinaryIO) -> Iterator[str]:
+    """The path of a video as a child finds it, which stays in the folder that it started in.
+
+    A child finds an open file among this process's; what is no plain file is copied to memory.
+    """
+    source = video_source(video)
+    if isinstance(source, str):
+        yield source if is_remote(source) else os.path.join(os.getcwd(), source)
+        return
+    raw = source.raw if isinstance(source, io.BufferedReader) else source
+    with contextlib.ExitStack() as opened:
+        # Of other classes, gzip's for example, the descriptor may give other bytes than `read`.
+        if not isinstance(raw, io.FileIO):
+            raw = opened.enter_context(open(os.memfd_create("video"), "w+b", buffering=0))
+            with video_errors():
+                source.seek(0)
+                shutil.copyfileobj(source, raw)
+        yield f"/proc/{os.getpid()}/fd/{raw.fileno()}"
 
 
 def _current() -> _Pool | None:
