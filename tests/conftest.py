@@ -129,16 +129,19 @@ def real_videos():
 def timesformer():
     """Runs the command line in a process of its own, on one device.
 
-    fresh: the process is not forked from one that has imported everything (forked.py).
+    fresh: the process is not forked from one that has imported everything (forked.py). umask: of
+    the process; None: this one's.
     """
 
-    def run(*arguments, check=True, fresh=False, cwd=None):
+    def run(*arguments, check=True, fresh=False, cwd=None, umask=None):
         if fresh:
             done = subprocess.run(
                 command(*arguments), capture_output=True, text=True, env=environment(), cwd=cwd
             )
         else:
-            done = forked.run(run_command, *map(str, arguments), environment=environment(), cwd=cwd)
+            done = forked.run(
+                run_command, *map(str, arguments), environment=environment(), cwd=cwd, umask=umask
+            )
         if check:
             assert done.returncode == 0, done.stderr
         return done

@@ -44,9 +44,10 @@ class Process:
       function, arguments: what it calls; as in any program, `sys.exit` ends it.
       environment: all of its environment variables.
       cwd: its working directory; None: this process's.
+      umask: of the files that it makes; None: that of the process it is forked from.
     """
 
-    def __init__(self, function, *arguments, environment, cwd=None):
+    def __init__(self, function, *arguments, environment, cwd=None, umask=None):
         with _starting, contextlib.ExitStack() as here:
             _start_server(environment)
             readers = []
@@ -57,7 +58,8 @@ class Process:
                 writers.append(writer)
             self.stdout, self.stderr = readers
             self._process = _PROCESSES.Process(
-                target=_run, args=(writers, environment, cwd or os.getcwd(), function, *arguments)
+                target=_run,
+                args=(writers, environment, cwd or os.getcwd(), umask, function, *arguments),
             )
             self._process.start()
         self.pid = self._process.pid
@@ -84,9 +86,9 @@ class Process:
         return output, errors
 
 
-def run(function, *arguments, environment, cwd=None):
+def run(function, *arguments, environment, cwd=None, umask=None):
     """Calls a function in a process of its own, to its end, as `subprocess.run` does."""
-    process = Process(function, *arguments, environment=environment, cwd=cwd)
+    process = Process(function, *arguments, environment=environment, cwd=cwd, umask=umask)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
@@ -110,7 +112,7 @@ def _start_server(environment):
         os.environ.update(before)
 
 
-def _run(writers, environment, cwd, function, *arguments):
+def _run(writers, environment, cwd, umask, function, *arguments):
     """Calls the function as a process of its own would."""
     assert sys.modules.keys() >= set(PRELOADED)  # of which multiprocessing tells no error
     gc.freeze()  # modules are no garbage
@@ -125,6 +127,8 @@ def _run(writers, environment, cwd, function, *arguments):
     absl.logging.get_absl_handler().python_handler.stream = sys.stderr
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
+    if umask is not None:
+        os.umask(umask)
     imported_with = dict(os.environ)
     os.environ.clear()
     os.environ.update(environment)

@@ -6,8 +6,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import tiny_run
 
+import timesformer_jax as tsf
 from timesformer_jax import host_memory
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.checkpoints.store import save_parameters
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.records.open import open_split
+from timesformer_jax.models.timesformer import parameters
 
 # Ten runs of a program with a temporary of 40 MB, in rounds: on a busy machine a run may begin
 # before the memory of the last one is free, so that there come to be several such blocks.
@@ -62,3 +69,36 @@ def test_nothing_is_changed_where_there_is_an_accelerator(monkeypatch, platforms
     monkeypatch.setattr(host_memory.importlib.util, "find_spec", lambda name: None)
     host_memory.keep_freed()
     assert len(changed) == (3 if kept else 0)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """This machine has 3 GiB."""
+    monkeypatch.setattr(host_memory, "_memory", lambda: 3 << 30)
+
+
+@pytest.mark.parametrize("field", ["batch_size", "eval.batch_size"])
+def test_training_on_more_than_the_memory_is_refused(field, memory, refusal, demo_data, tmp_path):
+    said = refusal(*tiny_run(demo_data, tmp_path / "run", **{field: 1_000_000}))
+    # 8 frames of 32 x 32 RGB are 24 KiB.
+    assert said == (
+        "the frames of 1,000,000 clips at a time take 23 GiB, and this machine has 3 GiB:"
+        f" lower --config.{field}"
+    )
+
+
+def test_evaluation_on_more_than_the_memory_is_refused(memory, refusal, demo_data, tmp_path):
+    model = tsf.create(
+        "timesformer_tiny", num_classes=8, hidden_size=16, depth=1, num_heads=2, num_frames=8
+    )
+    labels = open_split(demo_data, "validation").label_names
+    metadata = CheckpointMetadata(model.config, ClipSpec(frames=8, crop=32), labels, {})
+    save_parameters(tmp_path / "model", parameters(model), metadata)
+    said = refusal(
+        "evaluate",
+        f"--checkpoint={tmp_path / 'model'}",
+        f"--data={demo_data}",
+        "--views=10000",
+        "--batch_size=16",
+    )
+    assert "take 4 GiB, and this machine has 3 GiB: lower --batch_size or --views" in said

@@ -19,6 +19,7 @@ from timesformer_jax.models import presets
 from timesformer_jax.models.timesformer import parameters
 
 README = (REPOSITORY / "README.md").read_text()
+UMASK = 0o027  # not the usual one
 
 
 @pytest.mark.compiles
@@ -37,7 +38,11 @@ def test_the_python_lines_run_as_written(monkeypatch):
 @pytest.mark.training
 @pytest.mark.decodes
 def test_the_commands_for_own_videos_run_as_written(tmp_path, timesformer):
-    """On tiny videos, and from a tiny checkpoint in place of the one that would be downloaded."""
+    """On tiny videos, and from a tiny checkpoint in place of the one that would be downloaded.
+
+    All files have the mode that the person asked for: some libraries write through temporary files,
+    which only their owner may read.
+    """
     for folder in ("videos/jump", "videos/run", "more_videos"):
         (tmp_path / folder).mkdir(parents=True)
     for i in range(10):
@@ -65,10 +70,14 @@ def test_the_commands_for_own_videos_run_as_written(tmp_path, timesformer):
     }
     for words in commands:
         words = [re.sub(r"pretrained=.*", f"pretrained={tmp_path / 'tiny'}", x) for x in words]
-        timesformer(*words, *more.get(words[0], []), cwd=tmp_path)
+        timesformer(*words, *more.get(words[0], []), cwd=tmp_path, umask=UMASK)
     written = ["results.json", "videos.csv", "confusion.png", "predictions.csv", "report.html"]
     written += ["timeline.html", "features.npz", "mine_hf/model.safetensors"]
     assert all((tmp_path / name).stat().st_size for name in written)
+    for name in (*written, "data", "runs", "mine_hf"):
+        for path in (tmp_path / name, *(tmp_path / name).rglob("*")):
+            mode = (0o777 if path.is_dir() else 0o666) & ~UMASK
+            assert path.stat().st_mode & 0o777 == mode, path
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["labels"] == ["jump", "run"]
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -176,10 +177,13 @@ def _write_hf(path: str, checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     metadata = {"format": "pt", "license": checkpoint.license}
     metadata["license_note"] = checkpoint.license_note
     metadata["clip"] = json.dumps(dataclasses.asdict(checkpoint.clip))
-    save_file(arrays, os.path.join(path, "model.safetensors"), metadata=metadata)
+    weights = os.path.join(path, "model.safetensors")
+    save_file(arrays, weights, metadata=metadata)
     config = hf.config_json(checkpoint.config, checkpoint.labels, checkpoint.multilabel)
     config["dtype"] = dtype
     _write_json(path, "config.json", config)
+    # It comes from a temporary file, which its owner alone may read.
+    shutil.copymode(os.path.join(path, "config.json"), weights)
     _write_json(path, "preprocessor_config.json", hf.preprocessor_json(checkpoint.clip))
     _write_license(path, checkpoint)
     return checkpoint
