@@ -36,7 +36,7 @@ for part in "${parts[@]}"; do
         attention)  # the paper's figure 3
             run $benchmark attention --minutes=7 --schemes=divided,joint \
                 --json="$out/attention.json"
-            run experiments/attention_cost.py "$out/attention.json" ;;
+            run experiments/attention_cost.py draw "$out/attention.json" ;;
         schemes)
             run $benchmark attention --minutes=7 --json="$out/schemes.json" \
                 --schemes=space,time,space_then_time,parallel,axial,local_global ;;

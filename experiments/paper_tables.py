@@ -170,6 +170,7 @@ TABLES = {
             Row("twice the blocks", None, "", {"model.depth": 6}),
             Row("patches of twice the side", None, "patch_size=16"),
         ),
+        tasks=("motion",),
         recipes=("k400_base",),
     ),
     "ablations": Table(

@@ -6,8 +6,7 @@ Runs `timesformer plan` for every row, which compiles the program for the chip o
 row it writes docs/plan.json and the tables of docs/plan.md with the rows so far. Rows in the folder
 of plans or in docs/plan.json are not compiled again, so an interrupted run resumes; delete both to
 have all of them anew. A row takes one to ten minutes of one core, and 1 to 5 GB. --only compiles
-the rows that have all of these words, searches if "search" is among them, and the tables get every
-row that there is.
+the rows that have all of these words, and the tables get every row that there is.
 """
 
 from __future__ import annotations
@@ -48,21 +47,18 @@ SLICES = {"v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
 
 
 class Row(NamedTuple):
-    """A plan: one chip is compiled as training would be, slices and searches with --quick."""
+    """A plan: one chip is compiled as training would be, slices with --quick."""
 
     model: str
     work: str
     topology: str
-    search: bool = False
 
     @property
     def name(self) -> str:
-        place = self.topology.replace(":", "_")
-        return f"{self.model}_{self.work}_{place}" + "_searched" * self.search
+        return f"{self.model}_{self.work}_{self.topology.replace(':', '_')}"
 
     def wanted(self, words: set[str]) -> bool:
-        mine = {self.model, self.work, self.topology} | ({"search"} if self.search else set())
-        return not words or (words <= mine and self.search == ("search" in words))
+        return words <= {self.model, self.work, self.topology}
 
 
 # In the order of compilation.
@@ -70,7 +66,6 @@ ROWS = [
     *(Row(model, "training", chip) for chip in CHIPS for model in RECIPES),
     *(Row(model, "inference", chip) for chip in CHIPS for model in RECIPES),
     *(Row(model, "training", slice_) for slice_ in SLICES for model in RECIPES),
-    *(Row(model, "training", CHIPS[0], search=True) for model in RECIPES),
 ]
 
 
@@ -85,7 +80,7 @@ def main(_) -> None:
 
 def tabulate(plans: dict[Row, dict]) -> None:
     """Writes the rows that there are, in the order of the tables."""
-    rows = [plans[row] | {"model": row.model, "search": row.search} for row in ROWS if row in plans]
+    rows = [plans[row] | {"model": row.model} for row in ROWS if row in plans]
     PUBLISHED.write_text(json.dumps(rows, indent=1) + "\n")
     for name, table in {"time": time, "parts": parts, "memory": memory, "scaling": scaling}.items():
         page = PAGE.read_text()
@@ -103,7 +98,7 @@ def kept(row: Row) -> dict | None:
 
 def row_of(plan: dict) -> Row:
     """The row of a plan of docs/plan.json."""
-    return Row(plan["model"], plan["work"], plan["topology"], plan.get("search", False))
+    return Row(plan["model"], plan["work"], plan["topology"])
 
 
 def planned(row: Row) -> dict:
@@ -120,8 +115,7 @@ def planned(row: Row) -> dict:
             sys.executable, "-m", "timesformer_jax.cli", "plan", f"--work={row.work}",
             f"--config={ROOT}/configs/{recipe.config}.py", f"--topology={row.topology}",
             f"--json={whole}", *(f"--config.{change}" for change in changes),
-            *(["--quick"] if row.search or row.topology in SLICES else []),
-            *(["--find_batch"] if row.search else []),
+            *(["--quick"] if row.topology in SLICES else []),
         ],
         check=True,
     )  # fmt: skip
@@ -179,18 +173,14 @@ def parts(plans: dict[Row, dict]) -> str:
 
 
 def memory(plans: dict[Row, dict]) -> str:
-    """Memory by kind, and the largest batch."""
     head = ["model", "work", "chip", "clips", "parameters", "optimizer", "inputs",
-            "activations, temporaries", "program, padding", "total, GiB",
-            "largest batch"]  # fmt: skip
+            "activations, temporaries", "program, padding", "total, GiB"]  # fmt: skip
     lines = []
     for row, plan in on_chips(plans):
         found = plan["compiled"]["memory_bytes"]
         kinds = [found[k] for k in ("parameters", "optimizer", "inputs", "activations")]
         kinds += [found["program"] + found["padding"], found["total"]]
-        searched = plans.get(row._replace(search=True))
-        most = searched["largest_batch"] if searched else ""
-        lines.append([*label(row, plan), *(f"{kind / GIB:.2f}" for kind in kinds), most])
+        lines.append([*label(row, plan), *(f"{kind / GIB:.2f}" for kind in kinds)])
     return markdown_table(head, lines, words=3)
 
 
