@@ -17,14 +17,10 @@ from flax import nnx, traverse_util
 from test_attention import brute_force, sequences
 
 import timesformer_jax as tsf
+from timesformer_jax.models.block import Attention
 from timesformer_jax.models.embedding import resize_space, resize_time
 from timesformer_jax.models.schemes import SCHEMES, SPATIAL, TIME, Scheme
-from timesformer_jax.models.timesformer import (
-    Attention,
-    abstract,
-    parameters,
-    with_parameters,
-)
+from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
 from timesformer_jax.models.tokens import Tokens, drop_path
 
 # The attentions of a block in the order of the paper, with the oracle's name of each, and whether
@@ -86,24 +82,15 @@ def run(config, params, video):
     return compiled(config)(params, video, direction.astype(np.float32)), direction
 
 
-def reference(
-    config, p: dict[str, torch.Tensor], clip: torch.Tensor, attention=brute_force
-) -> torch.Tensor:
-    """Logits of one clip (T, H, W, 3), slowly: a frame, a patch, a token copy at a time."""
+def reference_embedding(config, p, clip):
+    """The classification token (d,), or (T, d) for space only, and the patches (T, h, w, d)."""
     d, t = config.hidden_size, clip.shape[0]
     h, w = clip.shape[1] // PATCH, clip.shape[2] // PATCH
     side = config.image_size // PATCH
-
-    def linear(x, name):
-        return x @ p[f"{name}/kernel"] + p[f"{name}/bias"]
-
-    def norm(x, name):
-        return F.layer_norm(x, (d,), p[f"{name}/scale"], p[f"{name}/bias"], eps=1e-6)
-
     patches = torch.empty(t, h, w, d, dtype=torch.float64)
     for f, y, x in np.ndindex(t, h, w):
         pixels = clip[f, y * PATCH : (y + 1) * PATCH, x * PATCH : (x + 1) * PATCH]
-        token = linear(pixels.reshape(-1), "embedding/patch")
+        token = pixels.reshape(-1) @ p["embedding/patch/kernel"] + p["embedding/patch/bias"]
         if config.position_embedding != "none":
             token = token + p["embedding/space"][1 + y * side // h * side + x * side // w]
         if config.position_embedding == "space_time" and config.attention != "space":
@@ -112,8 +99,22 @@ def reference(
     cls = p["embedding/cls"]
     if config.position_embedding != "none":
         cls = cls + p["embedding/space"][0]
-    if config.attention == "space":
-        cls = cls.expand(t, d)
+    return cls.expand(t, d) if config.attention == "space" else cls, patches
+
+
+def reference(
+    config, p: dict[str, torch.Tensor], clip: torch.Tensor, attention=brute_force
+) -> torch.Tensor:
+    """Logits of one clip (T, H, W, 3), slowly: a frame, a patch, a token copy at a time."""
+    d = config.hidden_size
+    cls, patches = reference_embedding(config, p, clip)
+    t, h, w, _ = patches.shape
+
+    def linear(x, name):
+        return x @ p[f"{name}/kernel"] + p[f"{name}/bias"]
+
+    def norm(x, name):
+        return F.layer_norm(x, (d,), p[f"{name}/scale"], p[f"{name}/bias"], eps=1e-6)
 
     for block in range(config.depth):
         block_input = cls, patches

@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from timesformer_jax.errors import InputError
 from timesformer_jax.models.attention import sequences_by_length
+from timesformer_jax.models.block import Attention, Block
 from timesformer_jax.models.embedding import Video, patch_grid
 from timesformer_jax.models.schemes import AttentionLayer
-from timesformer_jax.models.timesformer import Attention, Block, TimeSformer
+from timesformer_jax.models.timesformer import TimeSformer
 from timesformer_jax.models.tokens import Grid, Tape, Tokens, tape
 
 # Attention weights that are in memory at a time: 64 MiB in float32. Queries are taken in chunks.

@@ -66,6 +66,11 @@ def drop_path(x: Tokens, rate: Rate, sequences: Numbers, key: MaybeKey) -> Token
     return Tokens(x.cls * factor.reshape(*x.cls.shape[:-1], 1), patches)
 
 
+def fold_in(key: MaybeKey, data: int | jax.Array) -> MaybeKey:
+    """A key of its own for each number; None stays None."""
+    return None if key is None else jax.random.fold_in(key, data)
+
+
 # `with tape(Tape()):` notes the attentions that are traced inside. Without one, nothing is traced
 # but the model.
 tape = jax.make_user_context(default_value=None)
