@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -26,6 +26,13 @@ from timesformer_jax import storage
 from timesformer_jax.checkpoints import validation
 from timesformer_jax.checkpoints.checksums import array_checksums, check_finite, json_checksum
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.checkpoints.orbax_errors import (
+    DamagedCheckpoint,
+    is_step,
+    read_errors,
+    saved_by_earlier_version,
+    write_errors,
+)
 from timesformer_jax.checkpoints.orbax_extensions import (
     check_remote_storage,
     handler_registry,
@@ -43,13 +50,8 @@ DAMAGED = ".damaged"  # suffix of the folder of a step that could not be read
 # is None has no item.
 _ARRAY_ITEMS = {"params": "params", "optimizer": "opt_state", "ema": "ema"}
 _JSON_ITEMS = ("progress", "metadata", "checksums")
-_OLD_METADATA = "card"  # the name of the item `metadata` before the first release
 
 T = TypeVar("T")
-
-
-class DamagedCheckpoint(InputError):
-    """A checkpoint whose files cannot be read, or do not hold what was saved."""
 
 
 class Checkpoints:
@@ -119,7 +121,7 @@ class Checkpoints:
         """Writes the accuracy of a step; every host calls it, with the same numbers."""
         self.validation[step] = accuracy
         if jax.process_index() == 0:
-            with _write_errors(self.directory):
+            with write_errors(self.directory):
                 validation.write(self.directory, self.validation)
 
     def save(
@@ -145,7 +147,7 @@ class Checkpoints:
         checksums: dict[str, Any] = {name: array_checksums(tree) for name, tree in arrays.items()}
         checksums |= {name: json_checksum(value) for name, value in values.items()}
         values = values | {"checksums": checksums}
-        with _write_errors(self.directory):
+        with write_errors(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -156,11 +158,11 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until every save that was started is on disk."""
-        with _write_errors(self.directory):
+        with write_errors(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with _write_errors(self.directory):
+        with write_errors(self.directory):
             self._manager.close()
 
     def read_newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
@@ -211,12 +213,12 @@ class Checkpoints:
           DamagedCheckpoint: if it cannot be read.
           InputError: if an earlier version of this package saved it.
         """
-        with self._read_errors(step):
+        with read_errors(self.directory / str(step)):
             fields = self._restore(step, {}, ["metadata"])["metadata"]
         try:
             return CheckpointMetadata.from_json(fields)
         except (KeyError, TypeError):
-            raise self._saved_by_earlier_version(step) from None
+            raise saved_by_earlier_version(self.directory / str(step)) from None
         except InputError as e:  # for example of a scheme that is not registered
             raise InputError(f"{self.directory / str(step)}: {e}") from e
 
@@ -233,7 +235,7 @@ class Checkpoints:
           InputError: if an earlier version of this package saved it.
         """
         arrays = _array_items(state)
-        with self._read_errors(step):
+        with read_errors(self.directory / str(step)):
             items = self._restore(step, arrays, ["progress"])
         fields = {_ARRAY_ITEMS[name]: items[name] for name in arrays}
         return state._replace(**fields), items["progress"]
@@ -250,7 +252,7 @@ class Checkpoints:
           DamagedCheckpoint: if they cannot be read.
           InputError: if an earlier version of this package saved them.
         """
-        with self._read_errors(step):
+        with read_errors(self.directory / str(step)):
             name = "ema" if "ema" in self._restore(step, {}, [])["checksums"] else "params"
             stored = self._manager.item_metadata(step)[name]
             is_half = {str(x.dtype) for x in jax.tree.leaves(stored)} == {"bfloat16"}
@@ -285,26 +287,6 @@ class Checkpoints:
             if checksum != items["checksums"][name]:
                 raise ValueError(f"{name} is not what was saved")
         return items
-
-    @contextlib.contextmanager
-    def _read_errors(self, step: int) -> Iterator[None]:
-        """Turns any error that a damaged file causes into one line."""
-        try:
-            yield
-        except Exception as e:  # Orbax raises Exception itself
-            path = self.directory / str(step)
-            if (path / _OLD_METADATA).is_dir() and not (path / "metadata").is_dir():
-                raise self._saved_by_earlier_version(step) from None
-            lines = str(e).strip().splitlines() or [type(e).__name__]
-            raise DamagedCheckpoint(f"{path} cannot be restored ({lines[0]})") from e
-
-    def _saved_by_earlier_version(self, step: int) -> InputError:
-        path = self.directory / str(step)
-        return InputError(
-            f"{path} was saved by an earlier version of timesformer_jax, which used other names; "
-            f"run `timesformer convert {path} model.pyth --to=release` with that version and use "
-            "model.pyth, or train again in another --workdir"
-        )
 
 
 def _array_items(state: Any) -> dict[str, Any]:
@@ -379,8 +361,7 @@ def _open(path: str | os.PathLike) -> tuple[Checkpoints, int | None]:
     best = path.name == BEST and not path.is_dir()
     path = path.parent if best else path
     path = path / FOLDER if (path / FOLDER).is_dir() else path
-    is_step = (path / "metadata").is_dir() or (path / _OLD_METADATA).is_dir()
-    if is_step and path.name.isdecimal():
+    if is_step(path) and path.name.isdecimal():
         return Checkpoints(path.parent, read_only=True), int(path.name)
     checkpoints = Checkpoints(path, read_only=True)
     if not checkpoints.steps():
@@ -391,17 +372,3 @@ def _open(path: str | os.PathLike) -> tuple[Checkpoints, int | None]:
             "(--config.eval.every_epochs); leave out /best for the newest"
         )
     return checkpoints, checkpoints.best_step() if best else None
-
-
-@contextlib.contextmanager
-def _write_errors(directory: epath.Path) -> Iterator[None]:
-    """Turns the errors of writing a checkpoint into one line."""
-    try:
-        yield
-    except (OSError, ValueError) as e:
-        # TensorStore reports a full disk as ValueError("RESOURCE_EXHAUSTED: ...").
-        reason = str(e).strip().splitlines()[0]
-        raise InputError(
-            f"cannot write a checkpoint to {directory} ({reason}); free space and run again: "
-            "earlier checkpoints are kept"
-        ) from e
