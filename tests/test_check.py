@@ -522,47 +522,50 @@ def test_check_and_prepare_find_the_same_failures(source_of_all_kinds, tmp_path,
     ]
 
 
+VIDEOS = [f"{i}.mp4" for i in range(11)]
+# Rows of path, label and split, and the problems of the data set that they give.
+JUDGED = {
+    "good": ([(path, "ab"[i % 2], "") for i, path in enumerate(VIDEOS)], []),
+    "one clip of a class": (
+        [(path, "ab"[i > 9], "") for i, path in enumerate(VIDEOS)],
+        [
+            "warning: 1 class (b) with one training clip",
+            "warning: 1 class (b) without a clip in validation",
+        ],
+    ),
+    "one clip of each": (
+        [(path, path, "train") for path in VIDEOS[:3]] + [(VIDEOS[3], VIDEOS[0], "validation")],
+        [
+            "warning: 3 classes (0.mp4, 1.mp4, 2.mp4) with one training clip",
+            "warning: 2 classes (1.mp4, 2.mp4) without a clip in validation",
+        ],
+    ),
+    "no clip but one of each": (
+        [(path, path, "") for path in VIDEOS[:3]],
+        [
+            f"error: {problems.NO_VALIDATION}",
+            "warning: 3 classes (0.mp4, 1.mp4, 2.mp4) with one training clip",
+        ],
+    ),
+    "fewer clips than classes": (
+        [(VIDEOS[0], "a", "train"), (VIDEOS[1], "a", "validation")],
+        [
+            "warning: 1 training clips are fewer than the 3 classes",
+            "warning: 2 classes (b, unseen) with no training clip: it cannot be learned",
+            "warning: 1 class (a) with one training clip",
+        ],
+    ),
+    "no clip for training": (
+        [(VIDEOS[0], "a", "validation")],
+        [f"error: {problems.NO_TRAINING}"],
+    ),
+}
+
+
 def test_prepare_check_and_training_say_the_same(prepared, source, tmp_path, monkeypatch, capsys):
     """Of videos and of what is prepared, with one judgement; by splits that are drawn again."""
     monkeypatch.setattr("timesformer_jax.data.check.videos.run_tasks", in_this_process)
-    rows = [f"{i}.mp4" for i in range(11)]
-    cases = {
-        "good": ([(path, "ab"[i % 2], "") for i, path in enumerate(rows)], []),
-        "one clip of a class": (
-            [(path, "ab"[i > 9], "") for i, path in enumerate(rows)],
-            [
-                "warning: 1 class (b) with one training clip",
-                "warning: 1 class (b) without a clip in validation",
-            ],
-        ),
-        "one clip of each": (
-            [(path, path, "train") for path in rows[:3]] + [(rows[3], rows[0], "validation")],
-            [
-                "warning: 3 classes (0.mp4, 1.mp4, 2.mp4) with one training clip",
-                "warning: 2 classes (1.mp4, 2.mp4) without a clip in validation",
-            ],
-        ),
-        "no clip but one of each": (
-            [(path, path, "") for path in rows[:3]],
-            [
-                f"error: {problems.NO_VALIDATION}",
-                "warning: 3 classes (0.mp4, 1.mp4, 2.mp4) with one training clip",
-            ],
-        ),
-        "fewer clips than classes": (
-            [(rows[0], "a", "train"), (rows[1], "a", "validation")],
-            [
-                "warning: 1 training clips are fewer than the 3 classes",
-                "warning: 2 classes (b, unseen) with no training clip: it cannot be learned",
-                "warning: 1 class (a) with one training clip",
-            ],
-        ),
-        "no clip for training": (
-            [(rows[0], "a", "validation")],
-            [f"error: {problems.NO_TRAINING}"],
-        ),
-    }
-    for number, (name, (clips, expected)) in enumerate(cases.items()):
+    for number, (name, (clips, expected)) in enumerate(JUDGED.items()):
         directory = shutil.copytree(prepared, tmp_path / str(number))
         table = tmp_path / f"{number}.csv"
         table.write_text("\n".join(["path,label,split", *map(",".join, clips)]))

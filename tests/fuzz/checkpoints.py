@@ -54,6 +54,64 @@ def write_all(folder) -> list[Hostile]:
 # ---- the authors' release -----------------------------------------------------------------------
 
 
+ONE, ROW, HEAD = torch.ones(1), torch.ones(48), "head.weight"
+
+# Parameters that take the place of others in the file, or stand beside them.
+STATES = {
+    "far_too_many_blocks": {"blocks.99999999.norm1.weight": ROW},
+    "block_number_of_20_digits": {f"blocks.{10**19}.norm1.weight": ROW},
+    "300_blocks": {f"blocks.{i}.norm1.weight": ROW for i in range(300)},
+    "head_list": {HEAD: [1.0, 2.0]},
+    "head_text": {HEAD: "weights"},
+    "head_none": {HEAD: None},
+    "head_dict": {HEAD: {"weight": ONE}},
+    "head_sparse": {HEAD: torch.ones(10, 48).to_sparse()},
+    "head_meta": {HEAD: torch.ones(10, 48, device="meta")},
+    "head_expanded": {HEAD: ONE.expand(1 << 20, 1 << 20)},
+    "head_of_all_memory": {HEAD: ONE.expand(1 << 40, 48)},
+    "head_integers": {HEAD: torch.ones(10, 48, dtype=torch.int64)},
+    "head_complex": {HEAD: torch.ones(10, 48, dtype=torch.complex64)},
+    "head_bool": {HEAD: torch.ones(10, 48, dtype=torch.bool)},
+    "head_empty": {HEAD: torch.ones(0, 48), "head.bias": torch.ones(0)},
+    "head_scalar": {HEAD: torch.tensor(1.0)},
+    "head_nan": {HEAD: torch.full((10, 48), torch.nan)},
+    "bias_inf": {"head.bias": torch.full((10,), torch.inf)},
+    "half_that_is_inf": {"norm.bias": torch.full((48,), torch.inf, dtype=torch.float16)},
+    "patch_of_0": {"patch_embed.proj.weight": torch.ones(48, 3, 0, 0)},
+    "width_0": {"patch_embed.proj.weight": torch.ones(0, 3, 8, 8)},
+    "mlp_0": {"blocks.0.mlp.fc1.weight": torch.ones(0, 48)},
+    "no_positions": {"pos_embed": torch.ones(1, 1, 48)},
+    "name_is_number": {7: ONE},
+    "name_is_tuple": {("a", "b"): ONE},
+    "name_is_empty": {"": ONE},
+    "name_changes_the_terminal": {"\x1b[2J\nhead": ONE},
+    "name_is_a_megabyte": {"x" * (1 << 20): ONE},
+}
+# What the file says beside its parameters.
+CONTENTS = {
+    "heads_0": {"num_heads": 0},
+    "heads_negative": {"num_heads": -4},
+    "heads_text": {"num_heads": "four"},
+    "heads_huge": {"num_heads": 10**9},
+    "heads_of_1000_digits": {"num_heads": 10**1000},
+    "heads_fraction": {"num_heads": 4.0},
+    "heads_nan": {"num_heads": float("nan")},
+    "heads_true": {"num_heads": True},
+    "heads_list": {"num_heads": [4]},
+    "heads_that_do_not_divide": {"num_heads": 5},
+    "license_dict": {"num_heads": 4, "license": {"name": "mine"}},
+    "license_number": {"num_heads": 4, "license": 3},
+    "cfg_list": {"num_heads": 4, "cfg": ["NUM_FRAMES: 8"]},
+    "cfg_frames_huge": {"num_heads": 4, "cfg": "NUM_FRAMES: 999999999\n"},
+    "cfg_frames_0": {"num_heads": 4, "cfg": "NUM_FRAMES: 0\n"},
+    "labels_number": {"num_heads": 4, "labels": 10},
+    "labels_too_few": {"num_heads": 4, "labels": ["a"]},
+    "state_list": {"model_state": [ONE]},
+    "state_text": {"model_state": "weights"},
+    "state_empty": {"model_state": {}},
+}
+
+
 def torch_files(folder, _):
     """A torch file of the release, with one thing changed in it."""
 
@@ -67,64 +125,11 @@ def torch_files(folder, _):
         torch.save(whole | content, folder / f"{name}.pyth")
         return folder / f"{name}.pyth"
 
-    one, head = torch.ones(1), "head.weight"
-    row = torch.ones(48)
-    states = {
-        "far_too_many_blocks": {"blocks.99999999.norm1.weight": row},
-        "block_number_of_20_digits": {f"blocks.{10**19}.norm1.weight": row},
-        "300_blocks": {f"blocks.{i}.norm1.weight": row for i in range(300)},
-        "head_list": {head: [1.0, 2.0]},
-        "head_text": {head: "weights"},
-        "head_none": {head: None},
-        "head_dict": {head: {"weight": one}},
-        "head_sparse": {head: torch.ones(10, 48).to_sparse()},
-        "head_meta": {head: torch.ones(10, 48, device="meta")},
-        "head_expanded": {head: one.expand(1 << 20, 1 << 20)},
-        "head_of_all_memory": {head: one.expand(1 << 40, 48)},
-        "head_integers": {head: torch.ones(10, 48, dtype=torch.int64)},
-        "head_complex": {head: torch.ones(10, 48, dtype=torch.complex64)},
-        "head_bool": {head: torch.ones(10, 48, dtype=torch.bool)},
-        "head_empty": {head: torch.ones(0, 48), "head.bias": torch.ones(0)},
-        "head_scalar": {head: torch.tensor(1.0)},
-        "head_nan": {head: torch.full((10, 48), torch.nan)},
-        "bias_inf": {"head.bias": torch.full((10,), torch.inf)},
-        "half_that_is_inf": {"norm.bias": torch.full((48,), torch.inf, dtype=torch.float16)},
-        "patch_of_0": {"patch_embed.proj.weight": torch.ones(48, 3, 0, 0)},
-        "width_0": {"patch_embed.proj.weight": torch.ones(0, 3, 8, 8)},
-        "mlp_0": {"blocks.0.mlp.fc1.weight": torch.ones(0, 48)},
-        "no_positions": {"pos_embed": torch.ones(1, 1, 48)},
-        "name_is_number": {7: one},
-        "name_is_tuple": {("a", "b"): one},
-        "name_is_empty": {"": one},
-        "name_changes_the_terminal": {"\x1b[2J\nhead": one},
-        "name_is_a_megabyte": {"x" * (1 << 20): one},
-    }
-    for name, state in states.items():
+    for name, state in STATES.items():
         yield changed(name, state), False
-    yield changed("block_missing", {"blocks.7.norm1.weight": row}), False
+    yield changed("block_missing", {"blocks.7.norm1.weight": ROW}), False
     yield changed("no_cls", without=["cls_token"]), False
-    for name, content in {
-        "heads_0": {"num_heads": 0},
-        "heads_negative": {"num_heads": -4},
-        "heads_text": {"num_heads": "four"},
-        "heads_huge": {"num_heads": 10**9},
-        "heads_of_1000_digits": {"num_heads": 10**1000},
-        "heads_fraction": {"num_heads": 4.0},
-        "heads_nan": {"num_heads": float("nan")},
-        "heads_true": {"num_heads": True},
-        "heads_list": {"num_heads": [4]},
-        "heads_that_do_not_divide": {"num_heads": 5},
-        "license_dict": {"num_heads": 4, "license": {"name": "mine"}},
-        "license_number": {"num_heads": 4, "license": 3},
-        "cfg_list": {"num_heads": 4, "cfg": ["NUM_FRAMES: 8"]},
-        "cfg_frames_huge": {"num_heads": 4, "cfg": "NUM_FRAMES: 999999999\n"},
-        "cfg_frames_0": {"num_heads": 4, "cfg": "NUM_FRAMES: 0\n"},
-        "labels_number": {"num_heads": 4, "labels": 10},
-        "labels_too_few": {"num_heads": 4, "labels": ["a"]},
-        "state_list": {"model_state": [one]},
-        "state_text": {"model_state": "weights"},
-        "state_empty": {"model_state": {}},
-    }.items():
+    for name, content in CONTENTS.items():
         yield changed(name, **content), False
     yield changed("epoch_text", num_heads=4, epoch="three"), True
     yield changed("epoch_list", num_heads=4, epoch=[1, {"a": 2}], optimizer_state=None), True
@@ -173,6 +178,73 @@ def pickles(folder, canary):
 # ---- Hugging Face directories -------------------------------------------------------------------
 
 
+NAMES = {str(i): f"name {i}" for i in range(10)}
+
+# Fields of config.json.
+CONFIGS = {
+    "heads_0": {"num_attention_heads": 0},
+    "heads_negative": {"num_attention_heads": -1},
+    "heads_text": {"num_attention_heads": "4"},
+    "heads_huge": {"num_attention_heads": 10**9},
+    "heads_null": {"num_attention_heads": None},
+    "heads_list": {"num_attention_heads": [4]},
+    "heads_fraction": {"num_attention_heads": 4.5},
+    "frames_huge": {"num_frames": 10**9},
+    "frames_text": {"num_frames": "8"},
+    "frames_0": {"num_frames": 0},
+    "frames_nan": {"num_frames": float("nan")},
+    "image_size_huge": {"image_size": 10**9},
+    "image_size_text": {"image_size": "32"},
+    "patch_size_0": {"patch_size": 0},
+    "hidden_size_other": {"hidden_size": 768},
+    "layers_huge": {"num_hidden_layers": 10**6},
+    "layers_dict": {"num_hidden_layers": {"a": 1}},
+    "act_list": {"hidden_act": ["gelu"]},
+    "eps_nan": {"layer_norm_eps": float("nan")},
+    "labels_list": {"id2label": ["a"] * 10},
+    "labels_text": {"id2label": "a,b"},
+    "labels_number": {"id2label": 10},
+    "labels_odd_keys": {"id2label": {f"LABEL_{i}": "a" for i in range(10)}},
+    "labels_fraction_keys": {"id2label": {f"{i}.0": "a" for i in range(10)}},
+    "labels_from_1": {"id2label": {str(i + 1): "a" for i in range(10)}},
+    "labels_too_few": {"id2label": {"0": "a"}},
+    "labels_numbers": {"id2label": dict.fromkeys(NAMES, 3)},
+    "labels_null": {"id2label": dict.fromkeys(NAMES)},
+    "labels_escape": {"id2label": NAMES | {"3": "\x1b]0;owned\x07"}},
+    "labels_lines": {"id2label": NAMES | {"3": "a\nerror: b"}},
+    "label_of_a_megabyte": {"id2label": NAMES | {"3": "x" * (1 << 20)}},
+    "timm_text": {"pretrained_cfg": "mean"},
+}
+# Files that are no config.json.
+TEXTS = {
+    "config_list": "[1, 2]", "config_text": '"text"', "config_deep": DEEP,
+    "config_deep_dict": '{"a":' * 100_000, "config_latin": '{"a": "é"}'.encode("latin-1"),
+    "config_zeros": bytes(1000), "config_digits": '{"num_frames": ' + "9" * 10_000 + "}",
+    "config_empty": "",
+}  # fmt: skip
+# Fields of preprocessor_config.json.
+PREPROCESSORS = {
+    "mean_text": {"image_mean": "0.45"},
+    "mean_of_two": {"image_mean": [0.45, 0.45]},
+    "mean_nan": {"image_mean": [float("nan")] * 3},
+    "mean_of_texts": {"image_mean": ["a", "b", "c"]},
+    "mean_dict": {"image_mean": {"r": 1}},
+    "mean_nested": {"image_mean": [[0.45] * 3]},
+    "std_0": {"image_std": [0, 0.225, 0.225]},
+    "std_negative": {"image_std": [-1.0] * 3},
+    "std_huge": {"image_std": [1e300] * 3},
+    "std_true": {"image_std": [True] * 3},
+}
+# Contents of model.safetensors.index.json.
+INDEXES = {
+    "index_list": [], "index_null": {"weight_map": None}, "index_text": {"weight_map": "a"},
+    "index_numbers": {"weight_map": {"a": 3}}, "index_lists": {"weight_map": {"a": ["b"]}},
+    "index_outside": {"weight_map": {"a": "../../../etc/passwd"}},
+    "index_itself": {"weight_map": {"a": "model.safetensors.index.json"}},
+    "index_zero_byte": {"weight_map": {"a": "a\0b"}},
+}  # fmt: skip
+
+
 def hugging_face(folder, _):
     """A directory whose JSON files are changed."""
     convert(RELEASE, folder / "good", to="hf", num_heads=4)
@@ -187,74 +259,16 @@ def hugging_face(folder, _):
         (place / file).write_bytes(text if isinstance(text, bytes) else text.encode())
         return place
 
-    names = {str(i): f"name {i}" for i in range(10)}
-    fields = {
-        "heads_0": {"num_attention_heads": 0},
-        "heads_negative": {"num_attention_heads": -1},
-        "heads_text": {"num_attention_heads": "4"},
-        "heads_huge": {"num_attention_heads": 10**9},
-        "heads_null": {"num_attention_heads": None},
-        "heads_list": {"num_attention_heads": [4]},
-        "heads_fraction": {"num_attention_heads": 4.5},
-        "frames_huge": {"num_frames": 10**9},
-        "frames_text": {"num_frames": "8"},
-        "frames_0": {"num_frames": 0},
-        "frames_nan": {"num_frames": float("nan")},
-        "image_size_huge": {"image_size": 10**9},
-        "image_size_text": {"image_size": "32"},
-        "patch_size_0": {"patch_size": 0},
-        "hidden_size_other": {"hidden_size": 768},
-        "layers_huge": {"num_hidden_layers": 10**6},
-        "layers_dict": {"num_hidden_layers": {"a": 1}},
-        "act_list": {"hidden_act": ["gelu"]},
-        "eps_nan": {"layer_norm_eps": float("nan")},
-        "labels_list": {"id2label": ["a"] * 10},
-        "labels_text": {"id2label": "a,b"},
-        "labels_number": {"id2label": 10},
-        "labels_odd_keys": {"id2label": {f"LABEL_{i}": "a" for i in range(10)}},
-        "labels_fraction_keys": {"id2label": {f"{i}.0": "a" for i in range(10)}},
-        "labels_from_1": {"id2label": {str(i + 1): "a" for i in range(10)}},
-        "labels_too_few": {"id2label": {"0": "a"}},
-        "labels_numbers": {"id2label": dict.fromkeys(names, 3)},
-        "labels_null": {"id2label": dict.fromkeys(names)},
-        "labels_escape": {"id2label": names | {"3": "\x1b]0;owned\x07"}},
-        "labels_lines": {"id2label": names | {"3": "a\nerror: b"}},
-        "label_of_a_megabyte": {"id2label": names | {"3": "x" * (1 << 20)}},
-        "timm_text": {"pretrained_cfg": "mean"},
-    }
-    for name, content in fields.items():
+    for name, content in CONFIGS.items():
         yield changed(name, **content), False
     yield changed("labels_none", id2label=None), True
-    texts = {
-        "config_list": "[1, 2]", "config_text": '"text"', "config_deep": DEEP,
-        "config_deep_dict": '{"a":' * 100_000, "config_latin": '{"a": "é"}'.encode("latin-1"),
-        "config_zeros": bytes(1000), "config_digits": '{"num_frames": ' + "9" * 10_000 + "}",
-        "config_empty": "",
-    }  # fmt: skip
-    for name, text in texts.items():
+    for name, text in TEXTS.items():
         yield changed(name, text=text), False
-    for name, content in {
-        "mean_text": {"image_mean": "0.45"},
-        "mean_of_two": {"image_mean": [0.45, 0.45]},
-        "mean_nan": {"image_mean": [float("nan")] * 3},
-        "mean_of_texts": {"image_mean": ["a", "b", "c"]},
-        "mean_dict": {"image_mean": {"r": 1}},
-        "mean_nested": {"image_mean": [[0.45] * 3]},
-        "std_0": {"image_std": [0, 0.225, 0.225]},
-        "std_negative": {"image_std": [-1.0] * 3},
-        "std_huge": {"image_std": [1e300] * 3},
-        "std_true": {"image_std": [True] * 3},
-    }.items():
+    for name, content in PREPROCESSORS.items():
         yield changed(name, "preprocessor_config.json", **content), False
     yield changed("preprocessor_list", "preprocessor_config.json", text="[]"), False
     yield changed("mean_null", "preprocessor_config.json", image_mean=None), True
-    for name, index in {
-        "index_list": [], "index_null": {"weight_map": None}, "index_text": {"weight_map": "a"},
-        "index_numbers": {"weight_map": {"a": 3}}, "index_lists": {"weight_map": {"a": ["b"]}},
-        "index_outside": {"weight_map": {"a": "../../../etc/passwd"}},
-        "index_itself": {"weight_map": {"a": "model.safetensors.index.json"}},
-        "index_zero_byte": {"weight_map": {"a": "a\0b"}},
-    }.items():  # fmt: skip
+    for name, index in INDEXES.items():
         place = folder / name
         place.mkdir()
         (place / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -340,6 +354,31 @@ def npz_files(folder, canary):
 # ---- our own ------------------------------------------------------------------------------------
 
 
+# A group of the metadata, a field of it and its value; None: a field of the metadata themselves.
+METADATA = (
+    ("model", "num_heads", 0), ("model", "num_heads", "4"), ("model", "num_heads", True),
+    ("model", "depth", 10**9), ("model", "depth", 300), ("model", "depth", 0),
+    ("model", "hidden_size", 65_536), ("model", "hidden_size", 1.5),
+    ("model", "num_classes", 1_000_000), ("model", "num_classes", None),
+    ("model", "num_frames", 10**9), ("model", "image_size", 10**9),
+    ("model", "patch_size", [8]), ("model", "mlp_ratio", float("nan")),
+    ("model", "mlp_ratio", 1e300), ("model", "attention", ["divided"]),
+    ("model", "attention", "nobody's"), ("model", "attention", "divided"),
+    ("model", "dtype", "object"), ("model", "scan_layers", "no"),
+    ("clip", "frames", "8"), ("clip", "frames", 10**12), ("clip", "frame_stride", -1),
+    ("clip", "crop", 0), ("clip", "mean", "0.45"), ("clip", "mean", [0.45]),
+    ("clip", "std", [0, 0, 0]), ("clip", "std", [float("nan")] * 3), ("clip", "start", 3),
+    ("clip", "sampling", None), ("clip", "short_side", 10**9),
+    (None, "labels", "text"), (None, "labels", 3), (None, "labels", [1] * 10),
+    (None, "labels", ["a\x1b[2J"] * 10), (None, "labels", ["a"]), (None, "labels", None),
+    (None, "config", []), (None, "config", {"data": "x"}),
+    (None, "config", {"eval": {"batch_size": "8"}}),
+    (None, "config", {"eval": {"batch_size": 10**9}}),
+    (None, "config", {"data": {"directory": 3}}), (None, "license", 3), (None, "license", None),
+    (None, "model", []), (None, "model", None), (None, "clip", "clip"), (None, "scheme_module", 3),
+)  # fmt: skip
+
+
 def our_own(folder, _):
     """A checkpoint of ours whose metadata were changed, with a checksum that fits them."""
     metadata, params = load(RELEASE, num_heads=4)
@@ -362,32 +401,10 @@ def our_own(folder, _):
 
         return change
 
-    for group, field, value in (
-        ("model", "num_heads", 0), ("model", "num_heads", "4"), ("model", "num_heads", True),
-        ("model", "depth", 10**9), ("model", "depth", 300), ("model", "depth", 0),
-        ("model", "hidden_size", 65_536), ("model", "hidden_size", 1.5),
-        ("model", "num_classes", 1_000_000), ("model", "num_classes", None),
-        ("model", "num_frames", 10**9), ("model", "image_size", 10**9),
-        ("model", "patch_size", [8]), ("model", "mlp_ratio", float("nan")),
-        ("model", "mlp_ratio", 1e300), ("model", "attention", ["divided"]),
-        ("model", "attention", "nobody's"), ("model", "attention", "divided"),
-        ("model", "dtype", "object"), ("model", "scan_layers", "no"),
-        ("clip", "frames", "8"), ("clip", "frames", 10**12), ("clip", "frame_stride", -1),
-        ("clip", "crop", 0), ("clip", "mean", "0.45"), ("clip", "mean", [0.45]),
-        ("clip", "std", [0, 0, 0]), ("clip", "std", [float("nan")] * 3), ("clip", "start", 3),
-        ("clip", "sampling", None), ("clip", "short_side", 10**9),
-    ):  # fmt: skip
+    for group, field, value in METADATA:
         text = "".join(c if c.isalnum() else "_" for c in str(value))[:30]
-        yield changed(f"{group}_{field}_{text}", setter(group, field, value)), False
-    for field, value in (
-        ("labels", "text"), ("labels", 3), ("labels", [1] * 10), ("labels", ["a\x1b[2J"] * 10),
-        ("labels", ["a"]), ("labels", None), ("config", []), ("config", {"data": "x"}),
-        ("config", {"eval": {"batch_size": "8"}}), ("config", {"eval": {"batch_size": 10**9}}),
-        ("config", {"data": {"directory": 3}}), ("license", 3), ("license", None), ("model", []),
-        ("model", None), ("clip", "clip"), ("scheme_module", 3),
-    ):  # fmt: skip
-        text = "".join(c if c.isalnum() else "_" for c in str(value))[:30]
-        yield changed(f"{field}_{text}", setter(None, field, value)), False
+        name = f"{group}_{field}_{text}" if group else f"{field}_{text}"
+        yield changed(name, setter(group, field, value)), False
 
     def of_somebody(fields):
         fields["model"]["attention"], fields["scheme_module"] = "their_own", "antigravity"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -85,10 +87,8 @@ def explain(
     chosen = None if chosen is None else predictor.labels[class_index(predictor.labels, chosen)]
     clock.lap("checkpoint read")
     spec = predictor.metadata.clip
-    try:
+    with _video_errors(file):
         clip = clips.read(file, spec, 1, 1, start, end)
-    except decode.VideoError as error:
-        raise InputError(f"{file}: {error}") from error
     clock.lap("clip decoded")
     maps = [predictor.look(clip)]
     clock.lap("prediction and rollout, with compilation")
@@ -98,10 +98,8 @@ def explain(
     maps += [predictor.look(clip, label) for label in shown]
     clock.lap(f"maps of {len(shown)} classes, with compilation")
     first = maps[0] if chosen is None else maps[1 + shown.index(chosen)]
-    try:
+    with _video_errors(file):
         played = play(file, clip.times[0])
-    except decode.VideoError as error:
-        raise InputError(f"{file}: {error}") from error
     if video is not None:
         _write(video, overlay_video(played, first))
     clock.lap("clip decoded to be played, and encoded")
@@ -111,6 +109,15 @@ def explain(
     print(f"page   {output}")
     if video is not None:
         print(f"video  {video}")
+
+
+@contextlib.contextmanager
+def _video_errors(file: str) -> Iterator[None]:
+    """Turns the error of a video that cannot be read into that of a wrong argument."""
+    try:
+        yield
+    except decode.VideoError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def _default_output(file: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from timesformer_jax.errors import InputError, PartlyDone
 from timesformer_jax.inference import feature_table
 from timesformer_jax.inference.clip_model import Outputs
-from timesformer_jax.inference.predict import compute_all, say
+from timesformer_jax.inference.predict import compute_all, remaining
 from timesformer_jax.inference.predictor import Predictor
 from timesformer_jax.inference.sources import Source, find, of_annotations
 
@@ -56,20 +56,12 @@ def features(
     predictor = Predictor(
         checkpoint, views, crops, attention_kernels, batch_size=batch_size, needs_head=False
     )
-    settings = {
-        "checkpoint": checkpoint,
-        "weights": predictor.fingerprint,
-        "views": views,
-        "crops": crops,
-        "start": start,
-        "end": end,
-    }
+    settings = {"checkpoint": checkpoint, "weights": predictor.fingerprint}
+    settings |= {"views": views, "crops": crops, "start": start, "end": end}
     encode = functools.partial(predictor.encode, frames=frames, positions=positions)
     shapes = _shapes(predictor, frames, positions)
     with feature_table.GrowingTable(output, settings, shapes) as table:
-        left = [source for source in sources if source.id not in table.ids]
-        if len(left) < len(sources):
-            say(f"{output} has {len(sources) - len(left)} of {len(sources)} videos already")
+        left = remaining(sources, table.ids, output)
 
         def take(source: Source, outputs: Outputs) -> None:
             table.append(source, {"features": outputs["clips"].mean(axis=(0, 1)), **outputs})

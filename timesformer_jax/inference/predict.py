@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -48,8 +48,7 @@ def predict(
       checkpoint, views, crops, attention_kernels, batch_size: as for `Predictor`.
       start, end: seconds.
       top: classes of a video.
-      threshold: only classes with at least this probability, as is usual for a multi-label
-        checkpoint.
+      threshold: only classes with at least this probability, for a multi-label checkpoint.
       labels: a file of class names, one a line, in place of the checkpoint's.
       json, csv: one JSON object, or one row, a video, instead of text.
       output: a file to write to, instead of the standard output.
@@ -73,16 +72,22 @@ def predict(
     )
     writer = Writer(form, settings, min(top, len(predictor.labels)))
     with _opened(writer, output) as (write, done):
-        left = [source for source in sources if source.id not in done]
-        if len(left) < len(sources):
-            say(f"{output} has {len(sources) - len(left)} of {len(sources)} videos already")
 
         def take(source: Source, probabilities: Any) -> None:
             best = predictor.top(probabilities.mean(axis=0), top)
             shown = [p for p in best if threshold is None or p.probability >= threshold]
             write(writer.line(source.id, shown))
 
+        left = remaining(sources, done, output)
         compute_all(predictor, predictor.classify, left, take, workers, quiet=_is_watched(output))
+
+
+def remaining(sources: Sequence[Source], done: Container[str], output: str | None) -> list[Source]:
+    """The videos that an output lacks; says how many it has."""
+    left = [source for source in sources if source.id not in done]
+    if len(left) < len(sources):
+        say(f"{output} has {len(sources) - len(left)} of {len(sources)} videos already")
+    return left
 
 
 def compute_all(

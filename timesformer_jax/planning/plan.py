@@ -89,8 +89,8 @@ class Plan:
     text: str | None
     compile_seconds: float | None
     quick: bool
-    largest_batch: int | None
-    longest_clip: int | None
+    largest_batch: int | None = None
+    longest_clip: int | None = None
     host_rate: float | None = None
 
     @property
@@ -165,8 +165,7 @@ def make_plan(
     if (find_batch or find_frames) and limit is None:
         raise InputError(f"--topology={topology} has no memory limit; give one, --memory=16 (GiB)")
     options = _QUICK if quick and target.devices[0].platform == "tpu" else {}
-    batch_size = batch_size_of(config, work)
-    program = build(config, target.devices, batch_size, work)
+    program = build(config, target.devices, batch_size_of(config, work), work)
     counted, found, seconds = _counted(target.chip, program), None, None
     needed: float = counted.memory.total
     if target.compiles:
@@ -175,31 +174,49 @@ def make_plan(
         found, needed = _compile(program, options)
         seconds = time.perf_counter() - start
     text = found.as_text() if found else None
-    compiled = _compiled(target.chip, program, found) if found else None
-    cycles = _cycles(target, program, text) if text else None
+    plan = Plan(
+        topology=target,
+        program=program,
+        limit=limit,
+        needed=needed,
+        counted=counted,
+        compiled=_compiled(target.chip, program, found) if found else None,
+        cycles=_cycles(target, program, text) if text else None,
+        text=text,
+        compile_seconds=seconds,
+        quick=bool(options),
+        host_rate=None if target.chip else measured_host_rate(program.model.dtype),
+    )
+    return _searched(plan, config, options, find_batch, find_frames)
 
-    def bytes_of(frames: int, batch: int) -> float:
-        if (frames, batch) == (config.clip.frames, batch_size):
-            return needed
-        other = build(_with_frames(config, frames), target.devices, batch, work)
-        if not target.compiles:
+
+def _searched(
+    plan: Plan, config: ConfigDict, options: dict, find_batch: bool, find_frames: bool
+) -> Plan:
+    """The plan with the largest batch and the longest clip that fit, where they are asked for."""
+    program, topology, limit = plan.program, plan.topology, plan.limit
+    frames, batch_size = config.clip.frames, batch_size_of(config, program.work)
+
+    def needed(frames_tried: int, batch_tried: int) -> float:
+        if (frames_tried, batch_tried) == (frames, batch_size):
+            return plan.needed
+        tried = _with_frames(config, frames_tried)
+        other = build(tried, topology.devices, batch_tried, program.work)
+        if not topology.compiles:
             return counted_memory(other).total
-        logging.info("compiling with a batch of %d clips of %d frames", batch, frames)
+        logging.info("compiling with a batch of %d clips of %d frames", batch_tried, frames_tried)
         return _compile(other, options)[1]
 
     batch = longest = None
-    empty = counted.memory.parameters + counted.memory.optimizer
+    empty = plan.counted.memory.parameters + plan.counted.memory.optimizer
     if find_batch and limit is not None:
-        needs = functools.partial(bytes_of, config.clip.frames)
-        batch = largest(needs, limit, program.batch_multiple, batch_size, empty)
+        of_batch = functools.partial(needed, frames)
+        batch = largest(of_batch, limit, program.batch_multiple, batch_size, empty)
     if find_frames and limit is not None:
-        needs = functools.partial(bytes_of, batch=batch_size)
-        step = FRAMES_STEP * program.mesh.shape["sequence"]
-        longest = largest(needs, limit, step, config.clip.frames, empty)
-    return Plan(
-        target, program, limit, needed, counted, compiled, cycles, text, seconds, bool(options),
-        batch, longest, None if target.chip else measured_host_rate(program.model.dtype),
-    )  # fmt: skip
+        of_frames = functools.partial(needed, batch_tried=batch_size)
+        multiple = FRAMES_STEP * program.mesh.shape["sequence"]
+        longest = largest(of_frames, limit, multiple, frames, empty)
+    return dataclasses.replace(plan, largest_batch=batch, longest_clip=longest)
 
 
 def _with_frames(config: ConfigDict, frames: int) -> ConfigDict:

@@ -20,7 +20,12 @@ from timesformer_jax.transforms.augment import augment
 from timesformer_jax.transforms.augmentation import OFF, Augmentation
 from timesformer_jax.transforms.preprocess import crop, normalise, preprocess
 
+# As `pipeline.train_batches` has it: frames (B, T, S, S, 3) uint8, crop_boxes (B, 3), flip (B,) and
+# label (B,); for augmentation augment_seed (B,) uint32; valid_frames (B,) int32 where clips are
+# filled up.
 Batch = dict[str, jax.Array]
+# Each () float32: loss, accuracy (of the clips' own labels), gradient_norm (before clipping) and
+# learning_rate.
 Metrics = dict[str, jax.Array]
 
 
@@ -126,11 +131,7 @@ def make_train_step(
       ema_decay: of the moving average, where the state has one.
 
     Returns:
-      A function of the state and a batch (frames (B, T, S, S, 3) uint8, crop_boxes (B, 3), flip
-      (B,) and label (B,), augment_seed (B,) uint32 for augmentation, and valid_frames (B,) int32
-      where clips are filled up, as `pipeline.train_batches` has it). It returns the new state and
-      the metrics of the batch: loss, accuracy (of the clips' own labels), gradient_norm (before
-      clipping) and learning_rate, each () float32.
+      A function of the state and a `Batch`, which returns the new state and the batch's `Metrics`.
     """
     inputs = _make_inputs(model, clip, augmentation, mesh)
     gradient = _make_gradient(model, accumulate_steps)

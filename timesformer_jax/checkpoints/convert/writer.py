@@ -82,14 +82,7 @@ def convert(
       InputError: if src cannot be read, dst exists, or the format cannot hold the model.
     """
     dst = os.path.abspath(dst)
-    if to not in _WRITERS:
-        raise InputError(f"to must be one of {', '.join(_WRITERS)}, not {to!r}")
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype must be float32 or bfloat16, not {dtype!r}")
-    if dtype != "float32" and to == "release":
-        raise InputError("the authors' release has float32 only: write bfloat16 to native or hf")
-    if os.path.exists(dst):
-        raise InputError(f"{dst} exists; remove it or choose another destination")
+    _check_output(dst, to, dtype)
     checkpoint = read(src, resize, revision=revision, allow_nonfinite=allow_nonfinite, **overrides)
     checkpoint = relabelled(checkpoint, labels, license)
     about = _about(checkpoint, results)
@@ -108,6 +101,17 @@ def convert(
         )  # fmt: skip
     elif not checkpoint.license and not checkpoint.is_image_model:
         logging.info("%s: no license is known; --license=... writes one down", src)
+
+
+def _check_output(dst: str, to: str, dtype: str) -> None:
+    if to not in _WRITERS:
+        raise InputError(f"to must be one of {', '.join(_WRITERS)}, not {to!r}")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    if dtype != "float32" and to == "release":
+        raise InputError("the authors' release has float32 only: write bfloat16 to native or hf")
+    if os.path.exists(dst):
+        raise InputError(f"{dst} exists; remove it or choose another destination")
 
 
 def _about(checkpoint: Checkpoint, results: str | None) -> RunFiles:

@@ -137,10 +137,7 @@ def read(
     clips = sorted(_valid_clips(parsed.rows, labels), key=lambda clip: clip.id)
     missing = tuple(clip.id for clip in clips if not folder.contains(clip.path))
     if files is not None and len(missing) == len(clips):
-        raise InputError(
-            f"none of the {len(clips)} clips of {files.where} is in {videos} (first:"
-            f" {clips[0].path}); give the folder that holds them"
-        )
+        raise _none_here_error(clips, files, videos)
     clips = assign_splits(clips, validation_fraction)
     if order is None:
         _require_trained_labels(clips)
@@ -164,6 +161,13 @@ def _require_inside(rows: Sequence[Row], folder: VideoFolder, videos: Location) 
 def _outside_error(what: str, target: str, videos: Location) -> InputError:
     return InputError(
         f"{what} leads out of {videos}, to {target}; add --follow (follow=True) if that is meant"
+    )
+
+
+def _none_here_error(clips: Sequence[Clip], files: AnnotationFiles, videos: Location) -> InputError:
+    return InputError(
+        f"none of the {len(clips)} clips of {files.where} is in {videos} (first:"
+        f" {clips[0].path}); give the folder that holds them"
     )
 
 

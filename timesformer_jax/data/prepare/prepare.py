@@ -35,18 +35,16 @@ from timesformer_jax.data.layout import (
 )
 from timesformer_jax.data.prepare.description import Summary, summarize, write_description
 from timesformer_jax.data.prepare.runners import (
-    RUNNERS,
     Source,
+    WriteShards,
     check_max_failures,
-    write_locally,
-    write_on_beam,
+    shard_writer,
 )
 from timesformer_jax.data.prepare.shards import Shard, ShardOptions, assign_shards
 from timesformer_jax.data.prepare.splits import draw_splits, fingerprint
 from timesformer_jax.data.records.split import read_reassigned
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import absolute, disk_errors, locked, write_atomically
-from timesformer_jax.workers import available_cores
 
 
 def prepare(
@@ -129,40 +127,26 @@ def prepare(
         segment_seconds=segment_seconds or None,
         clips_per_shard=clips_per_shard,
     )
-    _check_arguments(options, workers, max_failures, runner, beam_options)
+    _check_options(options)
+    write_shards = shard_writer(runner, workers, max_failures, beam_options)
+    output = absolute(output)
     names = None if labels is None else annotations_lib.read_labels(labels)
     listing = annotations_lib.read(
         videos, annotations, names, validation_fraction, dataset, follow, multilabel
     )
     print(listing.report(), flush=True)
     if resplit:
-        summary = _resplit(absolute(output), listing, validation_fraction)
-        print(summary)
-        return summary
-    source = Source(os.fspath(absolute(videos)), listing.labels, options)
-    write = partial(
-        write_locally, processes=workers or available_cores(), max_failures=max_failures
-    )
-    if runner == "beam":
-        write = partial(write_on_beam, beam_options=beam_options)
-    draw = partial(draw_splits, absolute(output), listing, validation_fraction, again=False)
-    summary = _write_output(absolute(output), listing, source, write, draw, max_failures)
+        summary = _resplit(output, listing, validation_fraction)
+    else:
+        source = Source(os.fspath(absolute(videos)), listing.labels, options)
+        draw = partial(draw_splits, output, listing, validation_fraction, again=False)
+        summary = _write_output(output, listing, source, write_shards, draw, max_failures)
     print(summary)
     return summary
 
 
-def _check_arguments(
-    options: ShardOptions, workers: int, max_failures: int | None, runner: str, beam_options: str
-) -> None:
-    for field in ("short_side", "quality", "store_stride", "fps", "clips_per_shard"):
-        ranges.check_given(**{field: getattr(options, field)})
-    ranges.check_given(
-        segment_seconds=options.segment_seconds, workers=workers, max_failures=max_failures
-    )
-    if runner not in RUNNERS:
-        raise InputError(f"there is no runner '{runner}'; give one of {', '.join(RUNNERS)}")
-    if beam_options and runner != "beam":
-        raise InputError("beam_options are given, but the runner is local; add --runner=beam")
+def _check_options(options: ShardOptions) -> None:
+    ranges.check_given(**{k: v for k, v in asdict(options).items() if k != "name"})
     if not re.fullmatch("[a-z][a-z0-9_]*", options.name):
         raise InputError(f"name '{options.name}' must be lower case letters, digits, underscores")
 
@@ -171,7 +155,7 @@ def _write_output(
     output: epath.Path,
     listing: Listing,
     source: Source,
-    write_shards: Callable[[Sequence[Shard], Source], None],
+    write_shards: WriteShards,
     draw: Callable[[], list[Clip]],
     max_failures: int | None,
 ) -> Summary:

@@ -1,16 +1,17 @@
 """How the shards of a data set are written: by processes on this machine, or on Apache Beam."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from timesformer_jax import ranges
 from timesformer_jax.data.layout import FAILURES_FILE
 from timesformer_jax.data.prepare.shards import Shard, ShardOptions, write_shard
 from timesformer_jax.errors import InputError, install
-from timesformer_jax.workers import run_tasks
+from timesformer_jax.workers import available_cores, run_tasks
 
 RUNNERS = ("local", "beam")
 
@@ -23,7 +24,29 @@ class Source(NamedTuple):
     options: ShardOptions
 
 
-def write_locally(
+WriteShards = Callable[[Sequence[Shard], Source], None]
+
+
+def shard_writer(
+    runner: str, workers: int, max_failures: int | None, beam_options: str
+) -> WriteShards:
+    """What writes the shards of a source; the arguments are those of `prepare.prepare`.
+
+    Raises:
+      InputError: there is no such runner, or an argument is not for it.
+    """
+    ranges.check_given(workers=workers, max_failures=max_failures)
+    if runner not in RUNNERS:
+        raise InputError(f"there is no runner '{runner}'; give one of {', '.join(RUNNERS)}")
+    if runner == "beam":
+        return partial(_write_on_beam, beam_options=beam_options)
+    if beam_options:
+        raise InputError("beam_options are given, but the runner is local; add --runner=beam")
+    processes = workers or available_cores()
+    return partial(_write_locally, processes=processes, max_failures=max_failures)
+
+
+def _write_locally(
     shards: Sequence[Shard], source: Source, processes: int, max_failures: int | None
 ) -> None:
     """Writes shards by processes on this machine. A clip that crashes the decoder is left out.
@@ -45,7 +68,7 @@ def _show_progress(bar: tqdm, max_failures: int | None, finished: int, failed: i
     check_max_failures(failed, max_failures)
 
 
-def write_on_beam(shards: Sequence[Shard], source: Source, beam_options: str) -> None:
+def _write_on_beam(shards: Sequence[Shard], source: Source, beam_options: str) -> None:
     """Writes shards by Apache Beam, in which each shard is one element.
 
     Raises:

@@ -64,8 +64,7 @@ def find_timeline(
       stride: seconds between clips; None: a quarter of what a clip spans.
       window: seconds that a clip spans, only for clips that are as long as the video (sampling
         "segments"). The others say it themselves.
-      switch_cost: what a change of the class must gain to be a new segment, in nats; see
-        `smoothing.find_segments`. 0: every clip has its most probable class.
+      switch_cost: nats, as for `smoothing.find_segments`; 0: no smoothing.
       start, end, fps: as for `open_stream`.
       crops: squares of each clip: 3 for left, centre and right, 1 for the centre.
       batch_size: clips that `classify` gets at a time.
@@ -93,9 +92,8 @@ def find_timeline(
     begin = float(stream.timeline.times[0])
     finish = begin + len(stream.timeline) / stream.timeline.fps
     segments: list[Segment] = []
-    for run, bounds in _runs(times, usable, begin, finish):
-        part = found[usable[: run.start].sum() :][: run.stop - run.start]
-        segments += find_segments(times[run], part, labels, bounds, window, switch_cost)
+    for middles, part, bounds in _runs(times, usable, found, begin, finish):
+        segments += find_segments(middles, part, labels, bounds, window, switch_cost)
     return VideoTimeline(
         times[usable], found, tuple(labels), tuple(segments), gaps, begin, finish, window, stride,
         switch_cost,
@@ -145,9 +143,9 @@ def _classify_all(
 
 
 def _runs(
-    times: np.ndarray, usable: np.ndarray, begin: float, finish: float
-) -> Iterator[tuple[slice, tuple[float, float]]]:
-    """The runs of usable clips, and from when to when each lasts.
+    times: np.ndarray, usable: np.ndarray, found: np.ndarray, begin: float, finish: float
+) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[float, float]]]:
+    """The runs of usable clips: their times, their probabilities, and from when to when each lasts.
 
     A run ends in the middle between its last clip and the next, unusable one. That is about where
     the damaged part begins, since half of a usable clip's frames are good.
@@ -155,4 +153,5 @@ def _runs(
     edges = np.concatenate([[begin], (times[1:] + times[:-1]) / 2, [finish]])
     changes = np.flatnonzero(np.diff(usable.astype(int), prepend=0, append=0))
     for first, last in zip(changes[::2], changes[1::2]):
-        yield slice(first, last), (float(edges[first]), float(edges[last]))
+        part = found[usable[:first].sum() :][: last - first]
+        yield times[first:last], part, (float(edges[first]), float(edges[last]))
