@@ -230,7 +230,7 @@ def test_a_mesh_gives_what_one_device_does(batch, how):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_of_each_devices_clips_one_travels_to_mix(batch):
+def test_mixing_sends_one_clip_from_each_device(batch):
     compiled = on_mesh(MIXING, 5, 2, 4).lower(*batch).compile()
     clip, target = 4 * 3 * 24 * 24 * 3, 4 * 5
     assert sorted(
@@ -425,7 +425,7 @@ def test_training_goes_on_bit_for_bit(batches):
     jax.tree.map(np.testing.assert_array_equal, state, again)
 
 
-def test_off_the_step_knows_nothing_of_it(batches):
+def test_without_augmentation_the_step_is_the_same_program(batches):
     def program(how, batch):
         mesh, step, state = tiny_training(how)
         with jax.set_mesh(mesh):
@@ -438,7 +438,9 @@ def test_off_the_step_knows_nothing_of_it(batches):
         assert program(how, batches[0]) != off
 
 
-def test_a_recipes_augmentation_reaches_the_step_with_draws(demo_data, tmp_path, monkeypatch):
+def test_the_augmentation_of_a_recipe_and_its_seeds_reach_the_step(
+    demo_data, tmp_path, monkeypatch
+):
     class Reached(Exception):
         pass
 

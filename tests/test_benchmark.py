@@ -284,14 +284,14 @@ def test_attention_is_measured_where_there_is_no_tensorflow(tmp_path):
         (["model", "--remat=all"], "remat must be one of"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(arguments, said):
+def test_impossible_measurements_give_one_line_errors(arguments, said):
     with pytest.raises(InputError) as error:
         load_command(["benchmark", *arguments])()
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_no_row_is_begun_when_the_time_is_over(tmp_path, capsys, monkeypatch):
+def test_no_row_is_started_after_the_time_limit(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(model, "measure_peak", lambda *_: PEAK)
     path = tmp_path / "model.json"
     model.benchmark_model(minutes=0.0, json=str(path))
@@ -435,7 +435,7 @@ def test_the_summary_pairs_the_turns_of_a_round(experiments):
     assert (name, batch, rate, ratio) == ("theirs", "64 (128 not tried)", "16 (8-16)", "")
 
 
-def test_what_compiles_nothing_leaves_its_time_to_the_others(experiments, monkeypatch):
+def test_a_contender_that_compiles_nothing_leaves_its_time_to_the_others(experiments, monkeypatch):
     race = importlib.import_module("race_pytorch")
     monkeypatch.setattr(race, "DEVICE", SimpleNamespace(value="cuda"))
     monkeypatch.setattr(race, "time", SimpleNamespace(monotonic=lambda: 0.0))

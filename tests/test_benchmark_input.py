@@ -103,7 +103,7 @@ def test_the_reference_sees_the_windows_that_are_planned(synthetic):
         (["benchmark", "input", "--data=x", "--synthetic=y"], "--data or --synthetic, not both"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(arguments, said):
+def test_impossible_measurements_give_one_line_errors(arguments, said):
     with pytest.raises(InputError) as error:
         load_command(arguments)()
     assert said in str(error.value)

@@ -374,7 +374,7 @@ def digests(directory):
     }
 
 
-def test_following_the_advice_repairs_it(source, prepared, damaged, capsys):
+def test_following_the_messages_repairs_the_data(source, prepared, damaged, capsys):
     """Deletes what the problems name and prepares again: all files are as before."""
     shards = sorted(damaged.glob("tiny-*"))
     flip(shards[0], 100)
@@ -410,7 +410,7 @@ def follow(problems, directory):
     return len(problems)
 
 
-def test_an_incomplete_directory_is_one_line(damaged, tmp_path):
+def test_an_incomplete_directory_gives_a_one_line_error(damaged, tmp_path):
     (damaged / "dataset_info.json").unlink()
     with pytest.raises(InputError, match=r"is incomplete: 5 shards are done, .* run `timesformer"):
         check([damaged])
@@ -433,7 +433,7 @@ def test_segments_of_a_video_are_one_clip(damaged, capsys):
     assert capsys.readouterr().out.splitlines()[2].split()[:3] == ["train", "7", "8"]
 
 
-def test_of_many_classes_both_ends_are_shown(prepared, tmp_path, capsys):
+def test_the_largest_and_smallest_of_many_classes_are_shown(prepared, tmp_path, capsys):
     """60 classes, of which class i has 1 + i // 2 clips, and one class without clips."""
     counts = collections.Counter({f"class {i}": 1 + i // 2 for i in range(60)})
     labels = [*counts.elements()]
@@ -483,7 +483,7 @@ def test_on_a_bucket_from_the_command_line(prepared, gcs, timesformer, monkeypat
         ({"directories": ["/nowhere"]}, "there is no folder /nowhere"),
     ],
 )
-def test_what_cannot_be_checked(arguments, said):
+def test_arguments_that_check_refuses(arguments, said):
     with pytest.raises(InputError, match=said):
         check(**arguments)
 

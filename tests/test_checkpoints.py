@@ -138,7 +138,7 @@ def test_the_newest_and_the_best_stay(first, tmp_path):
     assert_equal(convert.read(tmp_path / "best").load(), at(first, 9).params)
 
 
-def test_no_best_is_one_line(directory):
+def test_no_best_gives_a_one_line_error(directory):
     with pytest.raises(InputError, match=r"none of its checkpoints was evaluated.*leave out /best"):
         load_parameters(directory / "best")
     (directory / "validation.json").write_text('{"1": {"top1"')
@@ -306,7 +306,7 @@ def test_killed_while_it_saves_it_goes_on_as_if_it_had_not_been(tmp_path):
         assert_equal(found.restore(walk.STEPS, target(expected))[0], expected)
 
 
-def test_gs_without_its_package_is_one_line(monkeypatch):
+def test_gs_without_its_package_gives_a_one_line_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
     with pytest.raises(InputError, match=r"google-cloud-storage: pip install '\.\[gcs\]'"):
         Checkpoints("gs://bucket/run")

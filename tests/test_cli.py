@@ -60,7 +60,7 @@ def test_only_messages_of_tensorflow_are_hidden(capfd):
     assert capfd.readouterr().err == "I0000 is told again\n"
 
 
-def test_that_there_is_no_gpu_is_told_where_there_is_one(capfd, monkeypatch, tmp_path):
+def test_failures_of_cuda_are_shown_where_there_is_a_gpu(capfd, monkeypatch, tmp_path):
     failed = "E0000 00:00:17.9  8 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA error"
     for device, expected in ((tmp_path / "nvidia[0-9]", ""), (tmp_path, f"{failed}\n")):
         monkeypatch.setattr("timesformer_jax.tensorflow_messages._GPUS", [str(device)])
@@ -94,7 +94,7 @@ def test_that_there_is_no_gpu_is_told_where_there_is_one(capfd, monkeypatch, tmp
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_said(arguments, said, refusal, tmp_path, monkeypatch):
+def test_impossible_arguments_give_an_error(arguments, said, refusal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert said in refusal(*arguments)
     assert list(tmp_path.iterdir()) == []
@@ -251,7 +251,7 @@ def test_the_version_names_what_computes(capsys):
         (["evaluate", "--checkpoint=x", "--output=."], "."),
     ],
 )
-def test_impossible_words_are_one_short_line(words, said, capsys, tmp_path, monkeypatch):
+def test_impossible_words_give_a_short_one_line_error(words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["timesformer", *words])

@@ -132,13 +132,13 @@ def program(*instructions):
         ),
     ],
 )
-def test_asynchronous_ones_count_where_they_start(instruction, expected):
+def test_an_asynchronous_collective_counts_where_it_starts(instruction, expected):
     kind = expected[0]
     text = program(instruction, f"ROOT %y = f32[8]{{0}} {kind}-done(%x)")
     assert collectives(text, mesh_of(2, 2)) == [Collective(*expected, ("b",), 1)]
 
 
-def test_wrapped_ones_count_once_and_branches_each():
+def test_a_wrapped_collective_counts_once_and_each_branch_counts():
     text = (
         "HloModule m\n\n%wrapped (p: f32[8]) -> f32[8] {\n"
         "  ROOT %a = f32[8]{0} all-to-all(%p), channel_id=1, replica_groups={}, dimensions={0}\n}\n"

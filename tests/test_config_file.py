@@ -165,7 +165,7 @@ def test_a_config_imports_its_neighbour_from_any_folder(tmp_path, monkeypatch):
         ('{"clip": {"mean": 5}}', "clip.mean must be like (0.45, 0.45, 0.45), not 5"),
     ],
 )
-def test_a_wrong_recipe_of_a_run_is_one_line(text, said, tmp_path):
+def test_a_wrong_recipe_of_a_run_gives_a_one_line_error(text, said, tmp_path):
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(InputError) as error:
         load(str(tmp_path / "recipe.json"))
@@ -173,7 +173,7 @@ def test_a_wrong_recipe_of_a_run_is_one_line(text, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_what_the_command_line_sets_does_not_yield():
+def test_a_field_set_on_the_command_line_is_not_automatic():
     config = parsed("--config=finetune", "--config.data.flip=true", "--config.clip.frames=16")
     assert not {"data.flip", "clip.frames"} & fit.automatic(config)
     assert {"clip.frame_stride", "model.depth"} <= fit.automatic(config)
@@ -211,7 +211,7 @@ def test_a_sweep_has_a_config_for_each_combination():
         (["--config=finetune", "--config.epoch=1,2"], "did you mean --config.epochs?"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_one_line(words, said):
+def test_an_impossible_sweep_gives_a_one_line_error(words, said):
     with pytest.raises(InputError) as error:
         swept(*words)
     assert said in str(error.value)

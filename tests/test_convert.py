@@ -181,7 +181,7 @@ def test_a_license_that_is_given_is_written_down_with_what_was_there_before(tmp_
     assert metadata.license_note in (tmp_path / "b" / "LICENSE").read_text()
 
 
-def test_weights_of_ones_own_and_of_image_models_get_no_license(tmp_path, caplog):
+def test_own_weights_and_image_models_get_no_license(tmp_path, caplog):
     convert(native(tmp_path / "a", tiny()), tmp_path / "hf", to="hf")
     convert(tmp_path / "hf", tmp_path / "r.pyth", to="release")
     convert(tmp_path / "r.pyth", tmp_path / "b")

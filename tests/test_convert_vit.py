@@ -47,7 +47,7 @@ def features(model, video):
 
 @pytest.mark.parametrize("container", [None, "state_dict", "model", "model_state"])
 @pytest.mark.parametrize("prefix", ["", "module.", "module.model."])
-def test_wrappers_and_prefixes_are_seen_through(container, prefix, timm, reference, tmp_path):
+def test_wrapped_and_prefixed_state_dicts_are_read(container, prefix, timm, reference, tmp_path):
     state = {prefix + name: value for name, value in timm.items()}
     torch.save({container: state, "epoch": 3} if container else state, tmp_path / "vit.pth")
     model = tsf.from_pretrained(tmp_path / "vit.pth", num_heads=4, attention="divided")

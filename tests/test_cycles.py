@@ -250,7 +250,7 @@ def test_a_loop_whose_length_depends_on_the_step_counts_as_in_the_first(first, l
     assert (found.varies, found.known) == (True, True)
 
 
-def test_what_is_no_schedule_is_refused():
+def test_a_text_without_bundles_is_refused():
     with pytest.raises(ValueError, match="no bundles"):
         read_schedule("LB: loop body\n")
 

@@ -67,7 +67,7 @@ def test_trimming_is_exact_wherever_the_start_lies_among_the_keyframes(video, fi
     assert numbers(decode_clip(video, (first - 0.5) / 30, (first + 0.5) / 30).frames) == [first]
 
 
-def test_trimming_seeks(tmp_path):
+def test_trimming_seeks_to_the_start(tmp_path):
     path = write_video(tmp_path / "long.mp4", frames=60, fps=5, options=B_FRAMES)
     with VideoFile(path) as opened:
         assert len(list(opened.packets(10.0))) <= 24
@@ -288,7 +288,7 @@ def broken_files(folder, video):
     yield write_audio(folder / "audio.mp4")
 
 
-def test_what_is_no_video_is_a_video_error_with_a_reason_in_a_line(tmp_path, video):
+def test_a_broken_file_raises_a_video_error_of_one_line(tmp_path, video):
     for path in broken_files(tmp_path, video):
         with pytest.raises(VideoError) as error:
             decode_clip(path)

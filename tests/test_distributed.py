@@ -44,13 +44,13 @@ def test_every_mesh_trains_as_one_device_does(config, sizes):
     assert_same_training(trained(config, sizes), trained(config, ONE))
 
 
-def test_augmented_clips_too():
+def test_a_mesh_trains_on_augmented_clips_as_one_device_does():
     how = Augmentation(grayscale=0.5, mixup=0.8, label_smoothing=0.1)
     ours, theirs = (trained(tiny("divided", depth=1), sizes, 2, how) for sizes in (ALL, ONE))
     assert_same_training(ours, theirs)
 
 
-def test_bfloat16_too():
+def test_a_mesh_trains_in_bfloat16_as_one_device_does():
     half = tiny("divided", depth=1, dtype="bfloat16")
     ours, theirs = (trained(half, sizes, 2) for sizes in ((1, 2, 2, 2), ONE))
     assert_same_training(ours, theirs, rtol=0.05, atol=0.02)
@@ -181,12 +181,12 @@ def test_the_rest_of_the_devices_goes_to_the_free_axis():
     "sizes",
     [(3, 1), (-1, 3), (-1, -1), (4, 1), (0, -1), (16, 1), (-2, -4), (2, 2, 2, 2), (-1, 1, 3, 1)],
 )
-def test_an_impossible_mesh_is_one_line(sizes):
+def test_an_impossible_mesh_gives_a_one_line_error(sizes):
     with pytest.raises(InputError, match="does not fit 8 devices"):
         make_mesh(*sizes)
 
 
-def test_a_batch_that_the_mesh_cannot_share_is_one_line():
+def test_a_batch_that_the_mesh_cannot_share_gives_a_one_line_error():
     with pytest.raises(InputError, match=r"--config.batch_size to a multiple of 8, 16 for one"):
         check_batch(make_mesh(), 20, "--config.batch_size")
     with pytest.raises(InputError, match=r"data x fsdp = 4 devices; set --b to a multiple of 4,"):
@@ -225,7 +225,7 @@ def test_a_batch_that_the_mesh_cannot_share_is_one_line():
         ),
     ],
 )
-def test_a_model_that_the_mesh_cannot_split_is_one_line(mesh, model, clip, said):
+def test_a_model_that_the_mesh_cannot_split_gives_a_one_line_error(mesh, model, clip, said):
     with pytest.raises(InputError, match=said) as e:
         check_model(make_mesh(**mesh), TimeSformerConfig(**model), ClipSpec(**clip))
     assert "\n" not in str(e.value)

@@ -234,7 +234,7 @@ def test_the_page_fits_narrow_screens_in_light_and_dark(written, browser):
         (["--video=nowhere/a.mp4"], "folder of --video=nowhere/a.mp4 does not exist"),
     ],
 )
-def test_what_cannot_be_done_is_refused(checkpoint, real_videos, refusal, flags, message, tmp_path):
+def test_invalid_flags_are_refused(checkpoint, real_videos, refusal, flags, message, tmp_path):
     page = [] if "--output" in flags[0] else [f"--output={tmp_path / 'a.html'}"]
     video = real_videos / "bikes.mp4"
     assert message in refusal("explain", video, f"--checkpoint={checkpoint}", *page, *flags)

@@ -232,7 +232,7 @@ def test_a_tfds_data_set_shows_what_tfds_does(data_dir, form, caplog):
         assert np.array_equal(getattr(split, name), getattr(by_folder, name)), name
 
 
-def test_records_of_two_sizes_are_one_line(tmp_path):
+def test_records_of_two_sizes_give_one_line_errors(tmp_path):
     small = [encode(picture) for picture in pictures(1, 4, height=20)]
     write(tmp_path / "train.tfrecord", [clip(0), sequence_example(small, image__frame_rate=FPS)])
     split = open_split(tmp_path, "train")
@@ -361,7 +361,7 @@ def test_tables_numbered_differently_go_by_text(tmp_path, caplog):
         ([(0, "a"), (1, "b")], [(0, "b"), (2, "")], "label 2 of test has no clip/label/text"),
     ],
 )
-def test_contradictory_labels_are_one_line(tmp_path, train, test, said):
+def test_contradictory_labels_give_one_line_errors(tmp_path, train, test, said):
     tables(tmp_path, train=train, test=test)
     with pytest.raises(InputError, match=said):
         open_split(tmp_path, "train")
@@ -402,7 +402,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
             assert why in caplog.text
 
 
-def test_a_table_of_which_nothing_can_be_used_is_one_line(tmp_path, dmvr):
+def test_a_table_of_which_nothing_can_be_used_gives_a_one_line_error(tmp_path, dmvr):
     write(tmp_path / "empty.tfrecord", [])
     write(tmp_path / "other.tfrecord", [tf.train.Example().SerializeToString()])
     write(tmp_path / "train.tfrecord", [clip()])
@@ -414,7 +414,7 @@ def test_a_table_of_which_nothing_can_be_used_is_one_line(tmp_path, dmvr):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "compressed", "not proto"])
-def test_a_damaged_shard_is_one_line(tmp_path, damage):
+def test_a_damaged_shard_gives_a_one_line_error(tmp_path, damage):
     path = tmp_path / "train.tfrecord"
     write(path, [clip(0), clip(1)])
     content = bytearray(path.read_bytes())
@@ -541,7 +541,7 @@ def test_a_split_is_a_table_by_its_name_or_a_word_of_it(tmp_path, files, split, 
     assert os.path.relpath(file, tmp_path).startswith(table)
 
 
-def test_splits_that_cannot_be_found_are_one_line(tmp_path):
+def test_splits_that_cannot_be_found_give_one_line_errors(tmp_path):
     with pytest.raises(InputError, match=r"not a prepared data set .* no shards"):
         open_split(tmp_path, "train")
     for table in ("train_1", "train_2"):
@@ -563,7 +563,7 @@ def test_splits_that_cannot_be_found_are_one_line(tmp_path):
         open_split(tmp_path, "train_1")
 
 
-def test_tfds_data_sets_that_cannot_be_opened_are_one_line(data_dir, tmp_path):
+def test_tfds_data_sets_that_cannot_be_opened_give_one_line_errors(data_dir, tmp_path):
     with pytest.raises(InputError, match=r"no TFDS data set .* `tfds build ucf10 --data_dir"):
         open_split(f"tfds:ucf10@{data_dir}", "train")
     with pytest.raises(InputError, match=r"no split 'validation'; there: .*train"):
@@ -594,7 +594,7 @@ def test_tfds_data_sets_that_cannot_be_opened_are_one_line(data_dir, tmp_path):
         ),
     ],
 )
-def test_features_without_one_video_and_one_label_are_one_line(features, said):
+def test_features_without_one_video_and_one_label_give_one_line_errors(features, said):
     with pytest.raises(InputError, match=said):
         external.tfds_format(tfds.features.FeaturesDict(features), "here")
 

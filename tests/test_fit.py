@@ -63,7 +63,7 @@ def test_an_image_model_leaves_the_time_to_the_recipe():
     assert not {"model.attention", "clip.frames", "clip.frame_stride"} & set(taken)
 
 
-def test_it_is_said_in_one_sentence():
+def test_the_changes_are_one_sentence():
     config = recipes.finetune()
     [change] = fit.to_checkpoint(config, "x.pth", SMALL, CLIP, is_image_model=False)
     assert change.reason.startswith("as the checkpoint x.pth: model.patch_size 8, ")
@@ -117,7 +117,7 @@ def test_a_preset_brings_the_checkpoint_of_its_size(recipe, model, pretrained):
     assert config.model.num_classes == recipe().model.num_classes
 
 
-def test_the_papers_recipes_yield_nothing_to_a_checkpoint():
+def test_a_checkpoint_changes_no_field_of_the_papers_recipes():
     config = recipes.kinetics400()
     assert fit.to_checkpoint(config, "x.pth", SMALL, CLIP, is_image_model=False) == []
     assert fit.without_checkpoint(config) == []

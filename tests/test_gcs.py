@@ -295,7 +295,7 @@ def test_an_upload_that_is_cut_leaves_nothing_and_can_be_sent_again(client, stor
         ("PUT", "/bucket/a"),
     ],
 )
-def test_what_is_not_spoken_is_refused(client, method, path):
+def test_an_unsupported_request_is_refused(client, method, path):
     status, _, reason = ask(client(), method, path)
     assert status in (400, 404)
     assert reason

@@ -11,7 +11,7 @@ from timesformer_jax.checkpoints.load import load
 MOST_BYTES = 200 << 20  # of memory that Python and numpy take for one of these small files
 
 
-def test_each_is_one_line_and_runs_no_code(tmp_path):
+def test_each_gives_a_one_line_error_and_runs_no_code(tmp_path):
     found = collections.Counter()
     for path, may_succeed in hostile.write_all(tmp_path):
         if "npz" in path or "pickles" in path:  # others are read by libraries that it cannot see
@@ -35,6 +35,6 @@ def test_each_is_one_line_and_runs_no_code(tmp_path):
     assert found["refused"] >= 200
 
 
-def test_the_unchanged_ones_are_loaded(tmp_path):
+def test_the_unchanged_checkpoint_is_loaded(tmp_path):
     """Otherwise the test above could not fail."""
     assert load(hostile.RELEASE, num_heads=4)[0].model.attention == "space"

@@ -285,12 +285,12 @@ def test_one_process_is_left_alone(variables, given, monkeypatch):
         ),
     ],
 )
-def test_flags_that_do_not_name_a_process_are_one_line(given, said):
+def test_flags_that_do_not_name_a_process_give_one_line_errors(given, said):
     with pytest.raises(InputError, match=said), hosts.processes(**given):
         pass
 
 
-def test_a_job_that_jax_cannot_read_is_one_line(monkeypatch):
+def test_a_job_that_jax_cannot_read_gives_a_one_line_error(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
     monkeypatch.setitem(sys.modules, "kubernetes", None)

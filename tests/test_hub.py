@@ -72,7 +72,7 @@ def test_a_name_is_downloaded_once_with_all_that_is_known_of_it(hub, monkeypatch
     hub.close = lambda: None
 
 
-def test_every_failure_of_the_hub_is_one_line(hub, monkeypatch, tmp_path):
+def test_every_failure_of_the_hub_gives_a_one_line_error(hub, monkeypatch, tmp_path):
     refused("nobody/nothing", "no file or folder here, and no repository of the Hugging Face Hub")
     refused(f"{K400}@v9", "has no revision 'v9'")
     refused(K400, "has no revision 'v8'", revision="v8")

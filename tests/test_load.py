@@ -59,7 +59,7 @@ def test_parameters_go_where_the_sharding_says(ours):
         assert all(x.sharding == sharding for x in jax.tree.leaves(params))
 
 
-def test_classes_are_not_made_up(tmp_path):
+def test_a_checkpoint_without_a_head_is_refused(tmp_path):
     state = torch.load(GOLDENS / "timm_vit.pth", weights_only=True)
     torch.save({k: v for k, v in state.items() if not k.startswith("head.")}, tmp_path / "v.pth")
     with pytest.raises(tsf.InputError, match=r"v\.pth is an image model.*config\.pretrained="):
@@ -69,7 +69,7 @@ def test_classes_are_not_made_up(tmp_path):
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_numbers_that_are_none_are_refused_unless_asked_for(number, ours, tmp_path):
+def test_nan_and_infinity_are_refused_unless_allowed(number, ours, tmp_path):
     content = torch.load(RELEASE, weights_only=True)
     content["model_state"]["model.norm.bias"][3] = number
     torch.save(content, tmp_path / "x.pyth")

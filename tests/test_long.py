@@ -119,7 +119,7 @@ def test_every_scheme_takes_blocks_for_long_sequences(name, short, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, other)
 
 
-def test_the_short_form_stays_where_it_is_faster():
+def test_short_clips_keep_the_short_form():
     for config in ("timesformer_base", "timesformer_l"):
         clip = kinetics400(config).clip
         assert not pieces.is_long(clip.frames, (clip.crop // 16) ** 2)

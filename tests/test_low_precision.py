@@ -60,7 +60,7 @@ def test_parameters_in_bfloat16_give_nearly_the_same_probabilities():
     assert all((flat(params)[k] == v).all() for k, v in flat(parameters(half)).items())
 
 
-def test_what_cannot_be_in_bfloat16_is_one_line(tmp_path):
+def test_unsupported_dtypes_give_one_line_errors(tmp_path):
     with pytest.raises(tsf.InputError, match="dtype must be float32 or bfloat16, not 'int8'"):
         convert(SOURCE, tmp_path / "x", dtype="int8")
     with pytest.raises(tsf.InputError, match="release has float32 only"):

@@ -65,7 +65,7 @@ def test_rates_fall_from_the_head_down():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_of_what_is_not_trained_there_is_no_state(name):
+def test_frozen_parameters_have_no_optimizer_state(name):
     config = recipes.recipe().optimizer
     config.update(name=name, trainable="head", layer_decay=0.5, clip_norm=1.0)
     params = model_parameters()
@@ -122,7 +122,7 @@ def test_cosine_without_warmup_starts_at_the_peak_without_warnings(caplog):
     assert not caplog.records
 
 
-def test_a_warmup_as_long_as_the_run_is_one_line():
+def test_a_warmup_as_long_as_the_run_gives_a_one_line_error():
     config = recipes.demo()
     config.epochs, config.optimizer.warmup_epochs = 1, 1.0
     with pytest.raises(InputError, match="warmup_epochs=0 for none"):
@@ -130,7 +130,7 @@ def test_a_warmup_as_long_as_the_run_is_one_line():
 
 
 @pytest.mark.parametrize("layer_decay", [0.0, 1.1, -1.0, float("nan")])
-def test_an_impossible_layer_decay_is_one_line(layer_decay):
+def test_an_impossible_layer_decay_gives_a_one_line_error(layer_decay):
     config = recipes.recipe().optimizer
     config.layer_decay = layer_decay
     with pytest.raises(InputError, match="layer_decay must be a number above 0 and at most 1"):
@@ -138,7 +138,7 @@ def test_an_impossible_layer_decay_is_one_line(layer_decay):
 
 
 @pytest.mark.parametrize("field", ["name", "schedule", "trainable"])
-def test_unknown_names_are_one_line(field):
+def test_unknown_names_give_one_line_errors(field):
     config = recipes.recipe().optimizer
     config[field] = "adam"
     with pytest.raises(InputError, match=f"optimizer.{field} must be"):

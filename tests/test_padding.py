@@ -173,7 +173,7 @@ def test_without_valid_frames_nothing_of_it_is_traced(monkeypatch):
         ([3.0, 2.0], "valid_frames must be 2 integers, one for each clip, not float64 of shape"),
     ],
 )
-def test_wrong_valid_frames_are_one_line(valid, said):
+def test_wrong_valid_frames_give_one_line_errors(valid, said):
     with pytest.raises(InputError, match=said):
         padding.mask(np.array(valid), (2, 5, 6, 6, 3))
 

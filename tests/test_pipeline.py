@@ -162,7 +162,7 @@ def test_hosts_share_every_global_batch(train, validation):
     assert sorted(counted) == list(range(21))
 
 
-def test_too_large_a_batch_and_too_small_a_short_side_are_one_line(train):
+def test_too_large_a_batch_and_too_small_a_short_side_give_one_line_errors(train):
     with pytest.raises(InputError, match="64 clips, fewer than a batch of 65"):
         next(pipeline.train_batches(train, SPEC, **OPTIONS | {"batch_size": 65}))
     with pytest.raises(InputError, match="short_side_range"):

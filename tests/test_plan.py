@@ -449,7 +449,7 @@ def test_a_search_without_a_limit_is_refused():
         make_plan(tiny(), "cpu:8", find_batch=True)
 
 
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_gives_a_one_line_error(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(command, "make_plan", lambda *_, **__: compiled.append(1))
     for flag, path in (("json", tmp_path), ("hlo", tmp_path), ("json", tmp_path / "no" / "a.json")):

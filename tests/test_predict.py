@@ -354,7 +354,7 @@ def test_a_killed_run_leaves_whole_lines_and_the_next_goes_on(checkpoint, good, 
     assert "predictions with classes=" in capsys.readouterr().err
 
 
-def test_files_of_others_are_not_touched(tmp_path):
+def test_files_of_other_programs_are_not_touched(tmp_path):
     for name, content in (("notes", b"no line end"), ("a.mp4", b"\0\1\2"), ("b", b"x\n{\n")):
         (tmp_path / name).write_bytes(content)
         with (
@@ -445,7 +445,7 @@ def test_names_of_any_bytes_are_text_in_every_output(checkpoint, good, tmp_path,
     assert table["id"] == table["path"] == expected
 
 
-def test_what_cannot_be_is_refused_before_the_work(
+def test_impossible_arguments_are_refused_before_the_work(
     checkpoint, good, refusal, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("timesformer_jax.host_memory._memory", lambda: 1 << 30)
@@ -581,7 +581,7 @@ def test_what_features_refuses(good, flags, said, refusal):
 
 
 @pytest.mark.processes
-def test_python_gives_no_output_that_was_not_asked_for(checkpoint, good):
+def test_a_predictor_in_python_prints_nothing(checkpoint, good):
     code = (
         "import sys, timesformer_jax as tsf; predictor = tsf.Predictor(sys.argv[1])\n"
         "print(predictor.predict(sys.argv[2:], top=1))"

@@ -147,7 +147,7 @@ def test_nothing_is_uploaded_to_a_folder(run, tmp_path, monkeypatch, timesformer
     assert "--checkpoint=me/mine" in card
 
 
-def test_what_cannot_be_pushed_is_one_line(hub, run, monkeypatch):
+def test_invalid_pushes_give_one_line_errors(hub, run, monkeypatch):
     def refused(said, repo="me/mine", **options):
         with pytest.raises(tsf.InputError) as error:
             push(run, repo, **options)

@@ -50,7 +50,7 @@ def test_every_number_of_the_command_line_has_a_range():
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_what_is_impossible_is_in_no_range(name):
+def test_no_range_holds_an_impossible_value(name):
     for value in IMPOSSIBLE:
         with pytest.raises(InputError) as raised:
             ranges.check(name, value)
@@ -77,7 +77,7 @@ def test_ranges_in_words():
 
 
 @pytest.mark.parametrize("kind", [TimeSformerConfig, ClipSpec])
-def test_model_and_clip_are_held_to_the_table(kind):
+def test_fields_of_model_and_clip_must_lie_in_their_ranges(kind):
     for field in dataclasses.fields(kind):
         if is_number(field.default):
             for value in (v for v in IMPOSSIBLE if isinstance(v, type(field.default))):

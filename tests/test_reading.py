@@ -123,7 +123,7 @@ def test_records_are_those_that_tensorflow_reads(split):
 
 
 @given(st.data())
-def test_a_flipped_bit_or_a_cut_is_one_line_wherever_it_is(tmp_path_factory, data):
+def test_a_flipped_bit_or_a_cut_anywhere_gives_a_one_line_error(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("shard")
     path = folder / "some.tfrecord"
     with tf.io.TFRecordWriter(str(path)) as writer:
@@ -195,7 +195,7 @@ def test_a_damaged_shard_ends_training_and_evaluation_in_one_line(copied):
         (lambda jpeg: tf.io.encode_jpeg(np.zeros((8, 9, 3), np.uint8)).numpy(), "is 9x8, and not"),
     ],
 )
-def test_a_frame_that_is_no_image_of_its_size_is_one_line(split, copied, spoil, said):
+def test_a_frame_that_is_no_image_of_its_size_gives_a_one_line_error(split, copied, spoil, said):
     _, record, write = copied
     example = tf.train.Example.FromString(record)
     frames = example.features.feature["video"].bytes_list

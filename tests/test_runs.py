@@ -100,7 +100,7 @@ def test_base_from_random_parameters_on_a_cpu_is_warned_of(caplog):
     assert "--config.optimizer.trainable=head" in said
 
 
-def test_a_small_model_is_not(caplog):
+def test_a_small_model_gives_no_warning(caplog):
     said = announced(caplog, tsf.preset("timesformer_tiny", num_classes=2), clip={"crop": 32})
     assert "parameters, divided" in said
     assert "at best" not in said
@@ -132,7 +132,7 @@ def test_the_demo_is_made_only_where_nothing_else_is(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["mine"]
 
 
-def test_training_is_public():
+def test_train_is_public():
     assert tsf.train is loop.train
 
 

@@ -50,7 +50,7 @@ def test_scans_and_remats_change_no_number(scheme, scan_layers, remat):
     jax.tree.map(lambda a, b: assert_near(a, b, 1e-4), gradient, expected_gradient)
 
 
-def test_drop_path_does_act_in_what_is_compared():
+def test_drop_path_changes_the_loss_that_is_compared():
     config = config_of("space", drop_path=0.0)
     run = jax.jit(loss, static_argnums=2)
     without = run(random_parameters(config), random_video(), config)

@@ -74,7 +74,7 @@ def test_a_training_step_exchanges_twice_each_way_in_a_layer(fields, sizes, each
     assert_same_training(run, trained(tiny("divided"), ONE))
 
 
-def test_devices_that_share_heads_too():
+def test_devices_that_share_heads_exchange_as_planned():
     # Projections to heads, results to frames, and the gradients of both; patches of the last block
     # are not computed. The heads are split by "tensor" already.
     config = tiny("joint", num_heads=4)
@@ -133,7 +133,7 @@ def test_a_block_of_every_scheme_can_be_shared_and_computes_the_same(scheme):
 @pytest.mark.parametrize("name", LAYERS)
 @hypothesis.settings(deadline=None)
 @hypothesis.given(t=st.integers(1, 5), h=st.integers(1, 5), w=st.integers(1, 5))
-def test_a_step_says_what_its_sequences_lie_within(name, t, h, w):
+def test_a_layer_states_what_its_sequences_lie_within(name, t, h, w):
     layer = LAYERS[name]
     number = layer.partition(t, (h, w))
     frame, position = np.indices(number.shape)

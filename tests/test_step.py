@@ -212,7 +212,7 @@ def test_drop_path_draws_anew_in_every_part():
     assert kept != pytest.approx(swapped, rel=1e-4)
 
 
-def test_a_batch_that_does_not_divide_into_parts_is_one_line():
+def test_a_batch_that_does_not_divide_into_parts_gives_a_one_line_error():
     check_batch(make_mesh(), 32, "--config.batch_size", 4)
     with pytest.raises(InputError, match=r"= 8 devices, 4 parts each; .*of 32, 32 f"):
         check_batch(make_mesh(), 40, "--config.batch_size", 4)
@@ -380,7 +380,7 @@ def test_the_moving_average_is_saved_resumed_evaluated_and_used_to_predict(
         ("model.remat", "blocks", "remat must be one of .*did you mean 'block'"),
     ],
 )
-def test_impossible_values_are_one_line(config, tmp_path, field, value, said):
+def test_impossible_values_give_one_line_errors(config, tmp_path, field, value, said):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(InputError, match=said) as e:
         loop.train(config, tmp_path / "run")

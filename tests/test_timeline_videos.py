@@ -276,5 +276,5 @@ def test_the_page_fits_narrow_screens_in_light_and_dark(written, browser):
         (["--window=2"], "leave out the window"),
     ],
 )
-def test_what_cannot_be_done_is_refused(checkpoint, joined, refusal, flags, message):
+def test_invalid_flags_are_refused(checkpoint, joined, refusal, flags, message):
     assert message in refusal("timeline", joined, f"--checkpoint={checkpoint}", *flags)

@@ -84,7 +84,7 @@ def test_a_step_takes_no_more_cycles_than_it_did(plan, topology, work):
     assert all(k["schedule"] and k["schedule"]["known"] for k in found["kernels"])
 
 
-def test_nothing_is_laid_anew_between_linear_layers_and_kernels(plan, tmp_path):
+def test_no_layout_changes_between_linear_layers_and_kernels(plan, tmp_path):
     path = tmp_path / "step.hlo"
     plan("v5e:1x1", "--quick", f"--hlo={path}", **SMALL)
     entry = path.read_text().partition("\nENTRY")[2]
@@ -133,7 +133,7 @@ def test_base_on_four_chips(plan):
     assert ratio == pytest.approx(1, abs=0.1)
 
 
-def test_a_slice_that_does_not_exist_is_one_line(plan):
+def test_a_slice_that_does_not_exist_gives_a_one_line_error(plan):
     done = plan("v5e:3x4", check=False)
     assert done.returncode != 0
     assert "knows no --topology=v5e:3x4" in done.stderr.splitlines()[-1]

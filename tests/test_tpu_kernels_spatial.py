@@ -193,7 +193,7 @@ def test_what_is_not_supported(shape, dtype, reason):
     assert reason in tpu_spatial.unsupported(shape, dtype)
 
 
-def test_frames_that_exceed_the_memory_have_one_sequence_only():
+def test_frames_larger_than_the_memory_cannot_be_split_into_sequences():
     shape = (1, 2, 3136, 3, 12, 64)
     assert tpu_spatial.unsupported(shape, "bfloat16") is None
     assert "memory" in tpu_spatial.unsupported(shape, "bfloat16", sequences=56)
@@ -220,7 +220,7 @@ def lowered(function, *shapes):
     [(1, None), (1, tuple(i % 14 for i in range(196))), (8, None)],
     ids=["frames", "columns", "joint"],
 )
-def test_it_lowers_for_tpu_and_nothing_is_laid_anew(frames, sequences):
+def test_it_lowers_for_tpu_without_changes_of_layout(frames, sequences):
     count = 8 // frames * (1 if sequences is None else 14)
     patches = jax.ShapeDtypeStruct((2, 8, 196, 2304), jnp.bfloat16)
     cls = jax.ShapeDtypeStruct((2, count, 2304), jnp.bfloat16)

@@ -177,15 +177,13 @@ def test_what_is_logged_of_speed(whole):
         ({"model.attention": "joined"}, "did you mean 'joint'"),
     ],
 )
-def test_a_run_that_cannot_be_is_refused_and_keeps_what_there_is(
-    demo_data, whole, refusal, change, said
-):
+def test_a_refused_run_changes_no_checkpoint(demo_data, whole, refusal, change, said):
     before = sorted(os.listdir(whole / "checkpoints"))
     assert re.search(said, refusal(*tiny_run(demo_data, whole, **LONG | change)))
     assert sorted(os.listdir(whole / "checkpoints")) == before
 
 
-def test_a_damaged_checkpoint_is_one_line(demo_data, whole, tmp_path, timesformer):
+def test_a_damaged_checkpoint_gives_a_one_line_error(demo_data, whole, tmp_path, timesformer):
     shutil.copytree(whole, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / str(LAST)
     for path in (newest / "params").rglob("*"):
@@ -207,7 +205,9 @@ def assert_same_parameters(workdir, whole):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(demo_data, whole, tmp_path):
+def test_a_full_disk_gives_a_one_line_error_and_keeps_earlier_checkpoints(
+    demo_data, whole, tmp_path
+):
     # A limit on the size of a file stands for a disk that has no room for the next checkpoint.
     shutil.copytree(whole, tmp_path / "run")
     arguments = tiny_run(demo_data, tmp_path / "run", **LONG | {"epochs": 7})

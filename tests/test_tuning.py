@@ -171,7 +171,7 @@ def test_xla_stays_where_no_kernel_is_faster(monkeypatch):
     assert fastest(xla=good)[0]["chosen"] == "xla"
 
 
-def test_without_reference_nothing_is_trusted(monkeypatch):
+def test_no_kernel_is_chosen_where_the_reference_fails(monkeypatch):
     def too_large(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
@@ -386,7 +386,7 @@ def test_the_kernel_chosen_for_training_is_used_without_gradients_too(monkeypatc
     assert {choice.name for choice in select._choices.values()} == {"xla"}
 
 
-def test_on_a_cpu_nothing_is_done(monkeypatch, caplog):
+def test_on_a_cpu_nothing_is_tried(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(tuning, "_attentions", forbidden)
     assert tuning.choose_kernels(SMALL, 2, 3, 56, gradients=True) == []
