@@ -16,10 +16,10 @@ from timesformer_jax.errors import InputError, install
 from timesformer_jax.export.program import VIDEO, Program, size_of
 from timesformer_jax.models.ops.kernels import select
 
-# Of the operators; onnxruntime since 1.20 and onnxruntime-web know it.
+# The version of the operators, which onnxruntime since 1.20 and onnxruntime-web support.
 OPSET = 21
 
-# A file of protocol buffers holds no more.
+# The limit of a file of protocol buffers, less some room for the graph.
 MAX_BYTES = 2**31 - 2**24
 
 
@@ -40,9 +40,9 @@ def write(path: str, program: Program) -> None:
     def run(video: jax.Array) -> jax.Array:
         return program.run(program.parameters, video)
 
-    # Traced here: jax2onnx would replace functions of JAX by operators of its own meanwhile, not
-    # all of which know vmap. Without functions inside of functions, which jax2onnx cannot rewrite
-    # with JAX 0.11.
+    # Traced here and not by jax2onnx, which replaces functions of JAX by operators of its own while
+    # it traces; some of these do not support vmap. Without nested jitted functions, which jax2onnx
+    # cannot rewrite with JAX 0.11.
     with select.attention_kernels("xla"), jax.disable_jit():
         traced = jax.make_jaxpr(run)(program.symbolic_input())
     with _plugins_of_primitives():
@@ -64,7 +64,7 @@ def write(path: str, program: Program) -> None:
 
 @contextlib.contextmanager
 def _plugins_of_primitives() -> Iterator[None]:
-    """Only what translates JAX's primitives is imported, not the examples and other libraries.
+    """Imports the plugins for JAX's primitives only, not those for examples and other libraries.
 
     All of them take nine seconds of a core. A later jax2onnx without this flag imports all.
     """
@@ -78,7 +78,7 @@ def _plugins_of_primitives() -> Iterator[None]:
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{package.__name__}.{module.name}")
     setattr(plugin_system, flag, True)
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # of shapes that are not told
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of unknown shapes
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ class Program:
       shape: of the clips: numbers, and names of the axes whose size is free.
       dtype: of the clips: "uint8" with preprocessing, else "float32".
       output: "probabilities" with preprocessing, else "logits".
-      card: what is to be known about the checkpoint, as JSON values.
+      card: see `make_card`.
     """
 
     run: Callable[[dict[str, jax.Array], jax.Array], jax.Array]
@@ -149,5 +149,5 @@ def license_text(card: dict[str, Any]) -> str:
 
 
 def size_of(parameters: dict[str, jax.Array]) -> int:
-    """Bytes."""
+    """Bytes of all parameters."""
     return sum(x.nbytes for x in parameters.values())

@@ -81,7 +81,7 @@ def write(path: str, program: Program) -> None:
 def _portable(exported: jax.export.Exported) -> bytes:
     """The module, serialized so that TensorFlow's older StableHLO reads it.
 
-    JAX writes erf as a composite operation, which brings what it is made of: that is called.
+    JAX writes erf as a composite operation, which TensorFlow does not know: its parts are called.
     """
     dialect.register_stablehlo_passes()
     with ir.Context() as context:

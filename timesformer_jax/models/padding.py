@@ -1,4 +1,4 @@
-"""Clips of different lengths in one batch: frames fill up the shorter ones, and nothing sees them.
+"""Clips of different lengths in one batch: frames fill up the shorter ones, and are masked.
 
 Padding is at the end. The mask is made once, by `mask`, and travels with the tokens. Norms, MLPs
 and attention within frames compute padding as they compute everything; attention across frames
@@ -114,7 +114,7 @@ def over_valid(qkv: Tokens, grid: Grid, partition: Partition) -> Tokens:
       partition: the layer's.
 
     Returns:
-      As `attention.over_time`. What comes out for padding is finite, and of no use.
+      As `attention.over_time`. The results of padding are finite and have no meaning.
     """
     b, t, n, *_ = qkv.patches.shape
     number = partition(t, grid)
