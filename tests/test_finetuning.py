@@ -68,14 +68,15 @@ def test_a_video_run_starts_at_the_image_models_features(
 
     # The first loss is that of the image model's features under the new head, on still frames'
     # grounds: temporal attention adds nothing yet.
-    model = {"num_heads": 2, "image_size": 32, "num_frames": 8, "num_classes": 8}
-    model["init"] = "width_scaled"  # of the new head
-    video = convert.read(vit, attention="divided", **model)
-    image = convert.read(vit, attention="space", **model)
+    fields = {"num_heads": 2, "image_size": 32, "num_frames": 8, "num_classes": 8}
+    fields["init"] = "width_scaled"  # of the new head
+    video = convert.read(vit, attention="divided", **fields)
+    image = convert.read(vit, attention="space", **fields)
     frame = jax.random.normal(jax.random.key(0), (2, 1, 32, 32, 3))
     still = np.repeat(frame, 8, axis=1)
-    features = with_parameters(video.config, video.load()).features(still)
-    expected = with_parameters(image.config, image.load()).features(frame)
+    model, image_model = (with_parameters(found.config, found.load()) for found in (video, image))
+    features = jax.jit(model.features)(still)
+    expected = jax.jit(image_model.features)(frame)
     np.testing.assert_allclose(features, expected, atol=1e-5)
 
     metadata = checkpoints.load_parameters(tmp_path / "run")[0]
@@ -83,7 +84,7 @@ def test_a_video_run_starts_at_the_image_models_features(
     options = {"batch_size": 8, "short_side_range": (32, 40), "flip": False, "seed": 0}
     batch, _ = next(pipeline.train_batches(split, metadata.clip, **options))
     clips = preprocess(batch["frames"], batch["crop_boxes"], metadata.clip)
-    logits = with_parameters(video.config, video.load())(clips)
+    logits = jax.jit(model.__call__)(clips)
     losses = -jax.nn.log_softmax(logits)[np.arange(8), batch["label"]]
     assert scalars(tmp_path / "run", "train/loss")[1][0] == pytest.approx(
         float(losses.mean()), rel=1e-4

@@ -135,7 +135,8 @@ def test_a_list_a_path_a_file_and_frames_give_the_same(predictor, good, checkpoi
 def test_a_sampled_clip_is_taken_as_it_is(checkpoint):
     predictor = tsf.Predictor(checkpoint, crops=1)
     clip = np.random.default_rng(0).integers(0, 256, (4, 24, 24, 3), np.uint8)
-    [logits] = predictor.model(preprocess(clip[None], np.array([[0.0, 0, 24]]), SPEC))
+    video = preprocess(clip[None], np.array([[0.0, 0, 24]]), SPEC)
+    [logits] = jax.jit(predictor.model.__call__)(video)
     found = predictor.probabilities(clip)
     assert np.abs(found - jax.nn.softmax(logits)).max() < 1e-5
 
@@ -199,7 +200,8 @@ def test_features_are_what_the_head_reads(predictor, good, checkpoint):
     # Both are means of the same patches; and the patches of the first frame by hand.
     assert np.allclose(found.frames.mean(axis=2), found.positions.mean(axis=2), atol=1e-5)
     clips = clips_lib.read(good[1], SPEC, views=2)
-    tokens = predictor.model.tokens(predictor.inputs(clips.frames[1], clips.crop_boxes))
+    video = predictor.inputs(clips.frames[1], clips.crop_boxes)
+    tokens = jax.jit(predictor.model.tokens)(video)
     assert np.allclose(tokens.patches[2, 0].mean(axis=0), found.frames[1, 2, 0], atol=1e-5)
     assert predictor.features(good[1]).frames is None
 
