@@ -39,9 +39,9 @@ def test_every_number_of_a_recipe_has_a_range_that_holds_it():
 
 def test_every_number_of_the_command_line_has_a_range():
     """`integer` and `number` take it from the table; a default must lie in it."""
-    tree = ast.parse((REPOSITORY / "timesformer_jax" / "cli" / "commands.py").read_text())
+    files = (REPOSITORY / "timesformer_jax" / "cli" / "commands").glob("*.py")
     found = 0
-    for node in ast.walk(tree):
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("integer", "number"):
             name, default = (ast.literal_eval(argument) for argument in node.args[:2])
             assert default is None or default in RANGES[name], name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from timesformer_jax.errors import InputError, PartlyDone
 from timesformer_jax.inference import feature_table
@@ -56,7 +57,7 @@ def features(
     predictor = Predictor(
         checkpoint, views, crops, attention_kernels, batch_size=batch_size, needs_head=False
     )
-    settings = {"checkpoint": checkpoint, "weights": predictor.fingerprint}
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "weights": predictor.fingerprint}
     settings |= {"views": views, "crops": crops, "start": start, "end": end}
     encode = functools.partial(predictor.encode, frames=frames, positions=positions)
     shapes = _shapes(predictor, frames, positions)
