@@ -9,7 +9,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 
 import hypothesis
 import jaxtyping
@@ -59,16 +58,28 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 # Tests start the command line many times with the same tiny model: each program is compiled once,
-# also for several workers.
-if not _IS_WORKER:
-    _PROGRAMS = tempfile.TemporaryDirectory(prefix="compiled")
-    os.environ["TESTS_COMPILED_PROGRAMS"] = _PROGRAMS.name
+# also for several workers, and for the next run.
+PROGRAMS = REPOSITORY / ".pytest_cache" / "programs"
+MOST_PROGRAMS = 1 << 30  # bytes
 _PROGRAM_CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": os.environ["TESTS_COMPILED_PROGRAMS"],
+    "JAX_COMPILATION_CACHE_DIR": os.fspath(PROGRAMS),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 os.environ.update(_PROGRAM_CACHE)  # the tests' own programs too: a third of them is compiled twice
+
+
+def pytest_sessionstart():
+    """Removes the programs that were compiled first, where there are too many."""
+    if _IS_WORKER:
+        return
+    total = 0
+    programs = [(path, path.stat()) for path in PROGRAMS.glob("*")]
+    for path, stat in sorted(programs, key=lambda program: -program[1].st_mtime):
+        total += stat.st_size
+        if total > MOST_PROGRAMS:
+            path.unlink()
+
 
 # What a test that uses one of these fixtures does, as a mark.
 _MARKS = {
