@@ -3,12 +3,14 @@
 import csv
 import dataclasses
 import io
+import itertools
 import json
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+import tensorflow_datasets as tfds
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +27,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import (
     MultiLabelResults,
     Results,
-    average_pieces,
+    VideoMeans,
     average_precision,
     best_threshold,
 )
@@ -39,13 +41,17 @@ pytestmark = pytest.mark.decodes
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 99))
 def test_pieces_are_averaged_whatever_their_order(video, seed):
-    video = np.array(video)
-    probabilities = np.random.default_rng(seed).random((len(video), 3)).astype(np.float32)
-    averaged, first = average_pieces(probabilities, video)
-    assert video[first].tolist() == sorted(set(video.tolist()))
-    for row, number in zip(averaged, video[first]):
-        pieces = [p.astype(np.float64) for p, v in zip(probabilities, video) if v == number]
-        assert np.allclose(row, sum(pieces) / len(pieces), rtol=0, atol=1e-12)
+    """Each record has one to three clips, which come in any order, a few at a time."""
+    video, random = np.array(video), np.random.default_rng(seed)
+    record = random.permutation(np.repeat(np.arange(len(video)), random.integers(1, 4, len(video))))
+    probabilities = random.random((len(record), 3)).astype(np.float32)
+    found = VideoMeans(video, 3)
+    for own in np.array_split(np.arange(len(record)), 1 + seed % 4):
+        found.add(probabilities[own], record[own])
+    assert video[found.first].tolist() == sorted(set(video.tolist()))
+    for row, number in zip(found.means(), video[found.first]):
+        clips = [p.astype(np.float64) for p, r in zip(probabilities, record) if video[r] == number]
+        assert np.allclose(row, sum(clips) / len(clips), rtol=0, atol=1e-12)
 
 
 def test_a_video_in_pieces_counts_once(demo_data):
@@ -83,6 +89,44 @@ def test_a_video_in_pieces_counts_once(demo_data):
     assert found.top1.tolist() == [int(ranks.get(i, 9) < 1) for i in range(8)]
     assert found.top5.tolist() == [int(ranks.get(i, 9) < 5) for i in range(8)]
     assert 0 < found.top5.sum() < 6  # neither answer would come out of no model at all
+
+
+def test_clips_that_cover_a_video_are_averaged(demo_data):
+    """Against the frames that TFDS decodes, cut by hand into pieces of a clip each."""
+    split = open_split(demo_data, "validation")
+    video = (np.arange(21) // 2).astype(np.int32)  # two records a video, the last has one
+    split = dataclasses.replace(split, video=video)
+    clip = ClipSpec(frames=2, frame_stride=3, crop=32, short_side=40)  # 0.2 s
+    model = TimeSformerConfig(
+        num_classes=8, image_size=32, num_frames=2, hidden_size=16, depth=1, num_heads=2
+    )
+    params = parameters(TimeSformer(model, rngs=nnx.Rngs(0)))
+    params["head"] = jax.tree.map(lambda x: x + np.linspace(-1, 1, 8) + 9 * x, params["head"])
+    mesh = make_mesh()
+    found = evaluate(
+        jax.device_put(params, NamedSharding(mesh, P())),
+        model, clip, split, mesh, batch_size=8, views="cover", crops=3,
+    )  # fmt: skip
+
+    probabilities = jax.jit(make_probabilities(model, clip))
+    data = tfds.builder_from_directory(str(demo_data)).as_dataset(split="validation")
+    frames_of = {example["id"].decode(): example["video"] for example in tfds.as_numpy(data)}
+    boxes = np.tile(np.array([0, 0, 40], np.float32), (1, 3, 1))
+    clips: list = [[] for _ in range(11)]
+    for number, name in zip(video, split.ids):
+        frames = frames_of[name]
+        pieces = round(len(frames) / 30 / 0.2)
+        assert pieces > 2
+        bounds = [i * len(frames) // pieces for i in range(pieces + 1)]
+        for first, last in itertools.pairwise(bounds):
+            start = first + max(last - first - 6, 0) / 2  # 6 frames in the middle of the piece
+            shown = frames[[int(start), min(int(start + 5), last - 1)]]
+            squares = np.stack([shown[:, :, left : left + 40] for left in (0, 4, 8)])
+            clips[number].append(probabilities(params, squares[None], boxes)[0])
+    expected = np.array([np.mean(each, axis=0) for each in clips])
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
+    assert (found.views, found.crops) == ("cover", 3)
+    assert "11 videos, cover x 3 views" in found.summary()
 
 
 def some_results(classes=7, videos=40):

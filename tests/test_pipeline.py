@@ -62,6 +62,27 @@ def test_evaluation_shows_every_video_once_and_exactly(validation, videos):
     assert sorted(seen) == sorted(videos)
 
 
+def test_clips_that_cover_a_record_come_in_order_on_any_number_of_hosts(validation):
+    spec = dataclasses.replace(SPEC, frames=3)  # of 0.2 s
+    options = {"batch_size": 8, "views": "cover", "crops": 3}
+    whole = list(pipeline.eval_batches(validation, spec, **options))
+    rows = pipeline.eval_rows(validation, spec, "cover")
+    assert len(whole) == -(-rows // 8)
+    assert whole[0]["frames"].shape == (8, 3, 3, 40, 40, 3)
+    record = np.concatenate([batch["record"][batch["valid"]] for batch in whole])
+    assert len(record) == rows
+    pieces = np.bincount(record, minlength=len(validation))
+    np.testing.assert_array_equal(record, np.repeat(np.arange(len(validation)), pieces))
+    np.testing.assert_array_equal(pieces, np.rint(validation.num_frames / 30 / 0.2))
+    parts = [
+        list(pipeline.eval_batches(validation, spec, rows=np.array(rows), **options))
+        for rows in ([0, 1, 6, 7], [2, 3, 4, 5])
+    ]
+    for batch, one, other in zip(whole, *parts, strict=True):
+        for rows, part in (([0, 1, 6, 7], one), ([2, 3, 4, 5], other)):
+            assert equal({name: value[rows] for name, value in batch.items()}, part)
+
+
 def test_training_crop_boxes_are_the_drawn_squares(train, demo_data):
     data = tfds.builder_from_directory(str(demo_data)).as_dataset(split="train")
     videos = {example["id"]: example for example in tfds.as_numpy(data)}

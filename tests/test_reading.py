@@ -140,10 +140,38 @@ def test_a_flipped_bit_or_a_cut_anywhere_gives_a_one_line_error(tmp_path_factory
         del whole[at:]
         said = f"some.tfrecord ends within the record at byte {offset}; `timesformer check "
     path.write_bytes(whole)
-    with pytest.raises(InputError) as error:
-        reading.read_record(str(path), offset, size)
-    assert said in str(error.value)
-    assert str(folder) in str(error.value)
+    for read in (reading.read_record, reading.open_record):
+        with pytest.raises(InputError) as error:
+            read(str(path), offset, size)
+        assert said in str(error.value)
+        assert str(folder) in str(error.value)
+
+
+@given(
+    st.lists(values, min_size=1, max_size=12),
+    st.integers(1, 50),
+    st.lists(st.integers(0, 11), max_size=12),
+)
+def test_a_record_that_stays_in_its_file_has_the_same_bytes(frames, block, indices):
+    serialized = wire.serialize({"video": frames, "id": "a", "label": 300})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "BLOCK_BYTES", block)
+        record = wire.LongRecord(len(serialized), lambda first, last: serialized[first:last])
+        indices = [i % len(frames) for i in indices]
+        assert wire.extract_frames(record, indices) == [frames[i] for i in indices]
+        assert record.checksum() == wire.masked_crc32c(serialized)
+        assert record[:] == serialized
+
+
+def test_long_records_give_the_same_batches_and_are_opened_once(split, monkeypatch):
+    short = every_batch(split, views="cover")
+    assert len(short) > 32
+    opened, open_record = [], reading.open_record
+    monkeypatch.setattr(reading, "LONG_RECORD_BYTES", 0)
+    monkeypatch.setattr(reading, "open_record", lambda *p: opened.append(p) or open_record(*p))
+    long = every_batch(split, views="cover")
+    assert all((a["frames"] == b["frames"]).all() for a, b in zip(short, long, strict=True))
+    assert len(opened) == len(split)
 
 
 @pytest.fixture
@@ -169,11 +197,13 @@ def copied(split, tmp_path):
     return path, record, write
 
 
-def every_batch(split):
-    return list(pipeline.eval_batches(split, SPEC, batch_size=4))
+def every_batch(split, **options):
+    return list(pipeline.eval_batches(split, SPEC, batch_size=4, **options))
 
 
-def test_a_damaged_shard_ends_training_and_evaluation_in_one_line(copied):
+@pytest.mark.parametrize("long", [1 << 30, 0])
+def test_a_damaged_shard_ends_training_and_evaluation_in_one_line(copied, monkeypatch, long):
+    monkeypatch.setattr(reading, "LONG_RECORD_BYTES", long)
     path, record, write = copied
     changed = write(record)
     assert len(every_batch(changed)) == 16

@@ -169,8 +169,9 @@ def test_views_that_cover_a_video_are_those_of_its_pieces_alone(
 
 
 @pytest.mark.parametrize("views", ["cove", "0"])
-def test_other_words_are_no_views(refusal, views):
-    assert "10,000, or cover" in refusal("predict", "a.mp4", "--checkpoint=b", f"--views={views}")
+@pytest.mark.parametrize("command", [["predict", "a.mp4"], ["evaluate"]])
+def test_other_words_are_no_views(refusal, command, views):
+    assert "10,000, or cover" in refusal(*command, "--checkpoint=b", f"--views={views}")
 
 
 @pytest.fixture(scope="module")

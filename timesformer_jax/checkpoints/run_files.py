@@ -12,6 +12,7 @@ from etils import epath
 from timesformer_jax import storage
 from timesformer_jax.checkpoints import schema, validation
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.data.input.sampling import COVER, Views
 from timesformer_jax.errors import InputError
 
 FOLDER = "checkpoints"  # of a workdir
@@ -35,7 +36,7 @@ class Evaluation(NamedTuple):
     split: str
     metrics: dict[str, float]
     videos: int
-    views: int
+    views: Views
     crops: int
 
 
@@ -90,9 +91,10 @@ def evaluated(path: str | os.PathLike) -> Evaluation:
 
 def _evaluation(fields: dict[str, Any], name: str, split: str) -> Evaluation:
     try:
+        views = fields["views"]
         return Evaluation(
             name, str(fields.get("split", split)), _metrics(fields),
-            *(int(fields[field]) for field in ("videos", "views", "crops")),
+            int(fields["videos"]), views if views == COVER else int(views), int(fields["crops"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError):
         raise InputError(

@@ -9,29 +9,40 @@ from typing import Any
 
 import numpy as np
 
+from timesformer_jax.data.input.sampling import Views
+
 # With fewer classes the top 5 are all or nearly all of them, and say nothing: there is no `top5`.
 LEAST_CLASSES_FOR_TOP5 = 6
 
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-def average_pieces(probabilities: np.ndarray, video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean prediction of each video over its records.
+class VideoMeans:
+    """The mean prediction of each video over its records and their clips, as they come.
+
+    It holds a sum for each video and class, however many clips there are.
 
     Args:
-      probabilities: (n, C), one row a record, in any order.
-      video: (n,) int, the number of each record's video.
+      video: (n,) int, the number of the video of each of n records.
+      classes: C.
 
-    Returns:
-      (m, C) float64, the means of the m videos, in the order of their numbers; and (m,) int, the
-      row of one record of each video.
+    Attributes:
+      first: (m,) int, the first record of each of the m videos, in the order of their numbers.
     """
-    _, first, place, records = np.unique(
-        video, return_index=True, return_inverse=True, return_counts=True
-    )
-    total = np.zeros((len(first), probabilities.shape[1]))
-    np.add.at(total, place, probabilities)
-    return total / records[:, None], first
+
+    def __init__(self, video: np.ndarray, classes: int):
+        _, self.first, self._place = np.unique(video, return_index=True, return_inverse=True)
+        self._total = np.zeros((len(self.first), classes))
+        self._clips = np.zeros(len(self.first), int)
+
+    def add(self, probabilities: np.ndarray, record: np.ndarray) -> None:
+        """Adds predictions, (k, C), of the records of these numbers, (k,), in any order."""
+        np.add.at(self._total, self._place[record], probabilities)
+        np.add.at(self._clips, self._place[record], 1)
+
+    def means(self) -> np.ndarray:
+        """(m, C) float64; every video must have a prediction."""
+        return self._total / self._clips[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +54,15 @@ class Results:
       ids: (m,) str, a name of each video.
       truth: (m,) int, the true class of each video.
       probabilities: (m, C), each row sums to 1.
-      views, crops: clips a video and crops a clip whose probabilities were averaged.
+      views, crops: clips a video and crops a clip whose probabilities were averaged; views "cover"
+        of `sampling.covering_indices`.
     """
 
     labels: tuple[str, ...]
     ids: np.ndarray
     truth: np.ndarray
     probabilities: np.ndarray
-    views: int = 1
+    views: Views = 1
     crops: int = 1
 
     @cached_property
@@ -170,7 +182,7 @@ class MultiLabelResults:
     ids: np.ndarray
     truth: np.ndarray
     probabilities: np.ndarray
-    views: int = 1
+    views: Views = 1
     crops: int = 1
 
     @cached_property

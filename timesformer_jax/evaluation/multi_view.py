@@ -1,7 +1,7 @@
 """Multi-view evaluation: the probabilities of a video's views are averaged, as in the paper.
 
-A long video that was prepared in pieces counts once too: the probabilities of its pieces, which do
-not overlap, are averaged (the paper's HowTo100M protocol).
+A long video counts once too, by the paper's protocol for HowTo100M: the probabilities of clips that
+do not overlap are averaged, whether it was prepared in pieces of a clip each or is covered here.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from timesformer_jax.checkpoints.load import load
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.sources import full_name
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.data.input.pipeline import eval_batches
+from timesformer_jax.data.input.pipeline import eval_batches, eval_rows
+from timesformer_jax.data.input.sampling import COVER, Views
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.distributed import hosts
 from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
-from timesformer_jax.evaluation.metrics import MultiLabelResults, Results, average_pieces, by_name
+from timesformer_jax.evaluation.metrics import MultiLabelResults, Results, VideoMeans, by_name
 from timesformer_jax.evaluation.output import check_outputs, write
 from timesformer_jax.evaluation.step import make_step
 from timesformer_jax.host_memory import require_memory_for
@@ -44,7 +45,7 @@ def evaluate(
     mesh: Mesh,
     *,
     batch_size: int,
-    views: int = 1,
+    views: Views = 1,
     crops: int = 3,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Results | MultiLabelResults:
@@ -56,13 +57,13 @@ def evaluate(
       split: a prepared split. Every video counts once, on any number of hosts, with the mean
         probabilities of its records.
       mesh: the devices.
-      batch_size: videos at a time, of all devices together.
-      views: clips along a video.
+      batch_size: videos at a time, of all devices together; with views "cover" clips.
+      views: clips along a video; "cover" for those of `sampling.covering_indices`.
       crops: 3 for left, centre and right; 1 for the centre only.
       after_batch: called after each batch; an exception ends the evaluation.
     """
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        clips = batch_size * views * crops
+        clips = batch_size * clips_a_row(views) * crops
         tuning.choose_kernels(model, clips, clip.frames, clip.crop, gradients=False)
     step = make_step(model, clip, mesh, split.targets is not None)
     rows = batch_rows(mesh, batch_size)
@@ -70,25 +71,27 @@ def evaluate(
     progress = tqdm(
         batches,
         desc=f"evaluating {split.name}",
-        total=-(-len(split) // batch_size),
+        total=-(-eval_rows(split, clip, views) // batch_size),
         unit="batch",
         disable=jax.process_index() > 0,
         leave=False,
     )
-    probabilities, records = [], []
+    found = VideoMeans(split.video, model.num_classes)
     for batch in progress:
         names = ("frames", "crop_boxes", "record", "valid", "valid_frames")
         arrays = put_batch(mesh, {name: batch[name] for name in names if name in batch})
         p, record, valid = jax.device_get(step(params, arrays))
-        probabilities.append(p[valid])
-        records.append(record[valid])
+        found.add(p[valid], record[valid])
         after_batch()
-    rows = np.concatenate(records)
-    averaged, first = average_pieces(np.concatenate(probabilities), split.video[rows])
-    videos = split.take(rows[first])
+    videos, averaged = split.take(found.first), found.means()
     if videos.targets is None:
         return Results(split.label_names, videos.ids, videos.label, averaged, views, crops)
     return MultiLabelResults(split.label_names, videos.ids, videos.targets, averaged, views, crops)
+
+
+def clips_a_row(views: Views) -> int:
+    """Clips of a row of a batch of `eval_batches`."""
+    return 1 if views == COVER else views
 
 
 def evaluate_checkpoint(
@@ -96,7 +99,7 @@ def evaluate_checkpoint(
     data: str | None = None,
     split: str | None = None,
     fps: float | None = None,
-    views: int = 1,
+    views: Views = 1,
     crops: int = 3,
     batch_size: int | None = None,
     output: Sequence[str] = (),
@@ -112,7 +115,7 @@ def evaluate_checkpoint(
       fps: frame rate of records that do not store theirs; by default, on the data it was trained
         on, that of its config.
       views, crops: as for `evaluate`.
-      batch_size: videos at a time; by default that of its config.
+      batch_size: videos at a time, with views "cover" clips; by default that of its config.
       output: files for the results, each .json, .csv or .png; see `output.write`.
       attention_kernels: "auto", "xla" or the name of a kernel, see docs/kernels.md.
       processes: the arguments of `hosts.processes`.
@@ -120,7 +123,8 @@ def evaluate_checkpoint(
     Raises:
       InputError: if something cannot be read, or the data's labels are not the checkpoint's.
     """
-    ranges.check_given(views=views, crops=crops, batch_size=batch_size, fps=fps)
+    ranges.check_given(views=None if views == COVER else views, crops=crops)
+    ranges.check_given(batch_size=batch_size, fps=fps)
     check_outputs(output)
     with tuning.using(attention_kernels), hosts.processes(**processes):
         mesh = make_mesh()
@@ -131,9 +135,10 @@ def evaluate_checkpoint(
         evaluated = match_labels(metadata, evaluated)
         check_batch(mesh, batch_size, "--batch_size")
         parts = jax.device_count()
-        batch_size = min(batch_size, -(-len(evaluated) // parts) * parts)  # no more than there are
-        own = batch_size * views // jax.process_count()
         clip = metadata.clip
+        there = eval_rows(evaluated, clip, views)
+        batch_size = min(batch_size, -(-there // parts) * parts)  # no more than there are
+        own = batch_size * clips_a_row(views) // jax.process_count()
         require_memory_for(own, clip.frames, clip.crop, "--batch_size or --views")
         results = evaluate(
             params, metadata.model, metadata.clip, evaluated, mesh,

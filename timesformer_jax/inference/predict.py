@@ -7,12 +7,13 @@ import functools
 import sys
 import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from timesformer_jax.data.annotations import read_labels
 from timesformer_jax.data.decode import VideoError
+from timesformer_jax.data.input.sampling import Views
 from timesformer_jax.errors import InputError, PartlyDone
 from timesformer_jax.inference.appended import AppendedFile
 from timesformer_jax.inference.predictions import Settings, Writer, choose_format
@@ -23,7 +24,7 @@ from timesformer_jax.inference.sources import Source, find
 def predict(
     videos: Sequence[str],
     checkpoint: str,
-    views: int | Literal["cover"] = 1,
+    views: Views = 1,
     crops: int = 3,
     start: float | None = None,
     end: float | None = None,

@@ -6,13 +6,14 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from timesformer_jax.checkpoints.load import load
 from timesformer_jax.data.decode import DecodedVideo, VideoError, isolated_for
+from timesformer_jax.data.input.sampling import COVER, Views
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference import clips as clips_lib
 from timesformer_jax.inference.attention import class_index, trace
@@ -27,9 +28,6 @@ from timesformer_jax.models.embedding import cut_off
 from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.timesformer import TimeSformer, with_parameters
 from timesformer_jax.workers import available_cores
-
-# In place of a number of views.
-COVER = "cover"
 
 T = TypeVar("T")
 
@@ -80,7 +78,7 @@ class Predictor:
     def __init__(
         self,
         checkpoint: str | os.PathLike,
-        views: int | Literal["cover"] = 1,
+        views: Views = 1,
         crops: int = 3,
         attention_kernels: str = "auto",
         *,

@@ -14,7 +14,7 @@ from absl import logging
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data import decode
-from timesformer_jax.data.decode import Stream, StreamedClip, Timeline, equal_pieces
+from timesformer_jax.data.decode import Stream, StreamedClip, Timeline
 from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference.clip_model import ClipInputs
@@ -91,19 +91,8 @@ class _InMemory:
 
 
 def covering(spec: ClipSpec) -> Sample:
-    """Samples non-overlapping clips along a whole video, the paper's protocol for long ones.
-
-    The video is cut into equal pieces, as nearly as long as a clip as can be, and a clip is taken
-    from each as from a video: the records that `prepare` cuts a long video into are the same.
-    With sampling "segments" a clip is as long as the video, and is the only one.
-    """
-
-    def sample(timeline: Timeline) -> Iterator[np.ndarray]:
-        window = sampling.clip_seconds(spec)
-        for first, last in equal_pieces(len(timeline), timeline.fps, window or np.inf):
-            yield first + sampling.test_indices(last - first, timeline.fps, spec, views=1)[0]
-
-    return sample
+    """Samples the clips of `sampling.covering_indices`, of any video."""
+    return lambda timeline: sampling.covering_indices(len(timeline), timeline.fps, spec)
 
 
 def clip_inputs(clips: Iterable[StreamedClip], crops: int) -> ClipInputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timesformer_jax.cli.flags import integer, string
+from timesformer_jax.cli.flags import integer, integer_or, string
 
 CONFIG = string(
     "config",
@@ -17,6 +17,16 @@ CHECKPOINT = string(
 )
 CROPS = integer("crops", 3, "square crops per clip: 3 (left, centre, right) or 1")
 VIEWS = (integer("views", 1, "clips per video, whose probabilities are averaged"), CROPS)
+VIEWS_OR_COVER = (
+    integer_or(
+        "cover",
+        "views",
+        1,
+        "clips per video, whose probabilities are averaged; cover: clips that do not overlap, along"
+        " the whole video of any length",
+    ),
+    CROPS,
+)
 ATTENTION_KERNELS = string(
     "attention_kernels", "auto", "auto for the fastest on the device, xla, or the name of a kernel"
 )

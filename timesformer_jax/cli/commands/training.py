@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from timesformer_jax.cli.commands.shared import ATTENTION_KERNELS, CHECKPOINT, CONFIG, VIEWS
+from timesformer_jax.cli.commands.shared import (
+    ATTENTION_KERNELS,
+    CHECKPOINT,
+    CONFIG,
+    VIEWS_OR_COVER,
+)
 from timesformer_jax.cli.flags import Command, integer, number, string, strings
 
 PROCESSES = (
@@ -41,8 +46,12 @@ TRAINING = {
             string("data", None, "folder of records, or tfds:NAME; by default the training data"),
             string("split", None, "split of the data; by default the config's evaluation split"),
             number("fps", None, "frame rate of records that do not store theirs"),
-            *VIEWS,
-            integer("batch_size", None, "videos per batch; by default the config's"),
+            *VIEWS_OR_COVER,
+            integer(
+                "batch_size",
+                None,
+                "videos per batch, with --views=cover clips; by default the config's",
+            ),
             strings(
                 "output",
                 "files for the results, such as results.json,videos.csv,confusion.png: all of"

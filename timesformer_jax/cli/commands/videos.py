@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from timesformer_jax.cli.commands.shared import ATTENTION_KERNELS, CHECKPOINT, CROPS, VIEWS
-from timesformer_jax.cli.flags import Command, boolean, integer, integer_or, number, string, strings
+from timesformer_jax.cli.commands.shared import ATTENTION_KERNELS, CHECKPOINT, VIEWS, VIEWS_OR_COVER
+from timesformer_jax.cli.flags import Command, boolean, integer, number, string, strings
 
 PART = (
     number("start", None, "start of the part of each video to look at, in seconds"),
@@ -21,14 +21,7 @@ VIDEOS = {
         "timesformer_jax.inference.predict:predict",
         (
             CHECKPOINT,
-            integer_or(
-                "cover",
-                "views",
-                1,
-                "clips per video, whose probabilities are averaged; cover: clips that do not"
-                " overlap, along the whole video of any length",
-            ),
-            CROPS,
+            *VIEWS_OR_COVER,
             *PART,
             integer("top", 5, "number of classes to print"),
             number("threshold", None, "print only classes with at least this probability"),

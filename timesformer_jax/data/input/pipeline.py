@@ -8,6 +8,7 @@ keeps no clips in memory, and the state of the iterator is two numbers.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import sampling
 from timesformer_jax.data.input.reading import BatchRequest, read_batches
+from timesformer_jax.data.input.sampling import COVER, Views
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.errors import InputError
 
@@ -133,40 +135,64 @@ def eval_batches(
     spec: ClipSpec,
     *,
     batch_size: int,
-    views: int = 1,
+    views: Views = 1,
     crops: int = 1,
     rows: Rows = ALL,
 ) -> Iterator[Batch]:
-    """Every record of the split once, in order, from views x crops.
+    """Every record of the split, in order, from views x crops.
 
     Args:
       split, spec, rows: as for `train_batches`.
-      batch_size: records per global batch.
-      views: clips along the video.
+      batch_size: rows per global batch. A row is a record, and shows all its views; with "cover"
+        it is one clip.
+      views: clips along the record; or "cover", for those of `sampling.covering_indices`, however
+        many they are: a record then has as many rows, one after the other.
       crops: squares along the longer side of each frame.
 
     Yields:
-      Batches as in training, but with frames (b, views * crops, T, S, S, 3), crop_boxes
-      (b, views * crops, 3), and valid (b,) bool: False for rows that only fill up the last batch.
+      Batches as in training, but with frames (b, V * crops, T, S, S, 3), crop_boxes
+      (b, V * crops, 3), where V is `views`, and 1 for "cover"; and valid (b,) bool: False for rows
+      that only fill up the last batch.
     """
     side = _short_side(split)
     requests = _eval_requests(split, spec, batch_size, views, crops, rows, side)
     for request, frames in read_batches(requests, split, side):
         # Crops vary fastest.
-        yield _batch(request, frames, np.tile(request.crop_boxes, (1, views, 1)))
+        boxes = np.tile(request.crop_boxes, (1, request.indices.shape[1], 1))
+        yield _batch(request, frames, boxes)
+
+
+def eval_rows(split: Split, spec: ClipSpec, views: Views = 1) -> int:
+    """How many rows the batches of `eval_batches` have, those that fill up the last one aside."""
+    if views != COVER:
+        return len(split)
+    lengths = zip(split.num_frames.tolist(), split.fps.tolist())
+    return sum(len(sampling.covering_pieces(*length, spec)) for length in lengths)
 
 
 def _eval_requests(
-    split: Split, spec: ClipSpec, batch_size: int, views: int, crops: int, rows: Rows, side: int
+    split: Split, spec: ClipSpec, batch_size: int, views: Views, crops: int, rows: Rows, side: int
 ) -> Iterator[BatchRequest]:
-    steps = -(-len(split) // batch_size)
-    for batch in np.arange(steps * batch_size).reshape(steps, batch_size):
-        records = batch[rows]
-        valid = records < len(split)
-        records = np.where(valid, records, 0)
-        clips = [_eval_clip(split, spec, record, views, crops) for record in records]
+    everything = _eval_rows(split, spec, views)
+    while batch := list(itertools.islice(everything, batch_size)):
+        own = np.arange(batch_size)[rows]
+        valid = own < len(batch)
+        chosen = [batch[min(row, len(batch) - 1)] for row in own.tolist()]
+        records = np.array([record for record, _ in chosen])
+        clips = [_eval_clip(split, record, indices, crops) for record, indices in chosen]
         request = _batch_request(split, spec, records, clips, side)
         yield dataclasses.replace(request, valid=valid)
+
+
+def _eval_rows(split: Split, spec: ClipSpec, views: Views) -> Iterator[tuple[int, np.ndarray]]:
+    """The record and the source frames, (V, T), of every row."""
+    for record in range(len(split)):
+        length = int(split.num_frames[record]), float(split.fps[record])
+        if views == COVER:
+            for indices in sampling.covering_indices(*length, spec):
+                yield record, indices[None]
+        else:
+            yield record, sampling.test_indices(*length, spec, views)
 
 
 def batches_per_epoch(split: Split, batch_size: int) -> int:
@@ -219,10 +245,8 @@ def _train_clip(
     }
 
 
-def _eval_clip(split: Split, spec: ClipSpec, record: int, views: int, crops: int) -> dict[str, Any]:
+def _eval_clip(split: Split, record: int, indices: np.ndarray, crops: int) -> dict[str, Any]:
     """What the views of a record are made of; crop boxes in pixels of the frame."""
-    num_frames, fps = int(split.num_frames[record]), float(split.fps[record])
-    indices = sampling.test_indices(num_frames, fps, spec, views)
     size = int(split.height[record]), int(split.width[record])
     return {
         "indices": _stored_indices(split, record, indices),

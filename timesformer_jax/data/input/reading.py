@@ -23,16 +23,14 @@ import tensorflow as tf
 from etils import epath
 
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.data.records.wire import (
-    RECORD_HEADER_BYTES,
-    RECORD_OVERHEAD_BYTES,
-    masked_crc32c,
-)
+from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES, LongRecord, masked_crc32c
 from timesformer_jax.errors import InputError
 
 # Reading waits for a disk or a network and not for a processor, so threads may outnumber the cores.
 READ_THREADS = 16
 READ_AHEAD = 2  # batches
+# A record of more bytes stays in its file.
+LONG_RECORD_BYTES = 32 << 20
 # JPEGs are coded in blocks of 16 columns (4:2:0). TensorFlow is 40% slower if a crop starts within
 # a block.
 JPEG_BLOCK = 16
@@ -172,18 +170,33 @@ def read_encoded_frames(
     Yields:
       A request and its frames, (b, V, T) objects, each the bytes of a JPEG or PNG.
     """
-    read = functools.partial(_read_frames, split)
+    # A long record is read on by the next request, if that begins with it: clips that cover a
+    # record follow each other.
+    opened: dict[int, LongRecord] = {}
+
+    def read(row: int, indices: np.ndarray) -> list[bytes]:
+        record = opened.get(row) or _open_record(split, row)
+        if isinstance(record, LongRecord):
+            opened[row] = record
+        return split.extract_frames(record, indices.ravel().tolist())
+
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for request in requests:
-            images = list(pool.map(read, request.record, request.indices))
-            yield request, np.array(images, object).reshape(request.indices.shape)
+            rows = list(dict.fromkeys(request.record.tolist()))
+            of_row = [request.record == row for row in rows]
+            found = pool.map(read, rows, [request.indices[own] for own in of_row])
+            images = np.empty(request.indices.shape, object)
+            for own, frames in zip(of_row, found):
+                images[own] = np.array(frames, object).reshape(-1, *images.shape[1:])
+            for row in opened.keys() - rows[-1:]:
+                del opened[row]
+            yield request, images
 
 
-def _read_frames(split: Split, row: int, indices: np.ndarray) -> list[bytes]:
-    """The encoded frames of a record at (V, T) indices, flattened."""
-    file = split.files[split.shard[row]]
-    record = read_record(file, int(split.offset[row]), int(split.size[row]))
-    return split.extract_frames(record, indices.ravel().tolist())
+def _open_record(split: Split, row: int) -> bytes | LongRecord:
+    """A record of the split, checked; one that is long stays in its file."""
+    place = split.files[split.shard[row]], int(split.offset[row]), int(split.size[row])
+    return read_record(*place) if place[-1] <= LONG_RECORD_BYTES else open_record(*place)
 
 
 def read_record(file: str, offset: int, size: int) -> bytes:
@@ -197,20 +210,42 @@ def read_record(file: str, offset: int, size: int) -> bytes:
     Raises:
       InputError: the file cannot be read, ends within the record, or is damaged there.
     """
+    header, data, footer = _read(file, offset, 0, RECORD_HEADER_BYTES, size, 4)
+    _check(file, offset, size, header, masked_crc32c(data), footer)
+    return data
+
+
+def open_record(file: str, offset: int, size: int) -> LongRecord:
+    """As `read_record`, of a record that stays in the file; it is read once, and checked."""
+
+    def read(first: int, last: int) -> bytes:
+        return _read(file, offset, RECORD_HEADER_BYTES + first, last - first)[0]
+
+    record = LongRecord(size, read)
+    [header] = _read(file, offset, 0, RECORD_HEADER_BYTES)
+    _check(file, offset, size, header, record.checksum(), read(size, size + 4))
+    return record
+
+
+def _read(file: str, offset: int, skip: int, *sizes: int) -> list[bytes]:
+    """Parts of a file that follow each other, from `skip` bytes after a record's offset."""
     try:
         with epath.Path(file).open("rb") as shard:
-            shard.seek(offset)
-            header, data, footer = (shard.read(n) for n in (RECORD_HEADER_BYTES, size, 4))
+            shard.seek(offset + skip)
+            parts = [shard.read(size) for size in sizes]
     except (OSError, tf.errors.OpError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"cannot read {file}: {reason}; {_advice(file)}") from error
-    if len(header) + len(data) + len(footer) < size + RECORD_OVERHEAD_BYTES:
+    if [len(part) for part in parts] != [*sizes]:
         raise InputError(f"{file} ends within the record at byte {offset}; {_advice(file)}")
-    length = header[:8]
-    expected = struct.pack("<QI", size, masked_crc32c(length)), masked_crc32c(data)
+    return parts
+
+
+def _check(file: str, offset: int, size: int, header: bytes, checksum: int, footer: bytes) -> None:
+    """Raises InputError unless what stands before and after a record's data is right."""
+    expected = struct.pack("<QI", size, masked_crc32c(header[:8])), checksum
     if (header, int.from_bytes(footer, "little")) != expected:
         raise InputError(f"{file} is damaged in the record at byte {offset}; {_advice(file)}")
-    return data
 
 
 @tf.autograph.experimental.do_not_convert
@@ -265,7 +300,7 @@ def _undecodable_frame(split: Split, request: BatchRequest) -> InputError | None
     """Finds the frame that TensorFlow could not decode in a batch; None if all can be decoded."""
     for row, indices in zip(request.record, request.indices):
         expected = split.height[row], split.width[row]
-        for frame in _read_frames(split, row, indices):
+        for frame in split.extract_frames(_open_record(split, row), indices.ravel().tolist()):
             try:
                 size = tuple(tf.io.decode_jpeg(frame, channels=3).shape[:2])
                 reason = f"is {size[1]}x{size[0]}, and not {expected[1]}x{expected[0]}"

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
 from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.decode import equal_pieces
 from timesformer_jax.errors import InputError
+
+# In place of a number of views: clips that do not overlap, along the whole video.
+COVER: Literal["cover"] = "cover"
+Views = int | Literal["cover"]
 
 
 def train_indices(
@@ -61,6 +67,29 @@ def test_indices(num_frames: int, fps: float, spec: ClipSpec, views: int) -> np.
 
 
 test_indices.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it as a test
+
+
+def covering_pieces(num_frames: int, fps: float, spec: ClipSpec) -> list[tuple[int, int]]:
+    """The [first, last) source frames of the pieces of a video that one test clip each stands for.
+
+    They are equal, and as nearly as long as a clip as can be: the records that `prepare` cuts a
+    long video into are the same. With sampling "segments" a clip is as long as the video, and
+    there is one piece.
+    """
+    return equal_pieces(num_frames, fps, clip_seconds(spec) or math.inf)
+
+
+def covering_indices(num_frames: int, fps: float, spec: ClipSpec) -> Iterator[np.ndarray]:
+    """The source frames of clips that do not overlap along a whole video.
+
+    It is the paper's protocol for long videos (HowTo100M): a clip is taken from each of the
+    `covering_pieces` as from a video, and the predictions are averaged.
+
+    Yields:
+      (T,) int64 in [0, num_frames), ascending, from one clip to the next too.
+    """
+    for first, last in covering_pieces(num_frames, fps, spec):
+        yield first + test_indices(last - first, fps, spec, views=1)[0]
 
 
 def _of_segments(num_frames: int, spec: ClipSpec, draws: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from PIL import Image
 from tqdm import tqdm
 
-from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES, extract_frames
+from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES, LongRecord, extract_frames
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import write_atomically
 from timesformer_jax.workers import available_cores, worker_pool
@@ -118,9 +118,9 @@ class SequenceExampleFormat:
             id=ids[0] if ids else "",
         )
 
-    def extract_frames(self, serialized: bytes, indices: Sequence[int]) -> list[bytes]:
+    def extract_frames(self, serialized: bytes | LongRecord, indices: Sequence[int]) -> list[bytes]:
         """As `Split.extract_frames`."""
-        lists = tf.train.SequenceExample.FromString(serialized).feature_lists.feature_list
+        lists = tf.train.SequenceExample.FromString(serialized[:]).feature_lists.feature_list
         return [_only(lists[self.frames].feature[i]) for i in indices]
 
 
@@ -139,7 +139,7 @@ class ExampleFormat:
             feature[self.video].bytes_list.value, feature[self.label].int64_list.value
         )
 
-    def extract_frames(self, serialized: bytes, indices: Sequence[int]) -> list[bytes]:
+    def extract_frames(self, serialized: bytes | LongRecord, indices: Sequence[int]) -> list[bytes]:
         """As `Split.extract_frames`."""
         return extract_frames(serialized, indices, self.video)
 

@@ -12,7 +12,7 @@ from etils import epath
 
 from timesformer_jax.data.annotations import clip_hash
 from timesformer_jax.data.layout import INDEX_DTYPES, SPLITS_FILE
-from timesformer_jax.data.records.wire import extract_frames
+from timesformer_jax.data.records.wire import LongRecord, extract_frames
 from timesformer_jax.errors import InputError
 
 
@@ -54,7 +54,7 @@ class Split:
     width: np.ndarray
     label: np.ndarray
     video: np.ndarray
-    extract_frames: Callable[[bytes, Sequence[int]], list[bytes]] = extract_frames
+    extract_frames: Callable[[bytes | LongRecord, Sequence[int]], list[bytes]] = extract_frames
     targets: np.ndarray | None = None
 
     def __len__(self) -> int:

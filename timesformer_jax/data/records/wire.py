@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import google_crc32c
+import numpy as np
 
 # The TFRecord format: length (8 bytes), checksum of it (4), data, checksum of the data (4).
 RECORD_HEADER_BYTES = 12
 RECORD_OVERHEAD_BYTES = 16
+
+# What is read at a time of a record that stays in its file.
+BLOCK_BYTES = 1 << 20
 
 # The wire type of strings and messages. An Example has no other down to its byte strings.
 LENGTH_DELIMITED = 2
@@ -27,8 +32,58 @@ BYTES_LIST, FLOAT_LIST, INT64_LIST = 1, 2, 3
 
 def masked_crc32c(data: bytes) -> int:
     """The checksum of the TFRecord format: CRC-32C rotated right by 15 bits, plus a constant."""
-    crc = google_crc32c.value(data)
+    return _masked(google_crc32c.value(data))
+
+
+def _masked(crc: int) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+class LongRecord:
+    """A serialized record that stays in its file: indexed like its bytes, it reads a block of them.
+
+    It holds that block, and once its frames were asked for, 16 bytes for each of them. Not for
+    several threads at a time.
+
+    Args:
+      size: bytes of the record.
+      read: a function of two positions in the record that returns the bytes between them.
+    """
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes]):
+        self._size, self._read = size, read
+        self._first, self._block = 0, b""
+        self._places: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, at: int | slice) -> int | bytes:
+        """A byte, or the bytes of a slice with neither a step nor negative ends."""
+        if isinstance(at, slice):
+            start, stop, _ = at.indices(self._size)
+            return self._between(start, stop)
+        return self._between(at, at + 1)[0]
+
+    def _between(self, start: int, stop: int) -> bytes:
+        if not self._first <= start <= stop <= self._first + len(self._block):
+            until = min(max(stop, start + BLOCK_BYTES), self._size)
+            self._first, self._block = start, self._read(start, until)
+        return self._block[start - self._first : stop - self._first]
+
+    def checksum(self) -> int:
+        """`masked_crc32c` of the bytes; it reads all of them."""
+        crc = 0
+        for start in range(0, self._size, BLOCK_BYTES):
+            crc = google_crc32c.extend(crc, self._read(start, min(start + BLOCK_BYTES, self._size)))
+        return _masked(crc)
+
+    def places(self, feature: str) -> np.ndarray:
+        """(n, 2) int64: where each value of a bytes_list feature is, as for `bytes_list`."""
+        if feature not in self._places:
+            ends = ((place.start, place.stop) for place in _bytes_values(self, feature))
+            self._places[feature] = np.fromiter(ends, np.dtype((np.int64, 2)))
+        return self._places[feature]
 
 
 class ShardWriter:
@@ -119,17 +174,23 @@ def bytes_list(example: bytes, name: str) -> list[slice]:
     Raises:
       KeyError: there is no such feature.
     """
+    return list(_bytes_values(example, name))
+
+
+def _bytes_values(example: Any, name: str) -> Iterator[slice]:
+    """The places of `bytes_list`, of an example that is indexed like bytes."""
     for _, features in _fields(example, slice(0, len(example))):
         for _, entry in _fields(example, features):
             # An entry of a map is a message of key and value.
             (_, key), (_, feature) = _fields(example, entry)
             if example[key] == name.encode():
-                lists = (values for _, values in _fields(example, feature))
-                return [value for values in lists for _, value in _fields(example, values)]
+                for _, values in _fields(example, feature):
+                    yield from (value for _, value in _fields(example, values))
+                return
     raise KeyError(name)
 
 
-def _fields(message: bytes, place: slice) -> Iterator[tuple[int, slice]]:
+def _fields(message: Any, place: slice) -> Iterator[tuple[int, slice]]:
     """The field number and the place of each field of the message at `place`."""
     at = place.start
     while at < place.stop:
@@ -141,7 +202,7 @@ def _fields(message: bytes, place: slice) -> Iterator[tuple[int, slice]]:
         at += length
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
+def _varint(message: Any, at: int) -> tuple[int, int]:
     """Decodes an integer of 7-bit groups, lowest first; returns it and the position after it."""
     value = shift = 0
     while (byte := message[at]) > 127:
@@ -151,7 +212,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def extract_frames(
-    serialized: bytes, indices: Sequence[int], feature: str = "video"
+    serialized: bytes | LongRecord, indices: Sequence[int], feature: str = "video"
 ) -> list[bytes]:
     """The encoded frames at `indices` of a serialized record.
 
@@ -160,5 +221,8 @@ def extract_frames(
       indices: of stored frames.
       feature: name of the bytes_list of frames.
     """
+    if isinstance(serialized, LongRecord):
+        ends = serialized.places(feature)
+        return [serialized[ends[i, 0] : ends[i, 1]] for i in indices]  # type: ignore[misc]
     places = bytes_list(serialized, feature)
     return [serialized[places[i]] for i in indices]
