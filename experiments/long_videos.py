@@ -51,16 +51,14 @@ def main(folder: str, *minutes: str) -> None:
 
 
 def row(work: pathlib.Path, checkpoint: pathlib.Path, minutes: int) -> list[str]:
-    video, data = work / f"{minutes}.mp4", work / f"data_{minutes}"
-    if not video.exists():
-        video.parent.mkdir(parents=True, exist_ok=True)
-        video.write_bytes(encode_mp4(pattern(60 * FPS * minutes), FPS, preset="veryfast"))
+    video, data = made(work, minutes), work / f"data_{minutes}"
     if not data.exists():
-        clips = work / f"{minutes}.csv"
-        clips.write_text(f"path,label,split\n{video.name},a,validation\n{video.name},b,train\n")
+        clips, labels, other = work / f"{minutes}.csv", work / "labels.txt", made(work, 1)
+        clips.write_text(f"path,label,split\n{video.name},a,validation\n{other.name},b,train\n")
+        labels.write_text("\n".join(LABELS))
         timesformer(
             "prepare", f"--videos={work}", f"--annotations={clips}", f"--output={data}",
-            f"--short_side={HEIGHT}", "--workers=1",
+            f"--labels={labels}", f"--short_side={HEIGHT}", "--workers=1",
         )  # fmt: skip
     record = next(data.glob("*validation.tfrecord*")).stat().st_size
     once = [f"--checkpoint={checkpoint}", "--crops=1"]
@@ -74,6 +72,14 @@ def row(work: pathlib.Path, checkpoint: pathlib.Path, minutes: int) -> list[str]
     found = [minutes, clips, record / 1e6, *peaks]
     print(found, flush=True)
     return [f"{number:,.0f}" for number in found]
+
+
+def made(work: pathlib.Path, minutes: int) -> pathlib.Path:
+    """The video of that length, made if there is none yet."""
+    video = work / f"{minutes}.mp4"
+    if not video.exists():
+        video.write_bytes(encode_mp4(pattern(60 * FPS * minutes), FPS, preset="veryfast"))
+    return video
 
 
 def pattern(frames: int) -> Iterator[np.ndarray]:
