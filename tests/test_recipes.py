@@ -71,6 +71,7 @@ def split_of(labels, video=None, short_side=256):
     columns |= {
         "ids": np.array([f"{v}.mp4#{i}" for i, v in enumerate(video)]),
         "label": np.asarray(labels), "video": video, "height": size, "width": size,
+        "num_frames": np.full(n, 300), "stride": np.ones(n, int), "size": np.full(n, 3_000_000),
     }  # fmt: skip
     return Split("train", (), tuple(map(str, range(max(labels) + 1))), **columns)
 

@@ -94,6 +94,8 @@ def test_base_from_random_parameters_on_a_cpu_is_warned_of(caplog):
     said = announced(caplog, TimeSformerConfig(num_classes=2), epochs=1000)
     assert "finetune: 121.3M parameters, divided attention, clips of 8 x 224, on 8 x cpu" in said
     assert "40 clips of 2 classes, 40 for evaluation: 1000 epochs, 5000 steps of 8 clips" in said
+    assert "input pipeline: up to 0.0" in said
+    assert "GiB for 32 clips of 8 frames in flight, and 0." in said  # four batches of 8
     assert "--config=from_scratch_small trains a small model in minutes" in said
     caplog.clear()
     said = announced(caplog, TimeSformerConfig(num_classes=2), epochs=1000, pretrained="x.pth")

@@ -43,7 +43,7 @@ def require_memory_for(clips: int, frames: int, side: int, flag: str) -> None:
     Raises:
       InputError: they do not fit. A model needs far more; `timesformer plan` says how much.
     """
-    need, there = clips * frames * side**2 * 3, _memory()
+    need, there = clips * frames * side**2 * 3, physical_memory()
     if there and need > there:
         raise InputError(
             f"the frames of {clips:,} clips at a time take {need / 2**30:,.0f} GiB, and this"
@@ -51,7 +51,7 @@ def require_memory_for(clips: int, frames: int, side: int, flag: str) -> None:
         )
 
 
-def _memory() -> int:
+def physical_memory() -> int:
     """Bytes of this machine's memory; 0 if it does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

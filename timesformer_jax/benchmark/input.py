@@ -24,6 +24,7 @@ from timesformer_jax.benchmark import input_videos, report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import pipeline, reading, sampling
+from timesformer_jax.data.input.in_flight import READ_AHEAD, READ_THREADS
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
@@ -196,23 +197,25 @@ def _stages(
             place = int(split.offset[row]), int(split.size[row])
             return len(reading.read_record(split.files[split.shard[row]], *place))
 
-        with ThreadPoolExecutor(reading.READ_THREADS) as pool:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
             for request in requests():
                 yield list(pool.map(of, request.record))
 
-    def encoded() -> Iterator[tuple[Any, Any]]:
-        for request, images in reading.read_encoded_frames(requests(), split):
-            yield images, request.corners
+    plan = reading.in_flight(split, next(requests()), side)
 
-    decoded = reading.decode_clips(encoded, next(requests()), side)
+    def encoded() -> Iterator[tuple[Any, Any]]:
+        return reading.encoded_pieces(requests(), split, plan)
+
     # One pixel per frame: the clips are decoded, but not copied into batches.
+    decoded = reading.decode_clips(encoded, plan)
     pixels = decoded.map(lambda frames: frames[..., :1, :1, :])
     size = options["batch_size"]
+    pieces = size * len(plan.starts)
     cuts = {
         "planning": requests(),
         "reading": read(),
-        "finding frames": encoded(),
-        "decoding": pixels.batch(size).prefetch(reading.READ_AHEAD).as_numpy_iterator(),
+        "finding frames": reading.read_encoded_frames(requests(), split),
+        "decoding": pixels.batch(pieces).prefetch(READ_AHEAD).as_numpy_iterator(),
         "batching": pipeline.train_batches(split, spec, **options),
     }
     for cut in cuts.values():

@@ -94,6 +94,8 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     def put(name: str, value: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             here = np.searchsorted(rows, np.arange(size)[index[0]])
+            if here[-1] - here[0] + 1 == len(here):  # a view, where numbers would make a copy
+                here = slice(here[0], here[-1] + 1)
             return value[here, *index[1:]]
 
         sharding = batch_sharding(mesh, name, value.ndim)

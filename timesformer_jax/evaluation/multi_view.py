@@ -22,7 +22,7 @@ from timesformer_jax.checkpoints.load import load
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.sources import full_name
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.data.input.pipeline import eval_batches, eval_rows
+from timesformer_jax.data.input.pipeline import clips_a_row, eval_batches, eval_in_flight, eval_rows
 from timesformer_jax.data.input.sampling import COVER, Views
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.split import Split
@@ -89,11 +89,6 @@ def evaluate(
     return MultiLabelResults(split.label_names, videos.ids, videos.targets, averaged, views, crops)
 
 
-def clips_a_row(views: Views) -> int:
-    """Clips of a row of a batch of `eval_batches`."""
-    return 1 if views == COVER else views
-
-
 def evaluate_checkpoint(
     checkpoint: str,
     data: str | None = None,
@@ -140,6 +135,9 @@ def evaluate_checkpoint(
         batch_size = min(batch_size, -(-there // parts) * parts)  # no more than there are
         own = batch_size * clips_a_row(views) // jax.process_count()
         require_memory_for(own, clip.frames, clip.crop, "--batch_size or --views")
+        rows = len(batch_rows(mesh, batch_size))
+        if jax.process_index() == 0:
+            logging.info("input pipeline: %s", eval_in_flight(evaluated, clip, rows, views, crops))
         results = evaluate(
             params, metadata.model, metadata.clip, evaluated, mesh,
             batch_size=batch_size, views=views, crops=crops,

@@ -7,8 +7,12 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from timesformer_jax.clip_spec import ClipSpec
+from timesformer_jax.data.input.pipeline import eval_in_flight, train_in_flight
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.distributed.hardware import measured_host_rate
+from timesformer_jax.distributed.hardware import GIB, measured_host_rate
+from timesformer_jax.distributed.mesh import batch_rows
+from timesformer_jax.host_memory import physical_memory
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.costs import macs, parameter_count
 
@@ -48,6 +52,7 @@ def announce(
         len(train), len(train.label_names), len(evaluation), config.epochs, steps.stop,
         config.batch_size, f", {len(steps)} left" if steps.start else "",
     )  # fmt: skip
+    _tell_input(config, train, evaluation, mesh)
     if device.platform != "cpu":
         return
     passes = 3 if config.optimizer.trainable == "all" else 1
@@ -70,6 +75,24 @@ def announce(
             "%s, from random parameters: --config=from_scratch_small trains a small model in "
             "minutes", expected,
         )  # fmt: skip
+
+
+def _tell_input(config: ConfigDict, train: Split, evaluation: Split, mesh: Mesh) -> None:
+    """Logs how much memory the input pipeline of a process takes, a warning if there is less."""
+    clip = ClipSpec(**config.clip)
+    sizes = config.batch_size, config.eval.batch_size
+    rows, eval_rows = (len(batch_rows(mesh, size)) for size in sizes)
+    training = train_in_flight(train, clip, rows, tuple(config.data.short_side_range))
+    final = eval_in_flight(evaluation, clip, eval_rows, config.eval.views, config.eval.crops)
+    said = f"input pipeline: {training}, and {final.bytes / GIB:.2g} GiB more in evaluation"
+    # The batches of training wait while the model is evaluated.
+    if 0 < (there := physical_memory()) < training.bytes + final.bytes:
+        logging.warning(
+            "%s; this machine has %.2g GiB: lower --config.batch_size or --config.eval.batch_size",
+            said, there / GIB,
+        )  # fmt: skip
+    else:
+        logging.info("%s", said)
 
 
 def tell_time_left(seconds: float, steps_left: int) -> None:

@@ -168,9 +168,11 @@ def _train_steps(
     config, step, total = run.config, int(state.step), run.total_steps
     save_every = config.checkpoint.every_steps or run.steps_per_epoch
     validate_every = config.eval.every_epochs * run.steps_per_epoch
-    batches = _train_batches(run, position)
     unreported: list[Metrics] = []
-    with _progress_bar(step, total) as bar:
+    with (
+        contextlib.closing(_train_batches(run, position)) as batches,
+        _progress_bar(step, total) as bar,
+    ):
         if step and _is_due(step, validate_every) and step not in outputs.checkpoints.validation:
             _validate(run, outputs, state, step, bar)  # the interrupted run did not finish it
         while step < total:

@@ -16,6 +16,7 @@ import numpy as np
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import sampling
+from timesformer_jax.data.input.in_flight import InFlight
 from timesformer_jax.data.input.reading import BatchRequest, read_batches
 from timesformer_jax.data.input.sampling import COVER, Views
 from timesformer_jax.data.records.split import Split
@@ -96,6 +97,14 @@ def train_batches(
         yield _batch(request, frames[:, 0], request.crop_boxes[:, 0]), state
 
 
+def train_in_flight(
+    split: Split, spec: ClipSpec, rows: int, short_side_range: tuple[int, int]
+) -> InFlight:
+    """What `train_batches` has in memory, where this process loads so many rows of a batch."""
+    side = train_side(split, spec, short_side_range)
+    return InFlight.of(split, rows=rows, views=1, crops=1, frames=spec.frames, side=side)
+
+
 def train_requests(
     split: Split,
     spec: ClipSpec,
@@ -160,6 +169,19 @@ def eval_batches(
         # Crops vary fastest.
         boxes = np.tile(request.crop_boxes, (1, request.indices.shape[1], 1))
         yield _batch(request, frames, boxes)
+
+
+def eval_in_flight(split: Split, spec: ClipSpec, rows: int, views: Views, crops: int) -> InFlight:
+    """What `eval_batches` has in memory, where this process loads so many rows of a batch."""
+    return InFlight.of(
+        split, rows=rows, views=clips_a_row(views), crops=crops, frames=spec.frames,
+        side=_short_side(split),
+    )  # fmt: skip
+
+
+def clips_a_row(views: Views) -> int:
+    """Clips of a row of `eval_batches`."""
+    return 1 if views == COVER else views
 
 
 def eval_rows(split: Split, spec: ClipSpec, views: Views = 1) -> int:

@@ -14,6 +14,7 @@ import functools
 import itertools
 import os
 import struct
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +23,16 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
+from timesformer_jax.data.input.in_flight import (
+    LONG_RECORD_BYTES,
+    READ_AHEAD,
+    READ_THREADS,
+    InFlight,
+)
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES, LongRecord, masked_crc32c
 from timesformer_jax.errors import InputError
 
-# Reading waits for a disk or a network and not for a processor, so threads may outnumber the cores.
-READ_THREADS = 16
-READ_AHEAD = 2  # batches
-# A record of more bytes stays in its file.
-LONG_RECORD_BYTES = 32 << 20
 # JPEGs are coded in blocks of 16 columns (4:2:0). TensorFlow is 40% slower if a crop starts within
 # a block.
 JPEG_BLOCK = 16
@@ -98,14 +100,49 @@ def _read_batches(
     requests: Iterator[BatchRequest], split: Split, side: int
 ) -> Generator[tuple[BatchRequest, np.ndarray], None, None]:
     first = next(requests)
-    source = _EncodedSource(itertools.chain([first], requests), split)
-    data = decode_clips(source, first, side).batch(len(first.record)).prefetch(READ_AHEAD)
+    plan = in_flight(split, first, side)
+    source = _EncodedSource(itertools.chain([first], requests), split, plan)
+    decoded = decode_clips(source, plan)
+    if plan.in_pieces:
+        batches = _filled(decoded, plan)
+    else:
+        batches = decoded.batch(plan.rows).prefetch(READ_AHEAD).as_numpy_iterator()
     try:
-        for frames in data.as_numpy_iterator():
+        for frames in batches:
             yield source.pending.popleft(), frames
     except tf.errors.OpError as error:
         cause = source.error or _undecodable_frame(split, source.pending[0])
         raise cause or error from None
+
+
+def in_flight(split: Split, like: BatchRequest, side: int) -> InFlight:
+    """What is in memory while requests of these shapes are read, with squares of this side."""
+    rows, views, frames = like.indices.shape
+    crops = like.corners.shape[1]
+    return InFlight.of(split, rows=rows, views=views, crops=crops, frames=frames, side=side)
+
+
+def _filled(decoded: tf.data.Dataset, plan: InFlight) -> Iterator[np.ndarray]:
+    """Batches that a thread fills with decoded pieces, one while the one before it is used."""
+    pieces, closed = decoded.as_numpy_iterator(), threading.Event()
+
+    def fill() -> np.ndarray | None:
+        batch = np.empty(plan.shape, np.uint8)
+        for row, start in itertools.product(batch, plan.starts):
+            piece = None if closed.is_set() else next(pieces, None)
+            if piece is None:
+                return None
+            row[:, start : start + plan.piece] = piece
+        return batch
+
+    with ThreadPoolExecutor(1, "batch") as thread:
+        following = thread.submit(fill)
+        try:
+            while (batch := following.result()) is not None:
+                following = thread.submit(fill)
+                yield batch
+        finally:
+            closed.set()
 
 
 class _EncodedSource:
@@ -116,47 +153,76 @@ class _EncodedSource:
       error: what ended the reading; tf.data would report it in its own words.
     """
 
-    def __init__(self, requests: Iterator[BatchRequest], split: Split):
+    def __init__(self, requests: Iterator[BatchRequest], split: Split, plan: InFlight):
         self.pending: collections.deque[BatchRequest] = collections.deque()
         self.error: Exception | None = None
-        self._requests = requests
-        self._split = split
+        self._requests, self._split, self._plan = requests, split, plan
 
     def __call__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         try:
-            for request, images in read_encoded_frames(self._requests, self._split):
-                self.pending.append(request)
-                yield images, request.corners
+            yield from encoded_pieces(self._noted(), self._split, self._plan)
         except Exception as error:
             self.error = error
             raise
 
+    def _noted(self) -> Iterator[BatchRequest]:
+        for request in self._requests:
+            self.pending.append(request)
+            yield request
+
+
+def encoded_pieces(
+    requests: Iterator[BatchRequest], split: Split, plan: InFlight
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Reads the frames of requests as they are stored, together with what is decoded at a time.
+
+    Yields:
+      n pieces: their frames, (n, V, P) objects, each the bytes of a JPEG or PNG; and the corners of
+      their squares, (n, C, 2) int32. They are the rows of a request, or where a batch is filled
+      from pieces those of one row.
+    """
+    for part, images in read_encoded_frames(_parts(requests, plan.reads), split):
+        if not plan.in_pieces:
+            yield images, part.corners
+            continue
+        places = plan.starts[:, None] + np.arange(plan.piece)  # n P
+        for row, corners in zip(images, part.corners):
+            yield row[:, places].swapaxes(0, 1), np.repeat(corners[None], len(places), axis=0)
+
+
+def _parts(requests: Iterator[BatchRequest], rows: int) -> Iterator[BatchRequest]:
+    """The requests in parts of so many rows, as far as reading goes."""
+    for request in requests:
+        for first in range(0, len(request.record), rows):
+            own = slice(first, first + rows)
+            read = {name: getattr(request, name)[own] for name in ("record", "indices", "corners")}
+            yield dataclasses.replace(request, **read)
+
 
 def decode_clips(
-    encoded: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], like: BatchRequest, side: int
+    encoded: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], plan: InFlight
 ) -> tf.data.Dataset:
-    """Decodes batches of encoded frames, one clip after the other.
+    """Decodes encoded frames, one piece after the other.
 
     Args:
-      encoded: returns an iterator over batches: frames as from `read_encoded_frames`, and the
-        corners of their request.
-      like: a request of the same shapes.
-      side: of the squares, in pixels.
+      encoded: returns an iterator as `encoded_pieces` does.
+      plan: of the same batches.
 
     Returns:
-      A data set of (V * C, T, side, side, 3) uint8 RGB, an element per record.
+      A data set of (V * C, P, side, side, 3) uint8 RGB, an element per piece.
     """
+    together = len(plan.starts) if plan.in_pieces else plan.rows
     signature = (
-        tf.TensorSpec(like.indices.shape, tf.string),
-        tf.TensorSpec(like.corners.shape, tf.int32),
+        tf.TensorSpec((together, plan.views, plan.piece), tf.string),
+        tf.TensorSpec((together, plan.crops, 2), tf.int32),
     )
     return (
         tf.data.Dataset.from_generator(encoded, output_signature=signature)
-        .prefetch(READ_AHEAD)
+        .prefetch(1 if plan.in_pieces else READ_AHEAD)
         .unbatch()
         .map(
-            functools.partial(decode_squares, side=side),
-            num_parallel_calls=tf.data.AUTOTUNE,
+            functools.partial(decode_squares, side=plan.side),
+            num_parallel_calls=plan.calls if plan.in_pieces else tf.data.AUTOTUNE,
             deterministic=True,
         )
     )
