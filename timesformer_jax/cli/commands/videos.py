@@ -6,7 +6,7 @@ from timesformer_jax.cli.commands.shared import ATTENTION_KERNELS, CHECKPOINT, V
 from timesformer_jax.cli.flags import Command, boolean, integer, number, string, strings
 
 PART = (
-    number("start", None, "start of the part of each video to look at, in seconds"),
+    number("start", None, "start of the part of a video to look at, in seconds"),
     number("end", None, "end of this part, in seconds"),
 )
 MANY_VIDEOS = (
@@ -88,8 +88,7 @@ VIDEOS = {
                 "output", "files to write: .json, .csv, .vtt (subtitles) or .html, with commas"
             ),
             integer("crops", 1, "square crops per clip: 1, or 3 (left, centre, right)"),
-            number("start", None, "start of the part of the video to look at, in seconds"),
-            number("end", None, "end of this part, in seconds"),
+            *PART,
             ATTENTION_KERNELS,
         ),
         required=("checkpoint",),
@@ -112,8 +111,7 @@ VIDEOS = {
                 None,
                 "name or number of the class to show first; by default rollout, for any class",
             ),
-            number("start", None, "start of the part of the video to look at, in seconds"),
-            number("end", None, "end of this part, in seconds"),
+            *PART,
             integer("top", 5, "number of classes to show, each with a map of its own"),
             ATTENTION_KERNELS,
         ),
