@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 
 from timesformer_jax.clip_spec import ClipSpec
-from timesformer_jax.data.decode import equal_pieces
 from timesformer_jax.errors import InputError
 
 # In place of a number of views: clips that do not overlap, along the whole video.
@@ -76,6 +75,8 @@ def covering_pieces(num_frames: int, fps: float, spec: ClipSpec) -> list[tuple[i
     long video into are the same. With sampling "segments" a clip is as long as the video, and
     there is one piece.
     """
+    from timesformer_jax.data.decode import equal_pieces  # it imports PyAV, which plans do not need
+
     return equal_pieces(num_frames, fps, clip_seconds(spec) or math.inf)
 
 
