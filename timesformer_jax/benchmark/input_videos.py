@@ -18,7 +18,7 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from timesformer_jax.data.demo.drawing import load_photographs
+from timesformer_jax.data.demo.drawing import REGIONS, load_photographs
 from timesformer_jax.data.prepare.prepare import prepare
 from timesformer_jax.storage import disk_errors, write_atomically
 from timesformer_jax.workers import available_cores, worker_pool
@@ -42,7 +42,7 @@ def make(directory: str | os.PathLike, videos: int = 64) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         missing = [i for i, path in enumerate(paths) if not path.exists()]
         if missing:
-            load_photographs("train")  # so that a missing photograph fails in this process
+            load_photographs(REGIONS["train"])  # so that a missing photograph fails in this process
             with worker_pool(min(available_cores(), len(missing))) as pool:
                 made = pool.map(partial(_write, paths), missing)
                 for _ in tqdm(made, total=len(missing), unit="video", desc="making videos"):
@@ -66,7 +66,7 @@ def _write(paths: list[Path], number: int) -> None:
 def frames(number: int) -> Iterator[np.ndarray]:
     """Yields the frames of a video in order, as (HEIGHT, WIDTH, 3) uint8 RGB."""
     rng = np.random.default_rng(number)
-    photographs = load_photographs("train")
+    photographs = load_photographs(REGIONS["train"])
     photograph = photographs[number % len(photographs)]
     largest = min(photograph.width / WIDTH, photograph.height / HEIGHT)
     # The camera moves from one position and scale to another at a constant speed.
