@@ -131,7 +131,9 @@ setuptools.setup(
             "beartype>=0.22",
             "hypothesis>=6.150",
             "import-linter>=2.17",
+            "ipykernel>=7.0",  # with nbclient: the notebooks of examples/
             "mypy>=2.4",
+            "nbclient>=0.10",
             "pre-commit>=4.7",
             "pytest>=9.0",
             "pytest-timeout>=2.4",
