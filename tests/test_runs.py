@@ -102,6 +102,14 @@ def test_base_from_random_parameters_on_a_cpu_is_warned_of(caplog):
     assert "--config.optimizer.trainable=head" in said
 
 
+def test_an_input_that_needs_more_memory_than_there_is_is_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr(forecast, "physical_memory", lambda: 2**20)
+    announced(caplog, tsf.preset("timesformer_tiny", num_classes=2), clip={"crop": 32})
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("input pipeline: up to 0.0")
+    assert "this machine has 0.00098 GiB: lower --config.batch_size or" in warning
+
+
 def test_a_small_model_gives_no_warning(caplog):
     said = announced(caplog, tsf.preset("timesformer_tiny", num_classes=2), clip={"crop": 32})
     assert "parameters, divided" in said
