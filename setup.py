@@ -53,6 +53,7 @@ DATA = [
     "tensorboard>=2.21",  # neither TensorFlow nor clu brings it
     "tensorflow>=2.21",  # tensorflow-datasets does not bring it
     "tensorflow-datasets>=4.9.10",
+    "tensorstore>=0.1.80",  # exact ranges of files on gs://
 ]
 BENCHMARK = [
     "opencv-python-headless>=5.0",  # with simplejpeg: a loop to compare with

@@ -7,6 +7,7 @@ https://cloud.google.com/storage/docs/json_api/v1 that the two libraries use. It
 requests with status 400, after which no client retries.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -40,10 +41,12 @@ class Gcs:
     Attributes:
       root: gs://BUCKET/OBJECT is the file BUCKET/OBJECT in this folder; tests use it.
       environment: variables with which another process uses it as Google Cloud Storage.
+      sent: the bytes of each object that were sent so far, by the object's name.
     """
 
     root: pathlib.Path
     environment: Mapping[str, str]
+    sent: Mapping[str, int]
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def serve(folder: pathlib.Path) -> Iterator[Gcs]:
         thread = threading.Thread(target=server.serve_forever, args=[0.05])
         thread.start()
         try:
-            yield Gcs(folder / "root", _environment(server.server_port, bundle))
+            yield Gcs(folder / "root", _environment(server.server_port, bundle), server.sent)
         finally:
             server.shutdown()
             thread.join()
@@ -210,6 +213,7 @@ class _Server(ThreadingHTTPServer):
         self.store = store
         self.tls = tls
         self.uploads: dict[str, dict | None] = {}  # by id; metadata once complete
+        self.sent: collections.Counter[str] = collections.Counter()
 
     def handle_error(self, *arguments):
         if not isinstance(sys.exc_info()[1], ConnectionError | ssl.SSLError):  # disconnected
@@ -323,6 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Sends the object, or the range of it in the header "Range: bytes=FIRST-LAST"."""
         headers = {"X-Goog-Generation": metadata["generation"]}
         if "Range" not in self.headers:
+            self.server.sent[metadata["name"]] += len(content)
             self._send(200, content, **headers)
             return
         first, last = self.headers["Range"].removeprefix("bytes=").split("-")
@@ -331,6 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
         part = content[int(first) : int(last) + 1 if last else None]
         if not part:
             raise _Refused(416, f"{metadata['name']} has {len(content)} bytes")
+        self.server.sent[metadata["name"]] += len(part)
         span = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
         self._send(206, part, **headers, **{"Content-Range": span})
 

@@ -190,6 +190,40 @@ def test_batches_come_from_a_prepared_directory_there(elsewhere, storage, demo_d
         assert all(np.array_equal(batch[key], other[key]) for key in batch)
 
 
+def read_frames(directory, rows, indices):
+    """The frames of some records, and the number of bytes that were read."""
+    from timesformer_jax.data.records import access
+    from timesformer_jax.data.records.open import open_split
+
+    split = open_split(directory, "train")
+    return [access.read_frames(split, row, indices) for row in rows]
+
+
+def test_a_clip_reads_its_frames_alone_there(elsewhere, storage, demo_data):
+    shutil.copytree(demo_data, storage.root / "bucket" / "placed")
+    rows, indices = range(5), [1, 7, 7, 2]
+
+    def sent():
+        return sum(n for name, n in storage.sent.items() if ".tfrecord" in name)
+
+    expected = elsewhere(read_frames, str(demo_data), rows, indices)
+    before = sent()
+    found = elsewhere(read_frames, "gs://bucket/placed", rows, indices)
+    assert found == expected
+    of_places = 12 * 7
+    assert sent() - before == sum(told for _, told in found) - of_places * len(rows)
+    # The records of earlier versions are read once, and their places are kept beside the index.
+    (storage.root / "bucket" / "placed" / "train.places").unlink()
+    assert elsewhere(read_frames, "gs://bucket/placed", rows, indices) == expected
+    kept = storage.root / "bucket" / "placed" / "train.places"
+    assert kept.read_bytes() == (demo_data / "train.places").read_bytes()
+    for name, error in (("cut", "ends within"), ("gone", "No such file or directory")):
+        for shard in kept.parent.glob("*-train.tfrecord-*"):
+            shard.write_bytes(b"short") if name == "cut" else shard.unlink()
+        with pytest.raises(Exception, match=error):
+            elsewhere(read_frames, "gs://bucket/placed", rows, indices)
+
+
 def decode(path, seconds):
     """The frames from the key frame at or before a time."""
     import av

@@ -159,6 +159,7 @@ RANGES: dict[str, Range] = {
     "heartbeat_seconds": Range(1, 7 * 24 * 3600),
     "memory": Range(0.001, 1 << 20),  # GiB
     "seconds": Range(0, YEAR),
+    "video_seconds": Range(1, 24 * 3600, whole=True),
     "minutes": Range(0, YEAR / 60),
 }
 

@@ -2,16 +2,22 @@
 
 import errno
 import fcntl
+import functools
+import hashlib
 import io
 import os
 import pathlib
+import socket
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from etils import epath
 
 from timesformer_jax.errors import InputError
+
+GCS = "gs://"
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -66,10 +72,82 @@ def _storage_errors(path: str) -> Iterator[None]:
         yield
     # The errors of TensorFlow and of other back ends have no other base class in common.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"cannot read {path}: {reason}; run the same command again: finished work is kept"
+            f"cannot read {path}: {_reason(error)}; run the same command again: finished work is"
+            " kept"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Reads parts of a file, and no other bytes of it.
+
+    Args:
+      path: may be on gs://, which is asked for all parts at once.
+      ranges: the first byte of each part, and its number of bytes.
+
+    Returns:
+      The parts. One that the file does not have in full is shorter.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    if path.startswith(GCS):
+        return _read_bucket_ranges(path, ranges)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return [_read_range(descriptor, first, size) for first, size in ranges]
+    finally:
+        os.close(descriptor)
+
+
+def _read_range(descriptor: int, first: int, size: int) -> bytes:
+    content = os.pread(descriptor, size, first)
+    # A network's file system may give a part of what there is.
+    while rest := size - len(content):
+        more = os.pread(descriptor, rest, first + len(content))
+        if not more:
+            break
+        content += more
+    return content
+
+
+def _read_bucket_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Reads by TensorStore, since TensorFlow asks for 64 MB from each place on."""
+    bucket, _, name = path.removeprefix(GCS).partition("/")
+    store = _bucket(bucket)
+    parts = [store.read(name, byte_range=slice(at, at + size)) for at, size in ranges]
+    return [_read_part(part) for part in parts]
+
+
+def _read_part(part: Any) -> bytes:
+    try:
+        found = part.result()
+    except ValueError as error:  # TensorStore has no other
+        reason = str(error).splitlines()[0]
+        if reason.startswith("OUT_OF_RANGE"):
+            return b""
+        raise OSError(errno.EIO, reason) from error
+    if found.state == "missing":
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return found.value
+
+
+@functools.cache
+def _bucket(name: str) -> Any:
+    import tensorstore
+
+    return tensorstore.KvStore.open({"driver": "gcs", "bucket": name}).result()
+
+
+def cache_path(directory: str, name: str) -> str:
+    """Where a file is kept that belongs into a directory which cannot be written."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = hashlib.sha256(directory.encode()).hexdigest()[:16]
+    return os.path.join(cache, "timesformer_jax", folder, name)
 
 
 def as_text(name: str) -> str:
@@ -83,6 +161,11 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
+def part_name(name: str) -> str:
+    """No other process has it: not a worker left over from an earlier run, nor one elsewhere."""
+    return f"{name}.{socket.gethostname()}.{os.getpid()}.part"
+
+
 @contextmanager
 def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
     """Yields a temporary path to write to. `path` is then complete or unchanged, at any power loss.
@@ -94,10 +177,12 @@ def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = epath.Path(folder) / path.name
             yield temporary
-            temporary.copy(path, overwrite=True)
+            try:
+                temporary.copy(path, overwrite=True)
+            except Exception as error:  # of any kind, as in `_storage_errors`
+                raise OSError(errno.EIO, _reason(error)) from error
         return
-    # The process id keeps a worker left over from an earlier run from writing to the same file.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(part_name(path.name))
     try:
         yield temporary
         for written in (temporary, *pathlib.Path(temporary).rglob("*")):
@@ -180,7 +265,7 @@ def check_output(
     if os.path.isdir(path):
         raise InputError(f"{flag}={path} is a folder; give the name of a file in it")
     try:
-        os.lstat(f"{path}.{os.getpid()}.part")  # `atomic_path` writes to it
+        os.lstat(part_name(path))  # `atomic_path` writes to it
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
             raise InputError(

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import psutil
 from ml_collections import ConfigDict
 
-from timesformer_jax import storage
+from timesformer_jax import ranges, storage
 from timesformer_jax.benchmark import input_videos, report
 from timesformer_jax.benchmark.machine import machine
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.input import pipeline, reading, sampling
-from timesformer_jax.data.input.in_flight import READ_AHEAD, READ_THREADS
+from timesformer_jax.data.input.in_flight import READ_AHEAD
+from timesformer_jax.data.records.access import read_frames
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES
@@ -33,6 +35,7 @@ from timesformer_jax.timing import spread
 
 ROUNDS = 10
 STAGE_BATCHES = 20  # per round, at most
+COUNTED_BATCHES = 10  # whose bytes are counted
 WARM_UP = 4  # batches before the clock starts: prefetched or compiling ones do not count
 
 
@@ -48,6 +51,7 @@ class Rate:
 def benchmark_input(
     data: str | None = None,
     synthetic: str | None = None,
+    video_seconds: int = 10,
     split: str = "train",
     config: ConfigDict | None = None,
     frames: int | None = None,
@@ -64,6 +68,8 @@ def benchmark_input(
     Args:
       data: a dataset for `open_split`; the default is the config's.
       synthetic: a folder to use instead; synthetic videos are made and prepared there.
+      video_seconds: length of the synthetic videos; there are 64 of ten seconds, and fewer if they
+        are longer.
       split: the split of the data.
       config: a recipe; it replaces the next arguments.
       frames, frame_stride, crop, short_side_range, batch_size: as in a recipe; by default 8, 32,
@@ -75,6 +81,7 @@ def benchmark_input(
     Raises:
       InputError: the data cannot be read, a setting is invalid, or a package is missing.
     """
+    ranges.check_given(video_seconds=video_seconds)
     storage.check_output("--json", json)
     if reference:
         _input_reference()  # before videos are made
@@ -93,7 +100,7 @@ def benchmark_input(
         batch_size, data = config.batch_size, data or config.data.directory
     sampling.check_short_side_range(sizes, spec.crop)
     if synthetic is not None:
-        input_videos.make(synthetic)
+        input_videos.make(synthetic, seconds=video_seconds)
         data = synthetic
     if not data:
         raise InputError("say what to read with --data, or make something with --synthetic=DIR")
@@ -159,8 +166,9 @@ def measure(
         "data": {
             "records": len(split),
             "bytes_a_record": float(split.size.mean()),
-            "stored_frames_a_record": float((-(-split.num_frames // split.stride)).mean()),
+            "stored_frames_a_record": float(split.num_stored.mean()),
             "decoded_bytes_a_clip": decoded,
+            **_bytes_read(split, pipeline.train_requests(split, spec, **options)),
         },
         **{name: _summary(of) for name, of in rates.items()},
     }
@@ -174,6 +182,17 @@ def measure(
     figures["memory"] = memory
     state = json.dumps(dataclasses.asdict(position))
     return figures | {"iterator_state_bytes": len(state)}
+
+
+def _bytes_read(split: Split, requests: Iterator[reading.BatchRequest]) -> dict[str, Any]:
+    """The bytes that a clip reads, on average, and how many times those of its frames they are."""
+    read, times = [], []
+    for request in itertools.islice(requests, COUNTED_BATCHES):
+        for row, indices in zip(request.record, request.indices):
+            frames, num_bytes = read_frames(split, row, np.unique(indices).tolist())
+            read.append(num_bytes)
+            times.append(num_bytes / sum(map(len, frames)))
+    return {"read_bytes_a_clip": float(np.mean(read)), "read_a_byte_of_frames": spread(times)}
 
 
 # ---- stages -------------------------------------------------------------------------------------
@@ -192,15 +211,6 @@ def _stages(
     def requests() -> Iterator[reading.BatchRequest]:
         return pipeline.train_requests(split, spec, **options)
 
-    def read() -> Iterator[list[int]]:
-        def of(row: int) -> int:
-            place = int(split.offset[row]), int(split.size[row])
-            return len(reading.read_record(split.files[split.shard[row]], *place))
-
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            for request in requests():
-                yield list(pool.map(of, request.record))
-
     plan = reading.in_flight(split, next(requests()), side)
 
     def encoded() -> Iterator[tuple[Any, Any]]:
@@ -213,8 +223,7 @@ def _stages(
     pieces = size * len(plan.starts)
     cuts = {
         "planning": requests(),
-        "reading": read(),
-        "finding frames": reading.read_encoded_frames(requests(), split),
+        "reading": reading.read_encoded_frames(requests(), split),
         "decoding": pixels.batch(pieces).prefetch(READ_AHEAD).as_numpy_iterator(),
         "batching": pipeline.train_batches(split, spec, **options),
     }
@@ -318,6 +327,8 @@ def table(figures: dict[str, Any]) -> str:
         f"{data['records']} records of {data['bytes_a_record'] / 1e3:.0f} kB, "
         f"{data['stored_frames_a_record']:.0f} frames each; "
         f"batches of {figures['settings']['batch_size']} clips",
+        f"a clip reads {data['read_bytes_a_clip'] / 1e3:.0f} kB,"
+        f" {_cell(data['read_a_byte_of_frames'], 1, '.2f')} times the bytes of its frames",
         "",
         f"{'median (min to max)':<28}{'a second':>22}{'a second of a core':>24}",
     ]
@@ -326,7 +337,7 @@ def table(figures: dict[str, Any]) -> str:
             lines.append(_row(f"{name}, clips", figures[name], 1, ".0f"))
     if "ratio" in figures:
         lines.append(_row("ours / reference", figures["ratio"], 1, ".2f"))
-    lines.append(_row("MB read", figures["ours"], data["bytes_a_record"] / 1e6, ".0f"))
+    lines.append(_row("MB read", figures["ours"], data["read_bytes_a_clip"] / 1e6, ".0f"))
     lines.append(_row("MB decoded", figures["ours"], data["decoded_bytes_a_clip"] / 1e6, ".0f"))
     lines.append("")
     for name, took in figures["stages"].items():

@@ -1,4 +1,4 @@
-"""The file names of a prepared directory, and the columns of its indices."""
+"""The file names of a prepared directory, the columns of its indices, and a frame's place."""
 
 import os
 
@@ -29,6 +29,15 @@ INDEX_DTYPES = {
 # (k, 2) int32: a row of the index and a class, for each label of multi-label data.
 TARGETS = "targets"
 
+# An entry of a file of places: where a stored frame is. `offset`: bytes from the beginning of the
+# serialized record; `size`: bytes of the frame; `crc`: CRC-32C of these.
+PLACE = np.dtype([("offset", "<u4"), ("size", "<u4"), ("crc", "<u4")])
+DIGEST_BYTES = 32  # SHA-256, at the beginning and at the end of the file
+
 
 def index_path(directory: str, split: str) -> str:
     return os.path.join(directory, f"{split}.index.npz")
+
+
+def places_path(directory: str, split: str) -> str:
+    return os.path.join(directory, f"{split}.places")

@@ -46,6 +46,7 @@ HARDWARE = {
                 None,
                 "folder to make synthetic videos in, which are measured instead of --data",
             ),
+            integer("video_seconds", 10, "length of the synthetic videos"),
             string("split", "train", "split of the data"),
             CONFIG,
             integer("frames", None, "frames per clip; by default the config's, or 8"),

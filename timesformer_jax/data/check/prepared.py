@@ -30,8 +30,10 @@ from timesformer_jax.data.layout import (
     LABELS_FILE,
     MANIFESTS,
     SPLITS_FILE,
+    places_path,
 )
 from timesformer_jax.data.problems import Problem
+from timesformer_jax.data.records import places
 from timesformer_jax.data.records import prepared as records
 from timesformer_jax.data.records.split import Split, read_reassigned, select_split
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
@@ -88,7 +90,7 @@ def check_prepared(
     require_prepared(root)
     splits, damage = _open_splits(root)
     for split in splits:
-        damage += _check_index(split)
+        damage += [*_check_index(split), *_check_places(root, split.name)]
     shards = [shard for split in splits for shard in _indexed_shards(root, split)]
     results = _check_shards(shards, decode_fraction, workers)
     damage += _check_description(root, splits, results)
@@ -155,6 +157,16 @@ def _check_index(split: Split) -> Iterator[str]:
     for clip, count in Counter(split.ids.tolist()).items():
         if count > 1:
             yield f"the index of {split.name} has {clip} {count} times; {REWRITE_INDEX}"
+
+
+def _check_places(root: epath.Path, split: str) -> Iterator[str]:
+    """The file need not be there. What is of other records is not used, and made again."""
+    path = epath.Path(places_path(os.fspath(root), split))
+    try:
+        if path.exists() and places.is_damaged(path):
+            yield f"{path.name} is damaged; delete it: it is made again from the records"
+    except (OSError, tf.errors.OpError) as error:
+        yield f"{path.name} cannot be read ({_reason(error)}); make it readable and check again"
 
 
 def _indexed_shards(root: epath.Path, split: Split) -> list[IndexedShard]:

@@ -44,7 +44,7 @@ def summarize(
                 len(split),
                 len(split.files),
                 f"{size / 1e6:.1f}",
-                int(np.sum(-(-split.num_frames // np.maximum(split.stride, 1)))),
+                int(split.num_stored.sum()),
                 _range(np.minimum(split.height, split.width)),
                 _range(split.fps),
                 "?" if failures is None else failures[split.name],

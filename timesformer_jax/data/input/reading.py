@@ -1,8 +1,8 @@
 """Reads and decodes the records that a batch needs: the sampled frames of each, and no others.
 
-Python threads read records at their byte offsets and find the sampled frames in them; tf.data
-decodes these. TensorFlow's own reader and parser copy every frame of a record several times into
-fresh memory, which takes longer than decoding the sampled ones.
+Python threads read the sampled frames; tf.data decodes these. TensorFlow's own reader and parser
+copy every frame of a record several times into fresh memory, which takes longer than decoding the
+sampled ones.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import os
-import struct
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -21,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
-from etils import epath
 
 from timesformer_jax.data.input.in_flight import (
     LONG_RECORD_BYTES,
@@ -29,8 +26,9 @@ from timesformer_jax.data.input.in_flight import (
     READ_THREADS,
     InFlight,
 )
+from timesformer_jax.data.records.access import advice, open_record, read_placed, read_record
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.data.records.wire import RECORD_HEADER_BYTES, LongRecord, masked_crc32c
+from timesformer_jax.data.records.wire import LongRecord
 from timesformer_jax.errors import InputError
 
 # JPEGs are coded in blocks of 16 columns (4:2:0). TensorFlow is 40% slower if a crop starts within
@@ -241,10 +239,13 @@ def read_encoded_frames(
     opened: dict[int, LongRecord] = {}
 
     def read(row: int, indices: np.ndarray) -> list[bytes]:
+        wanted = indices.ravel().tolist()
+        if found := read_placed(split, row, wanted):
+            return found[0]
         record = opened.get(row) or _open_record(split, row)
         if isinstance(record, LongRecord):
             opened[row] = record
-        return split.extract_frames(record, indices.ravel().tolist())
+        return split.extract_frames(record, wanted)
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for request in requests:
@@ -263,55 +264,6 @@ def _open_record(split: Split, row: int) -> bytes | LongRecord:
     """A record of the split, checked; one that is long stays in its file."""
     place = split.files[split.shard[row]], int(split.offset[row]), int(split.size[row])
     return read_record(*place) if place[-1] <= LONG_RECORD_BYTES else open_record(*place)
-
-
-def read_record(file: str, offset: int, size: int) -> bytes:
-    """Reads the serialized record at a byte offset of a TFRecord file, and checks its checksums.
-
-    Args:
-      file: path, which may be on gs://.
-      offset: bytes from the beginning of the file to the record's header.
-      size: bytes of the serialized record.
-
-    Raises:
-      InputError: the file cannot be read, ends within the record, or is damaged there.
-    """
-    header, data, footer = _read(file, offset, 0, RECORD_HEADER_BYTES, size, 4)
-    _check(file, offset, size, header, masked_crc32c(data), footer)
-    return data
-
-
-def open_record(file: str, offset: int, size: int) -> LongRecord:
-    """As `read_record`, of a record that stays in the file; it is read once, and checked."""
-
-    def read(first: int, last: int) -> bytes:
-        return _read(file, offset, RECORD_HEADER_BYTES + first, last - first)[0]
-
-    record = LongRecord(size, read)
-    [header] = _read(file, offset, 0, RECORD_HEADER_BYTES)
-    _check(file, offset, size, header, record.checksum(), read(size, size + 4))
-    return record
-
-
-def _read(file: str, offset: int, skip: int, *sizes: int) -> list[bytes]:
-    """Parts of a file that follow each other, from `skip` bytes after a record's offset."""
-    try:
-        with epath.Path(file).open("rb") as shard:
-            shard.seek(offset + skip)
-            parts = [shard.read(size) for size in sizes]
-    except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"cannot read {file}: {reason}; {_advice(file)}") from error
-    if [len(part) for part in parts] != [*sizes]:
-        raise InputError(f"{file} ends within the record at byte {offset}; {_advice(file)}")
-    return parts
-
-
-def _check(file: str, offset: int, size: int, header: bytes, checksum: int, footer: bytes) -> None:
-    """Raises InputError unless what stands before and after a record's data is right."""
-    expected = struct.pack("<QI", size, masked_crc32c(header[:8])), checksum
-    if (header, int.from_bytes(footer, "little")) != expected:
-        raise InputError(f"{file} is damaged in the record at byte {offset}; {_advice(file)}")
 
 
 @tf.autograph.experimental.do_not_convert
@@ -374,11 +326,5 @@ def _undecodable_frame(split: Split, request: BatchRequest) -> InputError | None
                 size, reason = None, "cannot be decoded"
             if size != expected:
                 file = split.files[split.shard[row]]
-                return InputError(
-                    f"a frame of {split.ids[row]} in {file} {reason}; {_advice(file)}"
-                )
+                return InputError(f"a frame of {split.ids[row]} in {file} {reason}; {advice(file)}")
     return None
-
-
-def _advice(file: str) -> str:
-    return f"`timesformer check {os.path.dirname(file)}` lists what is wrong and what to do"

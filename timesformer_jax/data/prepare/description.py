@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from etils import epath
 
 from timesformer_jax.data.annotations import Clip
-from timesformer_jax.data.layout import FAILURES_FILE
+from timesformer_jax.data.layout import FAILURES_FILE, PLACE, places_path
 from timesformer_jax.data.prepare.shards import Shard, read_manifests
 from timesformer_jax.data.prepare.splits import class_table
 from timesformer_jax.data.problems import Problem, of_clips
+from timesformer_jax.data.records import places
 from timesformer_jax.data.records.quiet_import import import_prepared
 from timesformer_jax.errors import InputError
 
@@ -57,7 +58,7 @@ class Summary:
 def write_description(
     output: epath.Path, name: str, shards: Sequence[Shard], label_names: Sequence[str]
 ) -> None:
-    """Writes the index of each split, the label names and TFDS's description.
+    """Writes the index and the places of each split, the label names and TFDS's description.
 
     Args:
       name: of the data set.
@@ -77,12 +78,28 @@ def write_description(
     for split, manifests in by_split.items():
         rows = _index_rows(list(manifests.values()))
         prepared.write_index(os.fspath(output), split, list(manifests), rows)
+        found = (_places(shard) for shard in shards if shard.split == split)
+        header = places.header(list(manifests), [[row[c] for row in rows] for c in places.COLUMNS])
+        places.write(places_path(os.fspath(output), split), header, found)
     lengths, sizes = {}, {}
     for split, manifests in by_split.items():
         lengths[split] = [len(manifest["records"]) for manifest in manifests.values()]
         sizes[split] = sum(manifest["bytes"] for manifest in manifests.values())
     multilabel = any(clip.labels is not None for shard in shards for clip in shard.clips)
     prepared.write_metadata(os.fspath(output), name, label_names, lengths, sizes, multilabel)
+
+
+def _places(shard: Shard) -> bytes:
+    """The places of a shard's frames; from its records, if an earlier version wrote the shard."""
+    records = [
+        (shard.path, row["offset"], row["size"], -(-row["num_frames"] // row["stride"]))
+        for row in shard.read_manifest()["records"]
+    ]
+    if shard.places_path.exists():
+        written = shard.places_path.read_bytes()
+        if len(written) == PLACE.itemsize * sum(count for *_, count in records):
+            return written
+    return b"".join(places.of_records(records))
 
 
 def _require_records(output: epath.Path, split: str, manifests: Sequence[Mapping]) -> None:

@@ -6,10 +6,12 @@ continues where it stopped, and ends with the same bytes. In the order written:
     prepare.json             the options, and a fingerprint of the clips
     unlisted.txt             video files that belong to no clip
     NAME-SPLIT.tfrecord-*    a shard, renamed when it is complete
+    manifests/SHARD.places   where its frames are
     manifests/SHARD.json     its index rows and failures; a shard is done once this exists
     splits.json              splits and labels, if they are others than those of the shards
     failures.csv             clips that are missing or cannot be decoded, and the reasons
-    SPLIT.index.npz, labels.txt, features.json, dataset_info.json     see records/prepared.py
+    SPLIT.index.npz, SPLIT.places, labels.txt, features.json, dataset_info.json
+                             see records/prepared.py
 """
 
 import json
@@ -88,9 +90,8 @@ def prepare(
       short_side: shorter side of the stored frames, in pixels.
       quality: of the stored JPEGs (4:2:0), 1 to 100.
       fps: frames per second to resample to; None: the video's own.
-      store_stride: every store_stride-th frame is stored. The input reads a clip's record whole, so
-        its speed depends on this; 4 moves a sampled frame by at most 2. None: the data set's
-        (4 for Kinetics), or 1.
+      store_stride: every store_stride-th frame is stored. The size of the shards depends on this; 4
+        moves a sampled frame by at most 2. None: the data set's (4 for Kinetics), or 1.
       segment_seconds: a clip is cut into equal records of about this length; 0: it is not cut;
         None: the data set's, or 0.
       clips_per_shard: at most.

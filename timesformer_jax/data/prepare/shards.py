@@ -32,7 +32,7 @@ from timesformer_jax.data.records import wire
 from timesformer_jax.storage import atomic_path, write_atomically
 from timesformer_jax.workers import report_progress
 
-# A serialized Example cannot exceed 2 GiB. Far below that, a record already takes long to read.
+# A serialized Example cannot exceed 2 GiB. The frames of a clip and its record are held in memory.
 MAX_RECORD_BYTES = 1 << 30
 
 
@@ -65,6 +65,11 @@ class Shard:
     def manifest_path(self) -> epath.Path:
         """The file that is written after the shard, and lists its content."""
         return epath.Path(self.path).parent / MANIFESTS / f"{self.name}.json"
+
+    @property
+    def places_path(self) -> epath.Path:
+        """The file, beside the manifest, of the places of the shard's frames, `layout.PLACE`."""
+        return self.manifest_path.with_suffix(".places")
 
     def read_manifest(self) -> dict:
         """Reads the manifest.
@@ -142,7 +147,7 @@ def write_shard(
       OSError: the shard cannot be written.
     """
     classes = {name: i for i, name in enumerate(label_names)}
-    rows, failures, undecodable = [], [], 0
+    rows, failures, undecodable, places = [], [], 0, b""
     with atomic_path(epath.Path(shard.path)) as temporary:
         with wire.ShardWriter(temporary) as writer:
             for finished, clip in enumerate(shard.clips):
@@ -162,7 +167,9 @@ def write_shard(
                 for example, size, record in encoded:
                     columns = {key: value for key, value in example.items() if key != "video"}
                     rows.append({**columns, **size, **writer.write(record), "video": clip.id})
+                    places += wire.frame_places(record).tobytes()
         num_bytes = temporary.stat().length
+    write_atomically(shard.places_path, places)
     manifest = {"bytes": num_bytes, "records": rows, "failures": failures}
     write_atomically(shard.manifest_path, json.dumps(manifest).encode())
     report_progress(shard.name, None, len(shard.clips), undecodable)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES, LongRecord, extract_frames
 from timesformer_jax.errors import InputError
-from timesformer_jax.storage import write_atomically
+from timesformer_jax.storage import cache_path, write_atomically
 from timesformer_jax.workers import available_cores, worker_pool
 
 # Of the index; increase it when the content of an index changes.
@@ -169,7 +169,8 @@ def load_or_make_index(
         sizes = [stat.length for stat in pool.map(tf.io.gfile.stat, files)]
     shards = [(os.path.basename(file), size) for file, size in zip(files, sizes)]
     key = hashlib.sha256(repr((VERSION, record_format, shards)).encode()).hexdigest()
-    paths = _index_paths(directory, split)
+    name = f"{split}.records.npz"
+    paths = (os.path.join(directory, name), cache_path(directory, name))
     for path in paths:
         if (index := _read_index(path, key)) is not None:
             return index
@@ -187,13 +188,6 @@ def load_or_make_index(
             logging.info("the index of %s is kept at %s", split, path)
             break
     return index
-
-
-def _index_paths(directory: str, split: str) -> tuple[str, str]:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = hashlib.sha256(directory.encode()).hexdigest()[:16]
-    name = f"{split}.records.npz"
-    return os.path.join(directory, name), os.path.join(cache, "timesformer_jax", folder, name)
 
 
 def _read_index(path: str, key: str) -> Index | None:

@@ -6,6 +6,7 @@ record can be read without those before it:
 
     NAME-SPLIT.tfrecord-00000-of-00008   the shards
     SPLIT.index.npz                      a row per record: where it is, and its shape
+    SPLIT.places                         an entry per stored frame: where it is, and its checksum
     labels.txt                           a label per line; the class is the line's number, from 0
     splits.json                          other splits or labels of the records, if there are any
     features.json, dataset_info.json     TFDS's description; the second file is written last
@@ -33,6 +34,7 @@ from timesformer_jax.data.layout import (
     index_path,
 )
 from timesformer_jax.data.problems import NO_TRAINING, NO_VALIDATION
+from timesformer_jax.data.records.places import with_places
 from timesformer_jax.data.records.split import Split, read_reassigned, select_split
 from timesformer_jax.errors import InputError
 
@@ -90,10 +92,14 @@ def open_prepared(directory: str, split: str) -> Split:
         if split == "validation" and there == ["train"]:
             raise InputError(f"{directory}: {NO_VALIDATION}")
         raise InputError(f"{directory} has no split '{split}'; there: {', '.join(there) or 'none'}")
+
+    def open_placed(name: str) -> Split:
+        return with_places(directory, open_indexed(directory, name))
+
     found = (
-        open_indexed(directory, split)
+        open_placed(split)
         if reassigned is None
-        else select_split([open_indexed(directory, name) for name in names], reassigned, split)
+        else select_split([open_placed(name) for name in names], reassigned, split)
     )
     if not len(found):
         raise InputError(f"the split '{split}' of {directory} holds no clip; prepare it with some")

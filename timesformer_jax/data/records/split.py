@@ -35,6 +35,9 @@ class Split:
       height, width: int32, pixels of the stored frames.
       label: int32, the class; of multi-label data the first of the classes, or 0.
       video: int32, the video that the record is from. The pieces of a long video share it.
+      places: for each shard the file that says where the frames of its records are (`places.py`),
+        or None if it is not known; () if of no shard.
+      first_place: int64, the record's first entry in this file; None if `places` is ().
       extract_frames: a function of a serialized record and indices of stored frames. It returns
         the bytes of each of these frames, a JPEG or PNG.
       targets: (n, classes) bool, the classes of each record; None unless the data is multi-label.
@@ -54,18 +57,36 @@ class Split:
     width: np.ndarray
     label: np.ndarray
     video: np.ndarray
+    places: tuple[str | None, ...] = ()
+    first_place: np.ndarray | None = None
     extract_frames: Callable[[bytes | LongRecord, Sequence[int]], list[bytes]] = extract_frames
     targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label)
 
+    @property
+    def num_stored(self) -> np.ndarray:
+        """(n,) int32, the stored frames of each record. No record has a stride of 0."""
+        return -(-self.num_frames // np.maximum(self.stride, 1))
+
+    def places_of(self, row: int) -> tuple[str, int] | None:
+        """The file that says where the frames of a record are, and the entry of the first of them.
+
+        None if it is not known.
+        """
+        path = self.places[self.shard[row]] if self.places else None
+        if path is None or self.first_place is None:
+            return None
+        return path, int(self.first_place[row])
+
     def take(self, rows: np.ndarray) -> Split:
         """The records of some rows: their numbers, or a mask."""
         columns = {column: getattr(self, column)[rows] for column in ("ids", *INDEX_DTYPES)}
-        return replace(
-            self, **columns, targets=None if self.targets is None else self.targets[rows]
-        )
+        for column in ("first_place", "targets"):
+            if (values := getattr(self, column)) is not None:
+                columns[column] = values[rows]
+        return replace(self, **columns)
 
 
 def first_class(targets: np.ndarray) -> np.ndarray:
@@ -183,8 +204,9 @@ def join(splits: Sequence[Split]) -> Split:
         column: np.concatenate([getattr(split, column) for split in splits])
         for column in ("ids", *INDEX_DTYPES)
     }
-    if splits[0].targets is not None:
-        columns["targets"] = np.concatenate([split.targets for split in splits])
+    for column in ("first_place", "targets"):
+        if getattr(splits[0], column) is not None:
+            columns[column] = np.concatenate([getattr(split, column) for split in splits])
     # Shards and videos are numbered within each split.
     for column, counts in {
         "shard": [len(split.files) for split in splits],
@@ -193,4 +215,5 @@ def join(splits: Sequence[Split]) -> Split:
         first = np.repeat(np.cumsum([0, *counts[:-1]]), [len(split) for split in splits])
         columns[column] = (columns[column] + first).astype(INDEX_DTYPES[column])
     files = tuple(file for split in splits for file in split.files)
-    return replace(splits[0], files=files, **columns)
+    places = tuple(path for split in splits for path in split.places)
+    return replace(splits[0], files=files, places=places, **columns)

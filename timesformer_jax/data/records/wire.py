@@ -16,6 +16,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from timesformer_jax.data.layout import PLACE
+
 # The TFRecord format: length (8 bytes), checksum of it (4), data, checksum of the data (4).
 RECORD_HEADER_BYTES = 12
 RECORD_OVERHEAD_BYTES = 16
@@ -226,3 +228,10 @@ def extract_frames(
         return [serialized[ends[i, 0] : ends[i, 1]] for i in indices]  # type: ignore[misc]
     places = bytes_list(serialized, feature)
     return [serialized[places[i]] for i in indices]
+
+
+def frame_places(serialized: bytes, feature: str = "video") -> np.ndarray:
+    """Where each frame of a serialized record is, (k,) PLACE; arguments as of `extract_frames`."""
+    frames = bytes_list(serialized, feature)
+    rows = [(f.start, f.stop - f.start, google_crc32c.value(serialized[f])) for f in frames]
+    return np.array(rows, PLACE)
