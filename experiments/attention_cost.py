@@ -83,7 +83,12 @@ def draw(measured: pathlib.Path | None = None) -> None:
         kind = report["machine"]["processor"] if kind == "cpu" else kind
         costs[f"s forward, measured\n{kind}"] = timed(report["rows"])
     figure, axes = plt.subplots(
-        len(costs), 2, figsize=(9, 2.9 * len(costs)), layout="constrained", squeeze=False
+        len(costs),
+        2,
+        figsize=(9, 2.9 * len(costs)),
+        layout="constrained",
+        squeeze=False,
+        sharex="col",
     )
     for row, (label, values) in zip(axes, costs.items()):
         for column, (name, clips) in enumerate(PANELS.items()):
