@@ -168,7 +168,7 @@ TABLES = {
             Row("half the channels", None, "", {"model.hidden_size": 32, "model.num_heads": 2}),
             Row("twice the channels", None, "", {"model.hidden_size": 128, "model.num_heads": 8}),
             Row("twice the blocks", None, "", {"model.depth": 6}),
-            Row("patches of twice the side", None, "patch_size=16"),
+            Row("patches of twice the side", None, "", {"model.patch_size": 16}),
         ),
         tasks=("motion",),
         recipes=("k400_base",),

@@ -44,6 +44,7 @@ def test_every_row_is_a_config_at_each_of_its_scales(name):
     if row.demo is not None:
         made.append(run.config_of(row, "motion", 1))
         assert made[-1].seed == 1
+        assert bool(made[-1].pretrained) == bool(row.start)
     if row.arguments is not None:
         made.append(recipes.load(run.named("ssv2_base", row)))
     models = [TimeSformerConfig(**config.model.to_dict() | {"num_classes": 8}) for config in made]

@@ -74,7 +74,7 @@ def test_nothing_is_changed_where_there_is_an_accelerator(monkeypatch, platforms
 @pytest.fixture
 def memory(monkeypatch):
     """This machine has 3 GiB."""
-    monkeypatch.setattr(host_memory, "_memory", lambda: 3 << 30)
+    monkeypatch.setattr(host_memory, "physical_memory", lambda: 3 << 30)
 
 
 @pytest.mark.parametrize("field", ["batch_size", "eval.batch_size"])

@@ -153,6 +153,7 @@ def test_a_stream_from_a_child_is_the_same(tmp_path):
         return [(c.ticks.tolist(), c.frames.tolist(), c.damaged) for c in stream], stream.gaps
 
     arguments = (path, every_tick, 0.5, 4.5)
+    gc.collect()  # a Predictor of another test isolates the decoding of its whole process
     with decode.open_stream(*arguments, short_side=24) as stream:
         assert isinstance(stream, decode.ClipStream)
         here = read(stream)

@@ -33,7 +33,8 @@ def short(monkeypatch):
     """Everything is long: sequences of 4 tokens, blocks of 8, clips and pieces of 32 tokens."""
     monkeypatch.setattr(long_attention, "SHORT", 3)
     monkeypatch.setattr(long_attention, "BLOCK", 8)
-    monkeypatch.setattr(pieces, "TOKENS", 32)
+    monkeypatch.setattr(pieces, "LONG", 32)
+    monkeypatch.setattr(pieces, "PIECE", 32)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -160,7 +161,7 @@ def test_a_long_clip_is_preprocessed_as_a_short_one(short):
     found = preprocess(frames, boxes, clip, flip, dtype="bfloat16")
     assert found.dtype == jnp.bfloat16
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "TOKENS", 2**15)
+        patch.setattr(pieces, "LONG", 2**15)
         whole = preprocess(frames, boxes, clip, flip)
     assert whole.dtype == jnp.float32
     np.testing.assert_array_equal(found, whole.astype(jnp.bfloat16))
@@ -187,7 +188,7 @@ def test_a_long_clip_is_augmented_as_a_short_one(fields, short):
     found, targets = jax.jit(run)(clips)
     assert found.dtype == jnp.float16
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "TOKENS", 2**15)
+        patch.setattr(pieces, "LONG", 2**15)
         jax.clear_caches()
         whole, other_targets = jax.jit(run)(clips.astype(np.float32))
     assert np.abs(np.asarray(whole) - clips).max() > 0.1
@@ -205,7 +206,7 @@ def test_devices_that_share_a_long_clip_train_as_one_with_a_short_one(scheme, si
     assert {c.kind for c in run.collectives} <= {"all-to-all", "all-reduce"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_attention, "SHORT", 256)
-        patch.setattr(pieces, "TOKENS", 2**15)
+        patch.setattr(pieces, "LONG", 2**15)
         jax.clear_caches()
         assert_same_training(run, trained(config, ONE, steps=2))
 

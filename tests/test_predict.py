@@ -450,7 +450,7 @@ def test_names_of_any_bytes_are_text_in_every_output(checkpoint, good, tmp_path,
 def test_impossible_arguments_are_refused_before_the_work(
     checkpoint, good, refusal, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("timesformer_jax.host_memory._memory", lambda: 1 << 30)
+    monkeypatch.setattr("timesformer_jax.host_memory.physical_memory", lambda: 1 << 30)
     flags = [good[0], f"--checkpoint={checkpoint}"]
     long = tmp_path / f"{'x' * 250}.json"
     assert "is too long" in refusal("timeline", *flags, f"--output={long}")

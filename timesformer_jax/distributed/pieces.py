@@ -22,10 +22,12 @@ from timesformer_jax.distributed.sharding import (
     mesh_size,
 )
 
-# Tokens of a clip on one device above which it is cut, and tokens of a piece. No recipe of the
-# paper reaches it (96 frames of 224 x 224 are 18,816). Products with as many rows are as fast as
-# with more; a piece of the base model's MLP holds 0.2 GB an array, bfloat16.
-TOKENS = 2**15
+# Tokens of a clip on one device above which it is cut. No recipe of the paper reaches it: 96 frames
+# of 224 x 224 are 18,816.
+LONG = 2**15
+# Tokens of a piece. Products with as many rows are as fast as with more; a piece of the MLP of the
+# base model holds 0.1 GB an array, bfloat16.
+PIECE = 2**14
 
 
 def tokens_of(side: int) -> int:
@@ -35,7 +37,7 @@ def tokens_of(side: int) -> int:
 
 def is_long(frames: int, tokens: int) -> bool:
     """Whether a clip of `frames` of `tokens` each is cut, on the current mesh."""
-    return frames // _devices(frames) * tokens > TOKENS
+    return frames // _devices(frames) * tokens > LONG
 
 
 def in_pieces(function: Callable[[Any], Any], clip: Any, tokens: int) -> Any:
@@ -128,6 +130,6 @@ def _piece_length(batch: int, frames: int, tokens: int) -> int:
     A divisor, if there is one of about the right size; if not, the last piece is shorter.
     """
     clips = max(1, batch // axis_size(BATCH_AXES, current_mesh()))
-    most = max(1, min(frames, TOKENS // (clips * tokens)))
+    most = max(1, min(frames, PIECE // (clips * tokens)))
     divisors = (n for n in range(most, most // 2, -1) if frames % n == 0)
     return next(divisors, most)
