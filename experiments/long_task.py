@@ -17,6 +17,7 @@ import json
 import pathlib
 import resource
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -157,7 +158,7 @@ class Line(NamedTuple):
     @property
     def label(self) -> str:
         clips = f"{self.views} clips" if self.views > 1 else "1 clip"
-        return f"{self.name}\n{clips} of {self.span:.0f} s"
+        return f"{textwrap.fill(self.name, 16)}\n{clips} of {self.span:.0f} s"
 
 
 def lines_of(rows: list[dict[str, Any]]) -> list[Line]:
@@ -215,7 +216,7 @@ def picture(lines: list[Line]) -> Figure:
     axis.annotate("chance", (1, CHANCE), (3, -3), color="grey", fontsize=8,
                   xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
     axis.set_xticks(range(len(lines)), [line.label for line in lines], fontsize=7)
-    axis.set(ylabel="validation top-1", ylim=(0, 1))
+    axis.set(ylabel="validation top-1", ylim=(0, 1.05))
     return figure
 
 
