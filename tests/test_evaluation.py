@@ -54,6 +54,17 @@ def test_pieces_are_averaged_whatever_their_order(video, seed):
         assert np.allclose(row, sum(clips) / len(clips), rtol=0, atol=1e-12)
 
 
+def small_model():
+    """A model of the demo's eight classes, and its parameters."""
+    model = TimeSformerConfig(
+        num_classes=8, image_size=32, num_frames=2, hidden_size=16, depth=1, num_heads=2
+    )
+    params = parameters(TimeSformer(model, rngs=nnx.Rngs(0)))
+    # A new head is too even for a clear order of classes.
+    params["head"] = jax.tree.map(lambda x: x + np.linspace(-1, 1, 8) + 9 * x, params["head"])
+    return model, params
+
+
 def test_a_video_in_pieces_counts_once(demo_data):
     """21 records as 6 videos of 1 to 6 pieces, against the same done by hand without batches."""
     split = open_split(demo_data, "validation")
@@ -62,12 +73,7 @@ def test_a_video_in_pieces_counts_once(demo_data):
     label = video % 8  # pieces share their video's label
     split = dataclasses.replace(split, video=video, label=label)
     clip = ClipSpec(frames=2, frame_stride=8, crop=32, short_side=40)
-    model = TimeSformerConfig(
-        num_classes=8, image_size=32, num_frames=2, hidden_size=16, depth=1, num_heads=2
-    )
-    params = parameters(TimeSformer(model, rngs=nnx.Rngs(0)))
-    # A new head is too even for a clear order of classes.
-    params["head"] = jax.tree.map(lambda x: x + np.linspace(-1, 1, 8) + 9 * x, params["head"])
+    model, params = small_model()
 
     mesh = make_mesh()
     found = evaluate(
@@ -97,11 +103,7 @@ def test_clips_that_cover_a_video_are_averaged(demo_data):
     video = (np.arange(21) // 2).astype(np.int32)  # two records a video, the last has one
     split = dataclasses.replace(split, video=video)
     clip = ClipSpec(frames=2, frame_stride=3, crop=32, short_side=40)  # 0.2 s
-    model = TimeSformerConfig(
-        num_classes=8, image_size=32, num_frames=2, hidden_size=16, depth=1, num_heads=2
-    )
-    params = parameters(TimeSformer(model, rngs=nnx.Rngs(0)))
-    params["head"] = jax.tree.map(lambda x: x + np.linspace(-1, 1, 8) + 9 * x, params["head"])
+    model, params = small_model()
     mesh = make_mesh()
     found = evaluate(
         jax.device_put(params, NamedSharding(mesh, P())),

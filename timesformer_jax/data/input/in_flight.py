@@ -13,14 +13,11 @@ import math
 
 import numpy as np
 
+from timesformer_jax.data.records.access import LONG_RECORD_BYTES, READ_THREADS
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.workers import available_cores
 
-# Reading waits for a disk or a network and not for a processor, so threads may outnumber the cores.
-READ_THREADS = 16
 READ_AHEAD = 2  # small batches
-# A record of more bytes stays in its file.
-LONG_RECORD_BYTES = 32 << 20
 
 # Batches of more decoded bytes, or clips of more frames, are filled from pieces.
 BATCH_BYTES = 256 << 20
@@ -61,12 +58,11 @@ class InFlight:
     ) -> InFlight:
         """Of batches of a split."""
         pixels = split.height.astype(np.int64) * split.width
-        stored = -(-split.num_frames // split.stride)
         whole = split.size[split.size <= LONG_RECORD_BYTES]
         return cls(
             rows, views, crops, frames, side,
             frame_bytes=3 * int(pixels.max()),
-            encoded_bytes=math.ceil((split.size / stored).max()),
+            encoded_bytes=math.ceil((split.size / split.num_stored).max()),
             record_bytes=int(whole.max(initial=0)),
         )  # fmt: skip
 

@@ -20,13 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-from timesformer_jax.data.input.in_flight import (
+from timesformer_jax.data.input.in_flight import READ_AHEAD, InFlight
+from timesformer_jax.data.records.access import (
     LONG_RECORD_BYTES,
-    READ_AHEAD,
     READ_THREADS,
-    InFlight,
+    advice,
+    open_record,
+    read_placed,
+    read_record,
 )
-from timesformer_jax.data.records.access import advice, open_record, read_placed, read_record
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.data.records.wire import LongRecord
 from timesformer_jax.errors import InputError

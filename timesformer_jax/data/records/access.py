@@ -27,6 +27,10 @@ from timesformer_jax.storage import read_ranges
 
 # A record is read whole unless it has more than so many times the bytes of the frames.
 WHOLE_FROM = 2
+# Reading waits for a disk or a network and not for a processor, so threads may outnumber the cores.
+READ_THREADS = 16
+# Records of more bytes stay in their files, or are read one at a time.
+LONG_RECORD_BYTES = 32 << 20
 
 
 def read_frames(split: Split, row: int, indices: Sequence[int]) -> tuple[list[bytes], int]:

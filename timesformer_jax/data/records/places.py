@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from timesformer_jax.data.layout import DIGEST_BYTES, PLACE, places_path
 from timesformer_jax.data.records import wire
-from timesformer_jax.data.records.access import advice, read_record
+from timesformer_jax.data.records.access import LONG_RECORD_BYTES, READ_THREADS, advice, read_record
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import atomic_path, cache_path, read_ranges
@@ -35,8 +35,6 @@ VERSION = 1
 # The columns of the index that the file depends on.
 COLUMNS = ("shard", "offset", "size", "num_frames", "stride")
 
-READ_THREADS = 16
-LONG_RECORD_BYTES = 32 << 20  # of longer records one is in memory at a time
 CHUNK = 256  # records whose places are held at a time
 CHUNK_BYTES = 1 << 20
 
