@@ -8,7 +8,8 @@
 "data" makes the data set of configs/demo_long.py, once for all runs. "run" trains and evaluates
 models of `MODELS`, each with each seed, and keeps a row of each in runs/long_task. A run that was
 interrupted is continued when it is run again, and a finished one is not repeated. "draw" gathers
-the rows in docs/long_task.json, and writes the table of docs/long-clips.md and docs/long_task.png.
+the rows in docs/long_task.json, beside those that are there from another machine, and writes the
+table of docs/long-clips.md and docs/long_task.png.
 """
 
 from __future__ import annotations
@@ -181,7 +182,9 @@ def lines_of(rows: list[dict[str, Any]]) -> list[Line]:
 
 def draw() -> None:
     """The figures, the table of docs/long-clips.md and the picture."""
-    rows = [json.loads(path.read_text()) for path in sorted(ROWS.glob("*.json"))]
+    new = [json.loads(path.read_text()) for path in ROWS.glob("*.json")]
+    by_run = {(row["model"], row["seed"]): row for row in [*json.loads(FIGURES.read_text()), *new]}
+    rows = [row for _, row in sorted(by_run.items())]
     FIGURES.write_text(json.dumps(rows, indent=1) + "\n")
     lines = lines_of(rows)
     head = ["model", "frames of a clip", "seconds of a clip", "clips averaged",
