@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from timesformer_jax.benchmark.machine import DevicePeak, rates
+from timesformer_jax.distributed.device_memory import required_bytes
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import abstract
 from timesformer_jax.models.timesformer import parameters as parameters_of
-from timesformer_jax.planning.memory import required_bytes
 from timesformer_jax.timing import time_runs
 
 MIN_RUNS = 4  # a warm-up and three samples

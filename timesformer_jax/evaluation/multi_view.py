@@ -27,6 +27,7 @@ from timesformer_jax.data.input.sampling import COVER, Views
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.data.records.split import Split
 from timesformer_jax.distributed import hosts
+from timesformer_jax.distributed.device_memory import memory_advice
 from timesformer_jax.distributed.mesh import batch_rows, check_batch, make_mesh, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import MultiLabelResults, Results, VideoMeans, by_name
@@ -35,6 +36,8 @@ from timesformer_jax.evaluation.step import make_step
 from timesformer_jax.host_memory import require_memory_for
 from timesformer_jax.models import tuning
 from timesformer_jax.models.timesformer import TimeSformerConfig
+
+LESS_MEMORY = "lower --batch_size (in training --config.eval.batch_size) or --views"
 
 
 def evaluate(
@@ -80,7 +83,8 @@ def evaluate(
     for batch in progress:
         names = ("frames", "crop_boxes", "record", "valid", "valid_frames")
         arrays = put_batch(mesh, {name: batch[name] for name in names if name in batch})
-        p, record, valid = jax.device_get(step(params, arrays))
+        with memory_advice(LESS_MEMORY):
+            p, record, valid = jax.device_get(step(params, arrays))
         found.add(p[valid], record[valid])
         after_batch()
     videos, averaged = split.take(found.first), found.means()

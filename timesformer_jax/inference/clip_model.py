@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
+from timesformer_jax.distributed.device_memory import memory_advice
 from timesformer_jax.host_memory import require_memory_for
 from timesformer_jax.models import tuning
 from timesformer_jax.models.timesformer import class_probabilities, with_parameters
@@ -63,7 +64,11 @@ class ClipModel:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """While it is entered, no other thread computes; programs use the chosen kernels."""
-        with self._lock, tuning.using(self._kernels):
+        with (
+            self._lock,
+            tuning.using(self._kernels),
+            memory_advice("lower --batch_size"),
+        ):
             yield
 
     def inputs(self, frames: np.ndarray, crop_boxes: np.ndarray) -> jax.Array:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.distributed.pieces import is_long, tokens_of
 from timesformer_jax.models.timesformer import (
     TimeSformerConfig,
@@ -134,18 +132,3 @@ def _residuals(model: TimeSformerConfig, frames: int, side: int, clips: int) -> 
     }
     here = [aval for aval in kept.values() if aval.memory_space != jax.memory.Space.Host]
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in here)
-
-
-def required_bytes(error: jax.errors.JaxRuntimeError) -> float | None:
-    """The bytes that a program needs at least, from the error that says that it does not fit.
-
-    inf if the compiler does not say; None for any other error.
-    """
-    said = str(error)
-    if "RESOURCE_EXHAUSTED" not in said:
-        return None
-    found = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", said)
-    if found is None:
-        return math.inf
-    number, unit = [group for group in found.groups() if group]
-    return float(number) * GIB * 1024.0 ** ("KMGT".index(unit) - 2)

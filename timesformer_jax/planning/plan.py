@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 from absl import logging
 
+from timesformer_jax.distributed.device_memory import required_bytes
 from timesformer_jax.distributed.hardware import GIB, Chip, Torus, measured_host_rate
 from timesformer_jax.distributed.mesh import BATCH_SPEC
 from timesformer_jax.errors import InputError
@@ -19,7 +20,7 @@ from timesformer_jax.models.costs import macs
 from timesformer_jax.planning.collectives import Collective, collectives
 from timesformer_jax.planning.cycles import Cycles, count_cycles
 from timesformer_jax.planning.largest import largest
-from timesformer_jax.planning.memory import Memory, compiled_memory, counted_memory, required_bytes
+from timesformer_jax.planning.memory import Memory, compiled_memory, counted_memory
 from timesformer_jax.planning.program import Program, batch_size_of, build
 from timesformer_jax.planning.roofline import Roofline, roofline
 from timesformer_jax.planning.topology import Topology, open_topology

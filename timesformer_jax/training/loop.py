@@ -20,6 +20,7 @@ from timesformer_jax.checkpoints.metadata import flatten_config
 from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.data.input import pipeline
 from timesformer_jax.distributed import hosts
+from timesformer_jax.distributed.device_memory import memory_advice
 from timesformer_jax.distributed.mesh import batch_rows, put_batch
 from timesformer_jax.errors import InputError
 from timesformer_jax.evaluation.metrics import MultiLabelResults, Results
@@ -31,6 +32,12 @@ from timesformer_jax.training.curves import Scalars
 from timesformer_jax.training.run import Run, choose_kernels, make_run
 from timesformer_jax.training.step import Metrics, TrainState, init_state
 from timesformer_jax.training.throughput import Profile, Throughput
+
+# What to do if the step does not fit the devices. Steps of microbatches have the same result.
+LESS_MEMORY = (
+    "lower --config.batch_size, or set --config.accumulate_steps=2 or --config.model.remat=block;"
+    " `timesformer plan` says what each needs"
+)
 
 
 class Preempted(Exception):
@@ -84,6 +91,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         contextlib.closing(Scalars(workdir)) as scalars,
         contextlib.closing(Profile(workdir / reporting.PROFILE, **config.profile)) as profile,
         hosts.termination() as stop_signal,
+        memory_advice(LESS_MEMORY),
     ):
         choose_kernels(run)  # while the devices' memory is empty
         outputs = Outputs(checkpoints, scalars, profile, stop_signal)

@@ -23,6 +23,7 @@ from timesformer_jax.data.input import pipeline
 from timesformer_jax.data.records.open import absolute_source, open_split
 from timesformer_jax.data.records.split import Split, take_fraction
 from timesformer_jax.distributed import hosts
+from timesformer_jax.distributed.device_memory import compiled_to_fit
 from timesformer_jax.distributed.mesh import check_batch, make_mesh
 from timesformer_jax.host_memory import require_memory_for
 from timesformer_jax.models import tuning
@@ -95,7 +96,8 @@ def make_run(config: ConfigDict, workdir: epath.Path) -> Run:
         ema_decay=config.ema_decay,
     )  # fmt: skip
     return Run(
-        config, train_split, eval_split, source, metadata, mesh, optimizer, target, train_step,
+        config, train_split, eval_split, source, metadata, mesh, optimizer, target,
+        compiled_to_fit(train_step),
         steps_per_epoch, config.epochs * steps_per_epoch,
     )  # fmt: skip
 
