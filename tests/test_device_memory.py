@@ -66,7 +66,7 @@ def test_other_errors_remain_what_they_are():
 def test_training_says_what_to_lower(monkeypatch, refusal, demo_data, tmp_path):
     monkeypatch.setattr(run, "make_train_step", lambda *_, **__: too_large)
     said = refusal(*tiny_run(demo_data, tmp_path / "run"))
-    assert "too small: lower --config.batch_size, or set --config.accumulate_steps=2" in said
+    assert "too small: set --config.model.dtype=bfloat16, --config.model.remat=block" in said
     assert "allocating 1125899906842624 bytes" in said
 
 

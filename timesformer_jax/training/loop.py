@@ -33,10 +33,10 @@ from timesformer_jax.training.run import Run, choose_kernels, make_run
 from timesformer_jax.training.step import Metrics, TrainState, init_state
 from timesformer_jax.training.throughput import Profile, Throughput
 
-# What to do if the step does not fit the devices. Steps of microbatches have the same result.
+# What to do if the step does not fit the devices.
 LESS_MEMORY = (
-    "lower --config.batch_size, or set --config.accumulate_steps=2 or --config.model.remat=block;"
-    " `timesformer plan` says what each needs"
+    "set --config.model.dtype=bfloat16, --config.model.remat=block or --config.accumulate_steps=2,"
+    " or a smaller --config.batch_size; `timesformer plan` says what each needs"
 )
 
 
