@@ -6,7 +6,7 @@
 config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
 The authors published no config. Spreading the frames over the whole dive is our choice;
 --config.clip.sampling=stride samples them as on Kinetics.
-Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 19 GiB each.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 16 GiB each.
 Expected accuracy: 74.9 top-1 in the paper. We have not trained it.
 """
 

@@ -8,7 +8,7 @@ config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints
 Prepare the videos with --short_side=512.
 The authors published no config. Spreading the frames over the whole dive is our choice;
 --config.clip.sampling=stride samples them as on Kinetics.
-Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 18 GiB each.
+Hardware: 8 GPUs of 32 GB, 8 clips on each; `timesformer plan` says 18 GiB each.
 Expected accuracy: 78.0 top-1 in the paper. We have not trained it.
 """
 

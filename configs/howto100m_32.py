@@ -9,7 +9,7 @@
 
 Training starts from the authors' weights for Kinetics-400. A record is a segment as long as a clip.
 Segments do not overlap, and a video's probabilities are the average over its segments.
-Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 7 GiB each.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 8 GiB each.
 Expected accuracy: 61.2 top-1 in the paper (SlowFast: 50.8). We have not trained it.
 The authors' split was never published (docs/data.md).
 """

@@ -4,7 +4,7 @@
         --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth
 
 config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
-Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 19 GiB each. The paper
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 16 GiB each. The paper
 reports 416 V100 hours.
 Expected accuracy: 77.9 / 93.2 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.

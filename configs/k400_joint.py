@@ -4,7 +4,7 @@
         --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth
 
 config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
-Hardware: 8 GPUs of 40 GB, 8 clips on each; `timesformer plan` says 34 GiB each.
+Hardware: 8 GPUs of 32 GB, 8 clips on each; `timesformer plan` says 22 GiB each.
 Expected accuracy: 77.4 top-1 in the paper (table 1). We have not trained it.
 """
 

@@ -5,7 +5,7 @@
 
 config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
 The authors released weights, but no config. All but the classes is as in configs/k400_base.py.
-Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 19 GiB each.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 16 GiB each.
 Expected accuracy: 79.1 / 94.4 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.
 """

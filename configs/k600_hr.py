@@ -7,7 +7,7 @@
 config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
 Prepare the videos with --short_side=512.
 All but the classes is as in configs/k400_hr.py.
-Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 18 GiB each.
+Hardware: 8 GPUs of 32 GB, 8 clips on each; `timesformer plan` says 18 GiB each.
 Expected accuracy: 81.8 / 95.8 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.
 """

@@ -6,7 +6,7 @@
 
 config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
 All but the classes is as in configs/k400_l.py.
-Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 19 GiB each.
+Hardware: 8 GPUs of 40 GB, 8 clips on each; `timesformer plan` says 23 GiB each.
 Expected accuracy: 82.2 / 95.6 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.
 """

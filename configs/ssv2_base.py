@@ -6,7 +6,7 @@
 config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
 A clip has one frame from each segment of the video, and is never flipped. The authors' weights
 expect BGR: to continue from them, set --config.clip.channel_order=bgr.
-Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 19 GiB each.
+Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 16 GiB each.
 Expected accuracy: 59.1 / 85.6 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.
 

@@ -136,7 +136,7 @@ def plan(topology: str, frames: int, remat: str) -> dict[str, Any]:
         quick = {"exec_time_optimization_effort": -1.0}
         needed = compiled_memory(program, program.lower().compile(compiler_options=quick))
     else:
-        needed = counted_memory(program)
+        needed = counted_memory(program, target.chip)
     return {
         "topology": topology,
         "frames": frames,

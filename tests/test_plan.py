@@ -201,6 +201,23 @@ def test_what_blocks_keep_is_counted_from_two_of_them(remat):
         assert all_of_them + none / 8 < counted < all_of_them + none / 4
 
 
+@pytest.mark.parametrize("name", ["k400_space", "k400_joint"])
+def test_the_recipes_say_what_the_planner_counts(name):
+    config = _config(name)
+    text = (REPOSITORY / "configs" / f"{name}.py").read_text()
+    said = re.search(r"`timesformer plan` says (\d+) GiB each", text)
+    assert round(make_plan(config, "h100:8").needed / GIB) == int(said[1])
+
+
+def test_a_gpu_that_is_not_there_is_counted_with_the_operations_of_a_gpu():
+    """A CPU computes 1,569 tokens by blocks, and keeps no weights of attention; a GPU keeps all."""
+    config = _config("k400_joint")
+    program = build(config, jax.devices(), 8)
+    here, gpu = (counted_memory(program, chip).total for chip in (None, CHIPS["h100"]))
+    weights = 12 * 12 * (8 * 196 + 1) ** 2 * 4  # blocks, heads, float32: of one clip on a device
+    assert gpu - here == pytest.approx(weights, rel=0.05)
+
+
 def test_what_is_offloaded_is_not_on_the_chip():
     model = TimeSformerConfig(
         num_classes=3, image_size=16, num_frames=2, patch_size=8, hidden_size=16, depth=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from timesformer_jax.distributed.hardware import Chip, Torus
 from timesformer_jax.distributed.pieces import is_long, tokens_of
 from timesformer_jax.models.timesformer import (
     TimeSformerConfig,
@@ -60,13 +63,18 @@ def compiled_memory(program: Program, compiled: jax.stages.Compiled) -> Memory:
     )
 
 
-def counted_memory(program: Program) -> Memory:
+def counted_memory(program: Program, chip: Chip | None = None) -> Memory:
     """Memory counted from the config, without a compiler.
+
+    Args:
+      program: what is counted.
+      chip: that it is for; None: of the program's devices.
 
     Activations are the gradients, the clips after preprocessing and all residuals that the forward
     pass saves for the backward pass; of inference, which has no gradients, those of one block at a
     time. A compiler recomputes some of them and pads others. They are divided by the sequence axis;
-    division by the tensor axis is not counted.
+    division by the tensor axis is not counted. Attention is that of XLA on GPUs: a kernel, which a
+    GPU that is there may choose, saves less.
     """
     params, optimizer, inputs = _arguments(program)
     frames, side = program.clip.frames, program.clip.crop
@@ -78,9 +86,19 @@ def counted_memory(program: Program) -> Memory:
     if program.work == "training":
         gradients = bytes_a_chip(trained(program.state.params, program.train))
         gradients *= 2 if program.parts > 1 else 1  # the sum so far, and that of one part
-    kept = kept_for_backward(program.model, frames, side, clips, program.train)
+    with _traced_for(chip):
+        kept = kept_for_backward(program.model, frames, side, clips, program.train)
     kept //= dict(program.mesh.shape).get("sequence", 1)
     return Memory(params, optimizer, inputs, gradients + video + kept)
+
+
+def _traced_for(chip: Chip | None) -> contextlib.AbstractContextManager:
+    """Tracing takes the operations of this chip, which need not be there."""
+    if chip is None:
+        return contextlib.nullcontext()
+    platform = "tpu" if isinstance(chip.links, Torus) else "gpu"
+    device = AbstractDevice(device_kind=chip.kind, num_cores=None, platform=platform)
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def _arguments(program: Program) -> tuple[int, int, int]:

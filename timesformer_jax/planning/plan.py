@@ -204,7 +204,7 @@ def _searched(
         tried = _with_frames(config, frames_tried)
         other = build(tried, topology.devices, batch_tried, program.work)
         if not topology.compiles:
-            return counted_memory(other).total
+            return counted_memory(other, topology.chip).total
         logging.info("compiling with a batch of %d clips of %d frames", batch_tried, frames_tried)
         return _compile(other, options)[1]
 
@@ -266,7 +266,7 @@ def _cycles(topology: Topology, program: Program, text: str) -> Cycles | None:
 
 
 def _counted(chip: Chip | None, program: Program) -> Estimate:
-    memory, exchanged = counted_memory(program), counted_collectives(program)
+    memory, exchanged = counted_memory(program, chip), counted_collectives(program)
     return _estimate(chip, program, memory, model_flops(program), None, exchanged)
 
 
