@@ -268,7 +268,7 @@ DAMAGE = {
     ),
     "a cut index": (
         lambda d: os.truncate(d / "train.index.npz", 400),
-        rf"the index of train or the labels cannot be read \(.*\){REWRITE_INDEX}",
+        rf"cannot read the index of train or the labels of .* \(.*\){REWRITE_INDEX}",
     ),
     "no index": (
         lambda d: (d / "train.index.npz").unlink(),
@@ -276,8 +276,8 @@ DAMAGE = {
     ),
     "no label map": (
         lambda d: (d / "labels.txt").unlink(),
-        rf"the index of train or the labels cannot be read \(.*labels.txt.*\){REWRITE_INDEX}",
-        rf"the index of validation or the labels cannot be read \(.*\){REWRITE_INDEX}",
+        rf"cannot read the index of train or the labels of .* \(.*labels.txt.*\){REWRITE_INDEX}",
+        rf"cannot read the index of validation or the labels of .* \(.*\){REWRITE_INDEX}",
     ),
     "another label map": (
         lambda d: (d / "labels.txt").write_text("a\nc\nunseen\n"),

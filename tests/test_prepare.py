@@ -593,6 +593,27 @@ def test_directories_that_cannot_be_opened(prepared, tmp_path):
         open_split(tmp_path / "copy", "empty")
 
 
+@pytest.mark.parametrize("how", ["half an index", "no labels", "a folder", "no permission"])
+def test_an_index_that_cannot_be_read_is_one_line(prepared, tmp_path, monkeypatch, how):
+    output = shutil.copytree(prepared, tmp_path / "copy")
+    index, advice = output / "train.index.npz", "delete dataset_info.json and run `timesformer"
+    if how == "half an index":
+        os.truncate(index, 400)
+    elif how == "no labels":
+        (output / "labels.txt").unlink()
+    elif how == "a folder":
+        index.unlink()
+        index.mkdir()
+    else:  # the tests may run as root, who may read anything
+        error = tf.errors.PermissionDeniedError(None, None, f"{index}; Permission denied")
+        monkeypatch.setattr(records, "_read_index", lambda *_: (_ for _ in ()).throw(error))
+        advice = "Permission denied\\); make it readable"
+    message = f"cannot read the index of train or the labels of {output} \\(.*{advice}"
+    with pytest.raises(InputError, match=message) as raised:
+        open_split(output, "train")
+    assert "\n" not in str(raised.value)
+
+
 def test_options_file_is_readable(prepared):
     claim = json.loads((prepared / "prepare.json").read_text())
     assert claim["short_side"] == 24
@@ -664,6 +685,33 @@ def test_a_resplit_decodes_nothing_and_reads_the_right_records(unsplit, tmp_path
         prepare(folder / "videos", output, **OPTIONS)
     prepare(folder / "videos", output, resplit=True, **OPTIONS)
     assert clips_by_class(output) == before
+
+
+def test_a_repair_keeps_the_labels_and_splits_of_a_resplit(unsplit, tmp_path, capsys):
+    """Whatever `check` says to delete; and --resplit waits for the repair."""
+    folder, _, _ = unsplit
+    output = shutil.copytree(folder / "out", tmp_path / "out")
+    (tmp_path / "clips.csv").write_text(
+        "path,label,split\na/0.mp4,x,train\na/2.mp4,y,validation\nb/1.mp4,y,train\n"
+    )
+    again = {"annotations": tmp_path / "clips.csv", "resplit": True, **OPTIONS}
+    prepare(folder / "videos", output, **again)
+    expected, shards_before = clips_by_class(output), digests(output)
+    shard = next(output.glob("*.tfrecord-*"))
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"shards .* \(first: {shard.name}\); run .* without"):
+        prepare(folder / "videos", output, **again)
+    for _ in range(2):
+        capsys.readouterr()
+        summary = prepare(folder / "videos", output, **OPTIONS)
+        assert "are kept (splits.json); run it with --resplit" in capsys.readouterr().out
+        assert clips_by_class(output) == expected
+        assert summary.clips == {"train": 2, "validation": 1}
+        assert [line.split() for line in summary.table.splitlines()[1:]] == [
+            ["x", "1", "0"], ["y", "1", "1"]
+        ]  # fmt: skip
+        (output / "dataset_info.json").unlink()
+    assert digests(output) == shards_before
 
 
 def test_a_resplit_takes_other_labels_and_fewer_clips(unsplit, tmp_path):
@@ -744,6 +792,24 @@ def test_several_labels_of_a_clip(unsplit, tmp_path):
         for clip, row in zip(split.ids.tolist(), split.targets)
     }
     assert relabelled == found | {"a/0.mp4": {"w", "z"}, "a/2.mp4": {"w"}}
+
+
+def test_several_labels_where_no_drawn_clip_can_be_decoded(unsplit, tmp_path):
+    """The index of validation has no record then, and `splits.json` has other splits."""
+    folder, broken, _ = unsplit
+    good = sorted({f"b/{i}.mp4" for i in range(1, 10, 2)} - {broken})[:2]
+    rows = "".join(f"{path},x;y\n" for path in (broken, *good))
+    (tmp_path / "clips.csv").write_text(f"path,label\n{rows}")
+    output = tmp_path / "out"
+    prepare(folder / "videos", output, tmp_path / "clips.csv", multilabel=";", **OPTIONS)
+    splits = [open_split(output, name) for name in ("train", "validation")]
+    assert sorted(clip for split in splits for clip in split.ids.tolist()) == good
+    assert all(split.targets.tolist() == [[True, True]] for split in splits)
+    summary, found = check_prepared(output, 1.0, 1)
+    assert not [problem for problem in found if problem.is_error]
+    assert [line.split()[2] for line in summary.splitlines()[2:4]] == ["2", "0"]
+    records.write_index(os.fspath(output), "validation", [], [])  # as an earlier version wrote it
+    assert open_split(output, "train").targets.tolist() == [[True, True]]
 
 
 def test_a_label_that_may_be_several_is_asked_about(unsplit, tmp_path):

@@ -2,6 +2,7 @@
 
 import difflib
 import pathlib
+import re
 from collections.abc import Iterable
 
 
@@ -18,6 +19,14 @@ class PartlyDone(Exception):
 
     The command line prints the message, one line, and exits with status 1.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line: without a file's name that Python adds, and without
+    TensorFlow's name of the operation."""
+    said = getattr(error, "strerror", None) or str(error)
+    text = re.sub(r"^\{\{.*?\}\} | \[Op:.*", "", said, flags=re.DOTALL).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def install(extra: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
 
 GCS = "gs://"
 
@@ -73,13 +73,9 @@ def _storage_errors(path: str) -> Iterator[None]:
     # The errors of TensorFlow and of other back ends have no other base class in common.
     except Exception as error:
         raise InputError(
-            f"cannot read {path}: {_reason(error)}; run the same command again: finished work is"
+            f"cannot read {path}: {first_line(error)}; run the same command again: finished work is"
             " kept"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -127,7 +123,7 @@ def _read_part(part: Any) -> bytes:
     try:
         found = part.result()
     except ValueError as error:  # TensorStore has no other
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if reason.startswith("OUT_OF_RANGE"):
             return b""
         raise OSError(errno.EIO, reason) from error
@@ -180,7 +176,7 @@ def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
             try:
                 temporary.copy(path, overwrite=True)
             except Exception as error:  # of any kind, as in `_storage_errors`
-                raise OSError(errno.EIO, _reason(error)) from error
+                raise OSError(errno.EIO, first_line(error)) from error
         return
     temporary = path.with_name(part_name(path.name))
     try:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from timesformer_jax.data.layout import INFO_FILE
+
 NO_TRAINING = (
     "no clip is for training, so that only `evaluate` can use the data: give clips the split train,"
     " or no split, so that it is drawn"
@@ -20,6 +22,9 @@ NO_VALIDATION = (
     "no clip is for validation, so that training cannot measure its accuracy: add videos, or train"
     " with --config.data.eval_split=train, which measures it with the training clips"
 )
+
+RUN_AGAIN = "run `timesformer prepare` again with the arguments it had"
+REWRITE_INDEX = f"delete {INFO_FILE} and {RUN_AGAIN}: it writes the indices again, and no shard"
 
 # Names of a line; the others are counted.
 SHOWN = 3

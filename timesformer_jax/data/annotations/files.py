@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from timesformer_jax.data.annotations.clips import SPLIT_NAMES
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
 from timesformer_jax.ranges import RANGES
 from timesformer_jax.storage import is_remote
 
@@ -250,14 +250,9 @@ def read_errors(path: epath.Path) -> Iterator[None]:
     except InputError:
         raise
     except OSError as error:
-        raise InputError(f"cannot read {path}: {_reason(error)}; check the path") from error
+        raise InputError(f"cannot read {path}: {first_line(error)}; check the path") from error
     except Exception as error:
         # The back ends of gs:// raise errors of their own kinds.
         if "://" not in os.fspath(path):
             raise
-        raise InputError(f"cannot read {path}: {_reason(error)}; check the path") from error
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0]
+        raise InputError(f"cannot read {path}: {first_line(error)}; check the path") from error

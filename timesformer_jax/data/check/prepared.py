@@ -6,13 +6,11 @@ be deleted; `prepare` then writes it again, together with the files that describ
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
-from zipfile import BadZipFile
 
 import numpy as np
 import tensorflow as tf
@@ -23,7 +21,7 @@ from tqdm import tqdm
 from timesformer_jax.data import problems
 from timesformer_jax.data.check.prepared_summary import summarize
 from timesformer_jax.data.check.report import is_decoded
-from timesformer_jax.data.check.sources import RUN_AGAIN, require_prepared
+from timesformer_jax.data.check.sources import require_prepared
 from timesformer_jax.data.layout import (
     INDEX_DTYPES,
     INFO_FILE,
@@ -32,21 +30,18 @@ from timesformer_jax.data.layout import (
     SPLITS_FILE,
     places_path,
 )
-from timesformer_jax.data.problems import Problem
+from timesformer_jax.data.problems import REWRITE_INDEX, RUN_AGAIN, Problem
 from timesformer_jax.data.records import places
 from timesformer_jax.data.records import prepared as records
+from timesformer_jax.data.records.prepared import UNREADABLE
 from timesformer_jax.data.records.split import Split, read_reassigned, select_split
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
 from timesformer_jax.workers import available_cores
 
 REWRITE_SHARD = f"delete it and {RUN_AGAIN}: it writes only this shard again"
-REWRITE_INDEX = f"delete {INFO_FILE} and {RUN_AGAIN}: it writes the indices again, and no shard"
 
 READ_AHEAD_BYTES = 8 << 20
-
-# Errors of reading a file that is missing, not readable or of another format.
-UNREADABLE = (OSError, EOFError, KeyError, ValueError, BadZipFile, tf.errors.OpError)
 
 
 @dataclass(frozen=True)
@@ -117,11 +112,6 @@ def _open_splits(root: epath.Path) -> tuple[list[Split], list[str]]:
             splits.append(records.open_indexed(os.fspath(root), name))
         except InputError as error:
             problems.append(str(error))
-        except UNREADABLE as error:
-            problems.append(
-                f"the index of {name} or the labels cannot be read ({_reason(error)});"
-                f" {REWRITE_INDEX}"
-            )
     return splits, problems
 
 
@@ -133,7 +123,7 @@ def _used_splits(root: epath.Path, splits: list[Split]) -> tuple[list[Split], li
             return splits, []
         return [select_split(splits, reassigned, name) for name in sorted(reassigned.splits)], []
     except (InputError, *UNREADABLE) as error:
-        return [], [f"{SPLITS_FILE}: {_reason(error)}"]
+        return [], [f"{SPLITS_FILE}: {first_line(error)}"]
 
 
 def _few_clips(splits: list[Split]) -> list[Problem]:
@@ -166,7 +156,7 @@ def _check_places(root: epath.Path, split: str) -> Iterator[str]:
         if path.exists() and places.is_damaged(path):
             yield f"{path.name} is damaged; delete it: it is made again from the records"
     except (OSError, tf.errors.OpError) as error:
-        yield f"{path.name} cannot be read ({_reason(error)}); make it readable and check again"
+        yield f"{path.name} cannot be read ({first_line(error)}); make it readable and check again"
 
 
 def _indexed_shards(root: epath.Path, split: Split) -> list[IndexedShard]:
@@ -223,7 +213,7 @@ def _check_shard(shard: IndexedShard, decode_fraction: float) -> ShardResult:
         faults = list(_check_records(shard, num_bytes, decode_fraction))
         faults = faults or list(_check_manifest(shard, num_bytes))
     except (OSError, tf.errors.OpError) as error:
-        problem = f"{name} cannot be read ({_reason(error)}); make it readable and check again"
+        problem = f"{name} cannot be read ({first_line(error)}); make it readable and check again"
         return ShardResult(0, [problem])
     return ShardResult(num_bytes, [f"{name} {fault}; {REWRITE_SHARD}" for fault in faults])
 
@@ -305,7 +295,7 @@ def _check_manifest(shard: IndexedShard, num_bytes: int) -> Iterator[str]:
         manifest_bytes = manifest["bytes"]
         manifest_ids = [row["id"] for row in manifest["records"]]
     except UNREADABLE as error:
-        yield f"has no readable manifest ({_reason(error)})"
+        yield f"has no readable manifest ({first_line(error)})"
         return
     if manifest_bytes != num_bytes:
         yield f"has {num_bytes} bytes where its manifest has {manifest_bytes}"
@@ -329,7 +319,7 @@ def _check_description(
         label = info.features["label"]
         label_names = tuple(getattr(label, "feature", label).names)
     except Exception as error:  # TFDS raises errors of many kinds
-        yield f"TFDS cannot open {root} ({_reason(error)}); {REWRITE_INDEX}"
+        yield f"TFDS cannot open {root} ({first_line(error)}); {REWRITE_INDEX}"
         return
     for name in sorted(set(info.splits) ^ set(records.split_names(os.fspath(root)))):
         has, lacks = (INFO_FILE, "index") if name in info.splits else ("index", INFO_FILE)
@@ -368,9 +358,3 @@ def _unexpected_files(root: epath.Path, expected: Collection[str] | None) -> Ite
     for path in sorted(root.glob("*.tfrecord-*")):
         if expected is not None and path.suffix != ".part" and path.name not in expected:
             yield f"{path.name} is in no index; delete it"
-
-
-def _reason(error: Exception) -> str:
-    """The message of an error, in one line, without TensorFlow's name of the operation."""
-    text = re.sub(r"^\{\{.*?\}\} | \[Op:.*", "", str(error), flags=re.DOTALL).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -56,6 +56,8 @@ def summarize(
 
 
 def _range(values: np.ndarray) -> str:
+    if not len(values):
+        return "-"
     low, high = values.min(), values.max()
     return f"{low:.4g}" if low == high else f"{low:.4g}-{high:.4g}"
 

@@ -6,10 +6,9 @@ from etils import epath
 
 from timesformer_jax.data.annotations.videos import VIDEO_EXTENSIONS, walk
 from timesformer_jax.data.layout import INFO_FILE, MANIFESTS, OPTIONS_FILE, index_path
+from timesformer_jax.data.problems import RUN_AGAIN
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import is_remote
-
-RUN_AGAIN = "run `timesformer prepare` again with the arguments it had"
 
 
 def holds_videos(folder: str | os.PathLike) -> bool:

@@ -17,7 +17,7 @@ from etils import epath
 
 from timesformer_jax.data.annotations.videos import IMAGE_EXTENSIONS
 from timesformer_jax.data.decode.limits import DECODERS, DEMUXERS, SOUND_DECODERS, Limits
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
 from timesformer_jax.storage import RemoteFile, is_remote
 
 # The frame rate of a folder of images, which has no header. The public copies of
@@ -59,7 +59,7 @@ def video_errors() -> Iterator[None]:
     try:
         yield
     except (av.error.FFmpegError, OSError) as error:
-        raise VideoError((error.strerror or str(error)).splitlines()[0]) from error
+        raise VideoError(first_line(error)) from error
 
 
 def video_source(video: str | os.PathLike | BinaryIO) -> str | BinaryIO:

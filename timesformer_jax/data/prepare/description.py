@@ -74,10 +74,11 @@ def write_description(
     for split, manifests in by_split.items():
         if not all(clip.drawn for clip in clips_of[split]):
             _require_records(output, split, list(manifests.values()))
+    multilabel = any(clip.labels is not None for shard in shards for clip in shard.clips)
     prepared = import_prepared()
     for split, manifests in by_split.items():
         rows = _index_rows(list(manifests.values()))
-        prepared.write_index(os.fspath(output), split, list(manifests), rows)
+        prepared.write_index(os.fspath(output), split, list(manifests), rows, multilabel)
         found = (_places(shard) for shard in shards if shard.split == split)
         header = places.header(list(manifests), [[row[c] for row in rows] for c in places.COLUMNS])
         places.write(places_path(os.fspath(output), split), header, found)
@@ -85,7 +86,6 @@ def write_description(
     for split, manifests in by_split.items():
         lengths[split] = [len(manifest["records"]) for manifest in manifests.values()]
         sizes[split] = sum(manifest["bytes"] for manifest in manifests.values())
-    multilabel = any(clip.labels is not None for shard in shards for clip in shard.clips)
     prepared.write_metadata(os.fspath(output), name, label_names, lengths, sizes, multilabel)
 
 

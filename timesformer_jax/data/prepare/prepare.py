@@ -33,6 +33,7 @@ from timesformer_jax.data.layout import (
     INFO_FILE,
     MANIFESTS,
     OPTIONS_FILE,
+    SPLITS_FILE,
     UNLISTED_FILE,
 )
 from timesformer_jax.data.prepare.description import Summary, summarize, write_description
@@ -42,9 +43,9 @@ from timesformer_jax.data.prepare.runners import (
     check_max_failures,
     shard_writer,
 )
-from timesformer_jax.data.prepare.shards import Shard, ShardOptions, assign_shards
-from timesformer_jax.data.prepare.splits import draw_splits, fingerprint
-from timesformer_jax.data.records.split import read_reassigned
+from timesformer_jax.data.prepare.shards import Shard, ShardOptions, assign_shards, find_lost
+from timesformer_jax.data.prepare.splits import draw_splits, fingerprint, reassigned_clips
+from timesformer_jax.data.records.split import Reassigned, read_reassigned
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import absolute, disk_errors, locked, write_atomically
 
@@ -75,7 +76,8 @@ def prepare(
 
     If it was interrupted, it continues when it is called again with the same arguments. Missing
     videos that were added since are prepared then: only the shards they belong to are written
-    again. Clips that are missing or cannot be decoded are left out, and listed in failures.csv.
+    again. Labels and splits that `resplit` changed are kept. Clips that are missing or cannot be
+    decoded are left out, and listed in failures.csv.
     All paths may be on gs://.
 
     Args:
@@ -165,11 +167,17 @@ def _write_output(
         (output / MANIFESTS).mkdir(parents=True, exist_ok=True)
         with locked(output):
             _record_options(output, source.options, listing)
+            resplit = _read_resplit(output, listing)
             shards = assign_shards(output, listing.clips, source.options)
             missing = frozenset(listing.missing)
             todo = [shard for shard in shards if not shard.is_done(missing)]
             if (output / INFO_FILE).exists() and not todo:
-                clips = _prepared_clips(output, listing, draw)
+                if resplit is not None:
+                    raise InputError(
+                        f"the labels or splits of {output} were changed by --resplit; add --resplit"
+                        " to change them to these"
+                    )
+                clips = draw()
                 print("already prepared, nothing to do")
                 return summarize(output, clips, listing.labels)
             _remove_unfinished(output)
@@ -183,26 +191,28 @@ def _write_output(
                 write_failures(output / FAILURES_FILE, failures)
             undecodable = sum(row["reason"] != MISSING_FILE for row in failures)
             check_max_failures(undecodable, max_failures)
-            clips = draw()
+            clips, labels = (
+                (draw(), listing.labels)
+                if resplit is None
+                else (reassigned_clips(output, listing, resplit), resplit.labels)
+            )
             write_description(output, source.options.name, shards, listing.labels)
-            return summarize(output, clips, listing.labels)
+            if resplit is not None:
+                print(
+                    f"the labels and splits that --resplit gave {output} are kept ({SPLITS_FILE});"
+                    " run it with --resplit again to take in clips that were added"
+                )
+            return summarize(output, clips, labels)
 
 
-def _prepared_clips(
-    output: epath.Path, listing: Listing, draw: Callable[[], list[Clip]]
-) -> list[Clip]:
-    """The clips of a complete output.
+def _read_resplit(output: epath.Path, listing: Listing) -> Reassigned | None:
+    """The labels and splits that --resplit gave an output, if they are not those of these clips.
 
     Raises:
-      InputError: its splits were drawn again, of other clips or another fraction.
+      InputError: splits.json is damaged.
     """
-    reassigned = read_reassigned(os.fspath(output))
-    if reassigned is not None and reassigned.clips != fingerprint(listing):
-        raise InputError(
-            f"the labels or splits of {output} were changed by --resplit; add --resplit to change"
-            " them to these"
-        )
-    return draw()
+    found = read_reassigned(os.fspath(output))
+    return None if found is None or found.clips == fingerprint(listing) else found
 
 
 def _resplit(output: epath.Path, listing: Listing, validation_fraction: float) -> Summary:
@@ -212,6 +222,11 @@ def _resplit(output: epath.Path, listing: Listing, validation_fraction: float) -
             f"{output} is not prepared yet; run `timesformer prepare` without --resplit first"
         )
     with disk_errors(output), locked(output):
+        if lost := find_lost(output):
+            raise InputError(
+                f"shards of {output} are missing or damaged (first: {lost[0]}); run"
+                " `timesformer prepare` without --resplit first, with the arguments it had"
+            )
         clips = draw_splits(output, listing, validation_fraction, again=True)
         return summarize(output, clips, listing.labels)
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,15 +90,25 @@ class Shard:
         Args:
           missing: ids of the clips whose file is missing now.
         """
+        failures = self._failures()
+        return failures is not None and all(
+            row["id"] in missing for row in failures if row["reason"] == MISSING_FILE
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the shard is there, and of the size that its manifest says."""
+        return self._failures() is not None
+
+    def _failures(self) -> list[dict] | None:
+        """The failures in the manifest; None unless the shard is whole."""
         path = epath.Path(self.path)
         try:
             manifest = self.read_manifest()
             num_bytes, failures = manifest["bytes"], manifest["failures"]
         except (OSError, ValueError, KeyError):
-            return False
-        if not path.exists() or path.stat().length != num_bytes:
-            return False
-        return all(row["id"] in missing for row in failures if row["reason"] == MISSING_FILE)
+            return None
+        return failures if path.exists() and path.stat().length == num_bytes else None
 
 
 def assign_shards(output: epath.Path, clips: Sequence[Clip], options: ShardOptions) -> list[Shard]:
@@ -113,9 +124,23 @@ def assign_shards(output: epath.Path, clips: Sequence[Clip], options: ShardOptio
         count = -(-len(members) // options.clips_per_shard)
         for i in range(count):
             # TFDS expects this form of file name.
-            file = f"{options.name}-{split}.tfrecord-{i:05d}-of-{count:05d}"
+            file = f"{options.name}-{split}.tfrecord-{i:05d}-of-{count:05d}"  # as in `find_lost`
             shards.append(Shard(os.fspath(output / file), split, tuple(members[i::count])))
     return shards
+
+
+def find_lost(output: epath.Path) -> list[str]:
+    """The names of the shards of a prepared directory that are missing or damaged, sorted.
+
+    How many a split has is in the name of each.
+    """
+    manifests = (output / MANIFESTS).glob("*.json")
+    matches = (re.match(r"(.*\.tfrecord-)\d{5}-of-(\d{5})", path.name) for path in manifests)
+    splits = {match.groups() for match in matches if match}
+    names = [
+        f"{start}{i:05d}-of-{count}" for start, count in sorted(splits) for i in range(int(count))
+    ]
+    return [name for name in names if not Shard(os.fspath(output / name), "", ()).is_whole]
 
 
 def read_manifests(output: epath.Path) -> list[dict]:

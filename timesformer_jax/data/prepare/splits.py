@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from etils import epath
@@ -77,6 +78,26 @@ def draw_splits(
     found = Reassigned(listing.labels, records, fingerprint(listing))
     write_atomically(path, found.to_json())
     return clips
+
+
+def reassigned_clips(output: epath.Path, listing: Listing, reassigned: Reassigned) -> list[Clip]:
+    """The decoded clips that splits.json has, with its labels and splits.
+
+    Args:
+      output: a prepared directory whose shards are done.
+      listing: the clips that the shards were written for.
+      reassigned: the content of splits.json.
+    """
+    by_id = {clip.id: clip for clip in listing.clips}
+    video_of = {row["id"]: row["video"] for m in read_manifests(output) for row in m["records"]}
+    found: dict[str, Clip] = {}
+    for split, records in reassigned.splits.items():
+        for record, label in records.items():
+            if (video := video_of.get(record)) is None:
+                continue
+            one, several = (label, None) if isinstance(label, str) else ("", tuple(label))
+            found[video] = replace(by_id[video], split=split, label=one, labels=several)
+    return list(found.values())
 
 
 def class_table(clips: Sequence[Clip], labels: Sequence[str]) -> str:

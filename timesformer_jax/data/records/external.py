@@ -27,7 +27,7 @@ from timesformer_jax.data.records.external_index import (
     load_or_make_index,
 )
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
 
 # The source of a data set by its name in TFDS: tfds:NAME[/CONFIG][:VERSION][@DATA_DIR].
 TFDS_SCHEME = "tfds:"
@@ -53,7 +53,7 @@ def open_external(source: str, split: str, fps: float | None = None) -> Split:
             return _open_tfds(source, split, fps)
         return _open_tables(source, split, fps)
     except tf.errors.OpError as error:  # a missing file, or no permission
-        raise InputError(f"cannot read {source}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"cannot read {source}: {first_line(error)}") from error
 
 
 def _open_tables(directory: str, split: str, fps: float | None) -> Split:
@@ -291,8 +291,7 @@ def _builder(source: str) -> tfds.core.DatasetBuilder:
             f" {name}{option}`, or give its full name, as tfds:NAME/CONFIG:VERSION@DATA_DIR"
         ) from error
     except Exception as error:  # a damaged description raises errors of any kind
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"TFDS cannot open {source}: {reason}") from error
+        raise InputError(f"TFDS cannot open {source}: {first_line(error)}") from error
 
 
 def tfds_format(

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from timesformer_jax.data.records.wire import RECORD_OVERHEAD_BYTES, LongRecord, extract_frames
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
 from timesformer_jax.storage import cache_path, write_atomically
 from timesformer_jax.workers import available_cores, worker_pool
 
@@ -271,7 +271,7 @@ def _read_shard(file: str, record_format: RecordFormat) -> tuple[list[dict], lis
     except (tf.errors.OpError, DecodeError) as error:
         raise InputError(
             f"{file} cannot be read as uncompressed TFRecords of {record_format.message}s from byte"
-            f" {offset} on ({str(error).splitlines()[0]}); copy it there again, or write it again"
+            f" {offset} on ({first_line(error)}); copy it there again, or write it again"
         ) from error
     return rows, skipped
 

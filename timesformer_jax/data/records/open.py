@@ -8,7 +8,7 @@ import tensorflow as tf
 from timesformer_jax.data.layout import OPTIONS_FILE
 from timesformer_jax.data.records import external, prepared
 from timesformer_jax.data.records.split import Split
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
 from timesformer_jax.storage import is_remote
 
 
@@ -32,7 +32,11 @@ def open_split(source: str | os.PathLike, split: str, fps: float | None = None) 
     if fps and not 0 < fps < np.inf:
         raise InputError(f"a frame rate (fps) must be above 0, not {fps}")
     source = absolute_source(source)
-    if _is_external(source):
+    try:
+        is_external = _is_external(source)
+    except tf.errors.OpError as error:
+        raise InputError(f"cannot read {source}: {first_line(error)}; make it readable") from error
+    if is_external:
         return external.open_external(source, split, fps or None)
     return prepared.open_prepared(source, split)
 

@@ -21,6 +21,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import tensorflow as tf
@@ -33,10 +35,14 @@ from timesformer_jax.data.layout import (
     TARGETS,
     index_path,
 )
-from timesformer_jax.data.problems import NO_TRAINING, NO_VALIDATION
+from timesformer_jax.data.problems import NO_TRAINING, NO_VALIDATION, REWRITE_INDEX
 from timesformer_jax.data.records.places import with_places
 from timesformer_jax.data.records.split import Split, read_reassigned, select_split
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
+
+PERMISSION = (PermissionError, tf.errors.PermissionDeniedError)
+# Errors of reading a file that is missing, not readable or of another format.
+UNREADABLE = (OSError, EOFError, KeyError, ValueError, BadZipFile, tf.errors.OpError)
 
 # TensorFlow only reads and decodes. By default it would take all GPU memory, which JAX needs.
 tf.config.set_visible_devices([], "GPU")
@@ -115,10 +121,20 @@ def _require_complete(directory: str) -> None:
 
 
 def open_indexed(directory: str, split: str) -> Split:
-    """Opens a split as its index has it, whatever splits.json says."""
-    with tf.io.gfile.GFile(index_path(directory, split), "rb") as file:
-        index = np.load(io.BytesIO(file.read()))
-    if absent := [column for column in ("ids", *INDEX_DTYPES) if column not in index]:
+    """Opens a split as its index has it, whatever splits.json says.
+
+    Raises:
+      InputError: the index or the labels are missing or damaged, or may not be read.
+    """
+    try:
+        index = _read_index(directory, split)
+        label_names = _read_label_names(directory)
+    except UNREADABLE as error:
+        raise InputError(
+            f"cannot read the index of {split} or the labels of {directory} ({first_line(error)});"
+            f" {'make it readable' if isinstance(error, PERMISSION) else REWRITE_INDEX}"
+        ) from error
+    if absent := [column for column in ("files", "ids", *INDEX_DTYPES) if column not in index]:
         raise InputError(
             f"the index of {directory} has no column '{absent[0]}': another version made it;"
             " prepare it again, to another folder"
@@ -126,7 +142,7 @@ def open_indexed(directory: str, split: str) -> Split:
     found = Split(
         name=split,
         files=tuple(os.path.join(directory, name) for name in index["files"].tolist()),
-        label_names=_read_label_names(directory),
+        label_names=label_names,
         ids=index["ids"],
         **{column: index[column] for column in INDEX_DTYPES},
     )
@@ -135,6 +151,12 @@ def open_indexed(directory: str, split: str) -> Split:
     targets = np.zeros((len(found), len(found.label_names)), bool)
     targets[tuple(index[TARGETS].T)] = True
     return replace(found, targets=targets)
+
+
+def _read_index(directory: str, split: str) -> dict[str, Any]:
+    """All columns of an index."""
+    with tf.io.gfile.GFile(index_path(directory, split), "rb") as file:
+        return dict(np.load(io.BytesIO(file.read())))
 
 
 def split_names(directory: str) -> list[str]:
@@ -153,19 +175,24 @@ def _read_label_names(directory: str) -> tuple[str, ...]:
         return tuple(file.read().splitlines())
 
 
-def write_index(directory: str, split: str, files: Sequence[str], rows: Sequence[Mapping]) -> None:
+def write_index(
+    directory: str,
+    split: str,
+    files: Sequence[str],
+    rows: Sequence[Mapping],
+    multilabel: bool = False,
+) -> None:
     """Writes a split's index.
 
     Args:
       files: names of the shards, in order.
       rows: `id` and the columns of INDEX_DTYPES for each record; `label` is a list of classes for
         each record of multi-label data.
+      multilabel: whether a record has any number of labels.
     """
-    targets = [
-        (i, x) for i, row in enumerate(rows) if isinstance(row["label"], list) for x in row["label"]
-    ]
     more = {}
-    if rows and isinstance(rows[0]["label"], list):
+    if multilabel:
+        targets = [(i, x) for i, row in enumerate(rows) for x in row["label"]]
         more[TARGETS] = np.array(targets, np.int32).reshape(-1, 2)
         rows = [{**row, "label": min(row["label"], default=0)} for row in rows]
     columns = {

@@ -13,7 +13,7 @@ from etils import epath
 from timesformer_jax.data.annotations import clip_hash
 from timesformer_jax.data.layout import INDEX_DTYPES, SPLITS_FILE
 from timesformer_jax.data.records.wire import LongRecord, extract_frames
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,17 @@ def read_reassigned(directory: str) -> Reassigned | None:
     """Reads splits.json; None if there is none.
 
     Raises:
-      InputError: it is damaged.
+      InputError: it is damaged, or cannot be read.
     """
     path = epath.Path(directory) / SPLITS_FILE
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}; make it readable") from error
+    try:
+        found = json.loads(text)
         splits = {name: dict(records) for name, records in found["splits"].items()}
         return Reassigned(tuple(found["labels"]), splits, found["clips"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -200,6 +204,9 @@ def select_split(indexed: Sequence[Split], reassigned: Reassigned, name: str) ->
 
 def join(splits: Sequence[Split]) -> Split:
     """All records of several splits of one data set, as one."""
+    # An index without records does not tell that the data is multi-label, if an earlier version
+    # wrote it.
+    splits = [split for split in splits if len(split)] or splits[:1]
     columns: dict[str, Any] = {
         column: np.concatenate([getattr(split, column) for split in splits])
         for column in ("ids", *INDEX_DTYPES)
