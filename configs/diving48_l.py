@@ -1,10 +1,9 @@
 """TimeSformer-L on Diving-48: divided attention, 96 frames, 224 pixels.
 
     timesformer train --config=configs/diving48_l.py --workdir=runs/diving48_l \\
-        --config.data.directory=data/diving48 --config.pretrained=vit_base_patch16_224_in21k.pth \\
-        --config.model.remat=block
+        --config.data.directory=data/diving48 --config.model.remat=block
 
-config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
+Training starts from a ViT-B/16 of ImageNet-21K, which is downloaded (docs/checkpoints.md).
 The authors published no config. Spreading the frames over the whole dive is our choice;
 --config.clip.sampling=stride samples them as on Kinetics.
 Hardware: 8 GPUs of 40 GB, 8 clips on each; `timesformer plan` says 23 GiB each.

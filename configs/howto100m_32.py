@@ -3,12 +3,11 @@
     timesformer prepare --dataset=howto100m --videos=howto100m --annotations=howto100m_csvs \\
         --output=data/howto100m_32 --segment_seconds=34.13
     timesformer train --config=configs/howto100m_32.py --workdir=runs/howto100m_32 \\
-        --config.data.directory=data/howto100m_32 \\
-        --config.pretrained=TimeSformer_divST_8x32_224_K400.pyth \\
-        --config.model.remat=block
+        --config.data.directory=data/howto100m_32 --config.model.remat=block
 
-Training starts from the authors' weights for Kinetics-400. A record is a segment as long as a clip.
-Segments do not overlap, and a video's probabilities are the average over its segments.
+Training starts from the authors' weights for Kinetics-400, which are downloaded. A record is a
+segment as long as a clip. Segments do not overlap, and a video's probabilities are the average over
+its segments.
 Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 8 GiB each.
 Expected accuracy: 61.2 top-1 in the paper (SlowFast: 50.8). We have not trained it.
 The authors' split was never published (docs/data.md).

@@ -3,11 +3,11 @@
     timesformer prepare --dataset=howto100m --videos=howto100m --annotations=howto100m_csvs \\
         --output=data/howto100m_8 --segment_seconds=8.53
     timesformer train --config=configs/howto100m_8.py --workdir=runs/howto100m_8 \\
-        --config.data.directory=data/howto100m_8 \\
-        --config.pretrained=TimeSformer_divST_8x32_224_K400.pyth
+        --config.data.directory=data/howto100m_8
 
-Training starts from the authors' weights for Kinetics-400. A record is a segment as long as a clip.
-Segments do not overlap, and a video's probabilities are the average over its segments.
+Training starts from the authors' weights for Kinetics-400, which are downloaded. A record is a
+segment as long as a clip. Segments do not overlap, and a video's probabilities are the average over
+its segments.
 Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 16 GiB each.
 Expected accuracy: 56.8 top-1 in the paper (SlowFast: 48.2). We have not trained it.
 The authors' split was never published (docs/data.md).

@@ -1,11 +1,10 @@
 """TimeSformer-HR on Kinetics-400: divided attention, 16 frames x 16, 448 pixels.
 
     timesformer train --config=configs/k400_hr.py --workdir=runs/k400_hr \\
-        --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth \\
-        --config.model.remat=block
+        --config.data.directory=data/k400_512 --config.model.remat=block
 
-config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
-Prepare the videos with --short_side=512.
+Training starts from a ViT-B/16 of ImageNet-21K, which is downloaded (docs/checkpoints.md).
+Prepare the videos into a folder of their own: --short_side=512 --output=data/k400_512.
 Hardware: 8 GPUs of 32 GB, 8 clips on each; `timesformer plan` says 18 GiB each.
 Expected accuracy: 79.6 / 94.0 top-1 / top-5, of the authors' weights (model zoo, 1 x 3 views).
 We have not trained it.

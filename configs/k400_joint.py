@@ -1,9 +1,9 @@
 """Joint space-time attention on Kinetics-400: 8 frames x 32, 224 pixels.
 
     timesformer train --config=configs/k400_joint.py --workdir=runs/k400_joint \\
-        --config.data.directory=data/k400 --config.pretrained=vit_base_patch16_224_in21k.pth
+        --config.data.directory=data/k400
 
-config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
+Training starts from a ViT-B/16 of ImageNet-21K, which is downloaded (docs/checkpoints.md).
 Hardware: 8 GPUs of 32 GB, 8 clips on each; `timesformer plan` says 22 GiB each.
 Expected accuracy: 77.4 top-1 in the paper (table 1). We have not trained it.
 """

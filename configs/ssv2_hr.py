@@ -1,11 +1,10 @@
 """TimeSformer-HR on Something-Something V2: divided attention, 16 segments, 448 pixels.
 
     timesformer train --config=configs/ssv2_hr.py --workdir=runs/ssv2_hr \\
-        --config.data.directory=data/ssv2 --config.pretrained=vit_base_patch16_224_in21k.pth \\
-        --config.model.remat=block
+        --config.data.directory=data/ssv2_512 --config.model.remat=block
 
-config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
-Prepare the videos with --short_side=512.
+Training starts from a ViT-B/16 of ImageNet-21K, which is downloaded (docs/checkpoints.md).
+Prepare the videos into a folder of their own: --short_side=512 --output=data/ssv2_512.
 A clip has one frame from each segment of the video, and is never flipped. The authors' weights
 expect BGR: to continue from them, set --config.clip.channel_order=bgr.
 Hardware: 8 GPUs of 32 GB, 8 clips on each; `timesformer plan` says 18 GiB each.

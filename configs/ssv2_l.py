@@ -1,10 +1,9 @@
 """TimeSformer-L on Something-Something V2: divided attention, 64 segments, 224 pixels.
 
     timesformer train --config=configs/ssv2_l.py --workdir=runs/ssv2_l \\
-        --config.data.directory=data/ssv2 --config.pretrained=vit_base_patch16_224_in21k.pth \\
-        --config.model.remat=block
+        --config.data.directory=data/ssv2 --config.model.remat=block
 
-config.pretrained is an ImageNet-21K ViT-B/16, in any format of docs/checkpoints.md.
+Training starts from a ViT-B/16 of ImageNet-21K, which is downloaded (docs/checkpoints.md).
 A clip has one frame from each segment of the video, and is never flipped. The authors' weights
 expect BGR: to continue from them, set --config.clip.channel_order=bgr.
 Hardware: 8 GPUs of 24 GB, 8 clips on each; `timesformer plan` says 16 GiB each.

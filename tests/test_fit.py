@@ -105,9 +105,10 @@ def test_arguments_decide():
 @pytest.mark.parametrize(
     ("recipe", "model", "pretrained"),
     [
+        (recipes.finetune, "timesformer_hr", "facebook/timesformer-hr-finetuned-k400"),
         (recipes.finetune, "timesformer_l", "TimeSformer_divST_96x4_224_K400.pyth"),
-        (recipes.kinetics400, "timesformer_vit_s", "vit_small_patch16_224_in21k.pth"),
-        (recipes.kinetics400, "timesformer_p32", "vit_base_patch32_224_in21k.pth"),
+        (recipes.kinetics400, "timesformer_vit_s", "timm/vit_small_patch16_224.augreg_in21k"),
+        (recipes.kinetics400, "timesformer_p32", "timm/vit_base_patch32_224.augreg_in21k"),
         (recipes.kinetics400, "timesformer_tiny", ""),
     ],
 )

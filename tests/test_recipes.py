@@ -8,11 +8,13 @@ import shlex
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from timesformer_jax import recipes
+from timesformer_jax.checkpoints.catalogue import list_pretrained
 from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.cli.config_flag import load
 from timesformer_jax.cli.flags import parse
@@ -180,6 +182,8 @@ def test_the_commands_of_a_config_parse_and_name_it(name, monkeypatch):
         else:
             trained.append((command, arguments["workdir"]))
             assert arguments["config"].name == name
+            directory = config_of(name).data.directory or "data/mine"
+            assert arguments["config"].data.directory == directory
             from_random = name in ("demo", "demo_long", "from_scratch_small")
             assert bool(arguments["config"].pretrained) != from_random
     workdir = {"finetune": "mine", "from_scratch_small": "small"}.get(name, name)
@@ -207,13 +211,13 @@ def test_pieces_of_howto100m_are_as_long_as_a_clip():
         ("crop=112",
          {"clip.crop": 112, "model.image_size": 112, "data.short_side_range": (128, 160)}),
         ("patch_size=32", {"model.patch_size": 32,
-                           "pretrained": "vit_base_patch32_224_in21k.pth"}),
+                           "pretrained": "timm/vit_base_patch32_224.augreg_in21k"}),
         ("backbone=vit_l,patch_size=32",
          {"model.patch_size": 32, "model.depth": 24, "model.hidden_size": 1024,
-          "model.num_heads": 16, "pretrained": "vit_large_patch32_224_in21k.pth"}),
+          "model.num_heads": 16, "pretrained": "timm/vit_large_patch32_224.orig_in21k"}),
         ("backbone=vit_s,init=imagenet1k",
          {"model.hidden_size": 384, "model.num_heads": 6,
-          "pretrained": "vit_small_patch16_224_in1k.pth"}),
+          "pretrained": "timm/vit_small_patch16_224.augreg_in1k"}),
         ("init=scratch", {"pretrained": ""}),
         ("train_fraction=0.25", {"data.train_fraction": 0.25}),
     ],
@@ -323,15 +327,21 @@ def test_training_takes_its_fraction_of_the_data(demo_data, tmp_path, monkeypatc
     assert sorted(np.bincount(split.label)) == [2] * 8
 
 
-def test_a_missing_pretrained_model_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    said = (
-        r"vit_base_patch16_224_in21k\.pth: no checkpoint there.*"
-        r"timm/vit_base_patch16_224\.augreg_in21k.*Apache-2\.0"
-    )
-    with pytest.raises(InputError, match=said):
-        resume.open_pretrained(config_of("k400_base"))
-    with pytest.raises(
-        InputError, match=r"TimeSformer_divST_8x32_224_K400\.pyth: .*license CC-BY-NC-4\.0"
-    ):
-        resume.open_pretrained(config_of("finetune"))
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("k400_base", r"timm/vit_base_patch16_224\.augreg_in21k: .* cannot be reached"),
+        ("finetune", r"facebook/timesformer-base-finetuned-k400: .* cannot be reached"),
+        ("finetune:model=timesformer_l", r"TimeSformer_divST_96x4_224_K400\.pyth: .*CC-BY-NC-4\.0"),
+    ],
+)
+def test_without_its_pretrained_model_a_recipe_is_refused(name, said, hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=rf"^{said}.*; --config\.pretrained=PATH .*$"):
+        resume.open_pretrained(config_of(*name.split(":")))
+
+
+def test_the_pretrained_models_of_the_recipes_are_listed():
+    listed = {known.name for known in list_pretrained()}
+    for name in CONFIGS:
+        assert config_of(name).pretrained in {*listed, ""}

@@ -93,8 +93,6 @@ def by_name(name: str) -> Pretrained | None:
 
 def where_to_get(file_name: str) -> str:
     """Where a pretrained file of this name is to be had, as a part of a message; "" if unknown."""
-    if (alias := _SAME_WEIGHTS.get(file_name)) and (known := by_name(alias)):
-        return f"give {known.name} in its place, which is downloaded ({_terms(known)})"
     known = by_name(file_name)
     if known is None or known.downloads:
         return ""
@@ -182,6 +180,7 @@ _IMAGE_MODELS = (
     _timm("vit_base_patch16_224.augreg_in21k", _IN21K, 21843),
     _timm("vit_base_patch32_224.augreg_in21k", _IN21K, 21843),
     _timm("vit_large_patch16_224.augreg_in21k", _IN21K, 21843),
+    _timm("vit_base_patch16_224.augreg_in1k", _IN1K, 1000),
     _timm("vit_base_patch16_224.augreg_in21k_ft_in1k", f"{_IN21K}, {_IN1K}", 1000),
     _npz("augreg/Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0", _IN21K, 21843),
     _npz("augreg/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0", _IN21K, 21843),
@@ -190,15 +189,3 @@ _IMAGE_MODELS = (
     _npz("imagenet21k/ViT-B_16", _IN21K, 21843),
     _npz("imagenet21k/ViT-L_16", _IN21K, 21843),
 )
-
-# The file names of our recipes, and names under which the same weights are downloaded.
-_SAME_WEIGHTS = {
-    f"vit_{size}_patch{patch}_224_{images}.pth": f"timm/vit_{size}_patch{patch}_224.{weights}"
-    for size, patch, images, weights in (
-        ("base", 16, "in21k", "augreg_in21k"),
-        ("base", 32, "in21k", "augreg_in21k"),
-        ("small", 16, "in21k", "augreg_in21k"),
-        ("large", 16, "in21k", "augreg_in21k"),
-        ("base", 16, "in1k", "augreg_in21k_ft_in1k"),
-    )
-}

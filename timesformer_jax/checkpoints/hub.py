@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from absl import logging
 
 from timesformer_jax.checkpoints.files import WEIGHTS
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, install
 
 _BESIDE = ("config.json", "preprocessor_config.json", "README.md")
 _SINGLE = (".safetensors", ".pyth", ".pth", ".pt", ".bin", ".npz")
@@ -37,7 +37,7 @@ def download(name: str, revision: str | None) -> str:
         import huggingface_hub
     except ImportError:
         raise InputError(
-            f"{name}: a name on the Hugging Face Hub needs its package: pip install huggingface_hub"
+            f"{name}: a name on the Hugging Face Hub needs its package: {install('hub')}"
         ) from None
     with _errors(name, revision):
         wanted = _listing(name, revision)

@@ -18,10 +18,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_ENDS = (".pyth", ".pth", ".pt", ".bin", ".npz", ".safetensors", ".ckpt", ".h5")
 
 
-class NoCheckpoint(InputError):
-    """There is no checkpoint of a path or name."""
-
-
 class Located(NamedTuple):
     """Where a checkpoint is.
 
@@ -46,12 +42,11 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Located:
       revision: of a name on the Hugging Face Hub.
 
     Raises:
-      NoCheckpoint: if there is none; it says what was looked for.
-      InputError: if there is a name and it cannot be downloaded.
+      InputError: if there is none, with what was looked for, or a name cannot be downloaded.
     """
     source = os.fspath(source)
     if not source or "\0" in source:
-        raise NoCheckpoint("no checkpoint given: give a path or a name")
+        raise InputError("no checkpoint given: give a path or a name")
     in_bucket = bucket.full_name(source)
     if not source.startswith("gs://vit_models/") and (found := _by_path(source)):
         _no_revision(source, revision)
@@ -65,7 +60,7 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Located:
         logging.info("%s: no file or folder here: taken as a name on the Hugging Face Hub", name)
         path = hub.download(name, revision or at or None)
         return Located(source, path, known=catalogue.by_name(name))
-    raise NoCheckpoint(_not_found(source))
+    raise InputError(_not_found(source))
 
 
 def _no_revision(source: str, revision: str | None) -> None:
@@ -89,7 +84,7 @@ def _by_path(source: str) -> Located | None:
         if store.is_native(source):
             return Located(source, source, is_native=not is_weights_directory(source))
     except OSError as e:  # for example a name that is too long
-        raise NoCheckpoint(f"{source}: cannot be opened: {e.strerror or e}") from None
+        raise InputError(f"{source}: cannot be opened: {e.strerror or e}") from None
     return None
 
 

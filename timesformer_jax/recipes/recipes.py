@@ -15,10 +15,10 @@ from timesformer_jax.models.presets import preset
 from timesformer_jax.recipes import fit
 from timesformer_jax.transforms.augmentation import OFF
 
-# The release's models, by their preset.
+# The release's models, by their preset: names on the Hugging Face Hub, and a file of the authors.
 RELEASED = {
-    "timesformer_base": "TimeSformer_divST_8x32_224_K400.pyth",
-    "timesformer_hr": "TimeSformer_divST_16x16_448_K400.pyth",
+    "timesformer_base": "facebook/timesformer-base-finetuned-k400",
+    "timesformer_hr": "facebook/timesformer-hr-finetuned-k400",
     "timesformer_l": "TimeSformer_divST_96x4_224_K400.pyth",
 }
 K400_WEIGHTS = RELEASED["timesformer_base"]
@@ -36,7 +36,7 @@ def recipe(model: str = "timesformer_base", *, frame_stride: int = 32) -> Config
     config.seed = 0
     config.epochs = 15
     config.batch_size = 64  # global; the paper says 16, the release uses 64
-    config.pretrained = ""  # path of the checkpoint to start from
+    config.pretrained = ""  # path or name of the checkpoint to start from; "" for random parameters
     config.log_every_steps = 50
     config.accumulate_steps = 1  # microbatches per step
     config.ema_decay = 0.0  # of the moving average of the parameters; 0 for none
@@ -163,13 +163,22 @@ def _authors(model: str) -> ConfigDict:
 def _on_dataset(config: ConfigDict, dataset: str, classes: int) -> ConfigDict:
     config.name = f"{dataset}_{config.name}"
     config.data.directory = f"data/{dataset}"
+    if config.clip.crop > 256:  # records of a larger short side
+        config.data.directory += "_512"
     config.model.num_classes = classes
     return config
 
 
 def image_vit(size: str = "base", patch_size: int = 16, images: str = "in21k") -> str:
-    """The file name of the image ViT that a video model starts from."""
-    return f"vit_{size}_patch{patch_size}_224_{images}.pth"
+    """The name, on the Hugging Face Hub, of the image ViT that a video model starts from.
+
+    Args:
+      size: "small", "base" or "large".
+      patch_size: 16 or 32.
+      images: "in21k" or "in1k", what it was trained on.
+    """
+    weights = "orig" if (size, patch_size) == ("large", 32) else "augreg"  # there is no other
+    return f"timm/vit_{size}_patch{patch_size}_224.{weights}_{images}"
 
 
 def finetune(model: str = "timesformer_base") -> ConfigDict:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from timesformer_jax.checkpoints import convert, store
 from timesformer_jax.checkpoints.convert.checkpoint import Checkpoint
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata, flatten_config
-from timesformer_jax.checkpoints.sources import NoCheckpoint, locate
+from timesformer_jax.checkpoints.sources import locate
 from timesformer_jax.checkpoints.store import Checkpoints
 from timesformer_jax.data.input import pipeline
 from timesformer_jax.errors import InputError
@@ -131,10 +131,10 @@ def open_pretrained(config: ConfigDict) -> Checkpoint | None:
         return None
     try:
         found = locate(config.pretrained)
-    except NoCheckpoint as e:
+    except InputError as e:
         raise InputError(
-            f"{e}; say with --config.pretrained=FILE where it is, or with --config.pretrained= "
-            "to start from none"
+            f"{e}; --config.pretrained=PATH takes a file or folder instead, --config.pretrained= "
+            "starts from none"
         ) from None
     source, heads = convert.open_checkpoint(found), config.model.num_heads
     decided = "model.num_heads" not in fit.automatic(config)
