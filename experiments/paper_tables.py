@@ -117,7 +117,9 @@ TABLES = {
         "Attention schemes on motion after three times the steps",
         tuple(
             _longer(scheme)
-            for scheme in ("divided", "joint", "local_global", "axial", "space_then_time", "time")
+            for scheme in (
+                "divided", "joint", "local_global", "axial", "space_then_time", "parallel", "time",
+            )
         ),
         tasks=("motion",),
         recipes=(),
