@@ -2,7 +2,7 @@
 
     python examples/predict.py CHECKPOINT VIDEO
 
-CHECKPOINT is a run's --workdir, or what `timesformer convert ... --to=native` wrote.
+CHECKPOINT is any checkpoint of docs/checkpoints.md: a run's --workdir, a file or a name.
 """
 
 import sys
