@@ -1,11 +1,14 @@
+import os
 from collections import Counter, defaultdict
 
 import hypothesis
 import pytest
+from absl import logging
 from hypothesis import strategies as st
 
 from timesformer_jax.data.annotations import Clip, assign_splits, label_names, read, read_labels
 from timesformer_jax.errors import InputError
+from timesformer_jax.inference.sources import find, of_annotations
 
 
 def touch(root, *paths):
@@ -123,6 +126,36 @@ def test_folders_that_cannot_be_read(tmp_path):
     refused(
         "unknown label 'dgo'", touch(tmp_path / "odd", "train/dog/a.mp4", "validation/dgo/b.mp4")
     )
+
+
+def test_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch):
+    """The tests may run as root, who may read any."""
+    touch(tmp_path, "cat/a.mp4", "dog/b.mp4", "dog/lost+found/c.mp4", "fox/red/d.mp4")
+    scandir, closed = os.scandir, {"dog/lost+found", "fox/red", "cow"}
+    (tmp_path / "cow").mkdir()
+
+    def refuse(path):
+        if os.path.relpath(path, tmp_path) in closed:
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    listing = read(tmp_path)
+    assert [clip.path for clip in listing.clips] == ["cat/a.mp4", "dog/b.mp4"]
+    assert listing.notes == (
+        f"folders of {tmp_path} that cannot be read, and whose videos are left out: cow, fox/red;"
+        " make them readable",
+    )
+    assert listing.report().endswith(listing.notes[0])
+    told = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: told.append(text % values))
+    assert len(find([str(tmp_path)])) == 2
+    (tmp_path / "clips.csv").write_text("path,label\ncat/a.mp4,x\n")
+    assert len(of_annotations(str(tmp_path), str(tmp_path / "clips.csv"))) == 1
+    assert told == [*listing.notes] * 2
+    closed.add(".")
+    with pytest.raises(InputError, match=r"cannot read .*: Permission denied"):
+        find([str(tmp_path)])
 
 
 # ---- csv ----------------------------------------------------------------------------------------

@@ -76,6 +76,20 @@ def test_a_child_gives_the_same_and_a_crash_costs_one_video(video, tmp_path):
     assert children() == []
 
 
+def test_ctrl_c_and_the_death_of_a_waiting_child_cost_no_video(video):
+    """Ctrl-C in a notebook is a SIGINT to the children too."""
+    with isolated():
+        decode_clip(video)
+        [child] = children()
+        os.kill(child, signal.SIGINT)
+        assert numbers(decode_clip(video).frames) == list(range(60))
+        assert children() == [child]
+        os.kill(child, signal.SIGKILL)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        assert numbers(decode_clip(video).frames) == list(range(60))
+        assert child not in children()
+
+
 @pytest.mark.parametrize("kind", ["file", "unbuffered", "memory", "gzip", "pipe"])
 def test_an_open_file_is_decoded_by_a_child_too(kind, video, tmp_path, monkeypatch):
     """From its beginning, wherever it is read; and it stays open."""

@@ -304,7 +304,7 @@ def test_a_full_disk_in_a_shard(source, tmp_path):
     assert error.value.errno == errno.ENOSPC
     assert not (tmp_path / "shard").exists()
     assert not os.path.lexists(temporary)
-    assert not shard.is_done()
+    assert not shard.is_done(os.fspath(source))
 
 
 def may_mount():
@@ -424,6 +424,30 @@ def test_missing_videos_that_are_added_later_are_prepared(source, tmp_path, caps
     prepare(**arguments(videos, tmp_path / "at once"))
     assert digests(out) == digests(tmp_path / "at once")
     assert sum(before[name] != now for name, now in digests(out).items()) == 1
+
+
+def test_broken_videos_that_are_repaired_later_are_prepared(unsplit, tmp_path, capsys):
+    """Of manifests that do not tell which file was broken, none is asked for."""
+    folder, broken, _ = unsplit
+    videos = shutil.copytree(folder / "videos", tmp_path / "videos")
+    output = shutil.copytree(folder / "out", tmp_path / "out")
+    old = shutil.copytree(output, tmp_path / "old")
+    for path in old.glob("manifests/*.json"):
+        manifest = json.loads(path.read_text())
+        for row in manifest["failures"]:
+            del row["file"]
+        path.write_text(json.dumps(manifest))
+    before = digests(output)
+    prepare(videos, output, **OPTIONS)
+    assert "already prepared" in capsys.readouterr().out
+    write_video(videos / broken, frames=3, fps=25)
+    summary = prepare(videos, output, **OPTIONS)
+    assert (summary.failures, summary.clips) == (0, {"train": 8, "validation": 2})
+    assert sum(before[name] != now for name, now in digests(output).items()) == 1
+    assert (output / "failures.csv").read_text().count("\n") == 1
+    capsys.readouterr()
+    prepare(videos, old, **OPTIONS)
+    assert "already prepared" in capsys.readouterr().out
 
 
 # ---- options ------------------------------------------------------------------------------------

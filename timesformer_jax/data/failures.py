@@ -22,13 +22,13 @@ def failure(clip: Clip, reason: str) -> dict:
 
 
 def write_failures(path: epath.Path, failures: Iterable[Mapping]) -> None:
-    """Writes the csv, sorted by id.
+    """Writes the csv, sorted by id; of each row the COLUMNS.
 
     Raises:
       OSError: it cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(sorted(failures, key=lambda row: row["id"]))
     write_atomically(path, text.getvalue().encode())

@@ -8,8 +8,12 @@ import glob
 import os
 from collections.abc import Sequence
 
+from absl import logging
+from etils import epath
+
 from timesformer_jax.data import annotations as annotations_lib
 from timesformer_jax.data.annotations.custom import read_folders
+from timesformer_jax.data.annotations.files import read_errors
 from timesformer_jax.data.annotations.videos import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
@@ -94,6 +98,8 @@ def of_annotations(
     """
     names = None if labels is None else annotations_lib.read_labels(labels)
     listing = annotations_lib.read(folder, annotations, names, dataset=dataset, follow=follow)
+    for note in listing.notes:
+        logging.warning("%s", note)
     return [
         Source(
             as_text(clip.id),
@@ -129,6 +135,8 @@ def _listed(path: str, follow: bool) -> list[Source]:
     if not is_folder:
         return [Source(as_text(path), path)]
     folder = walk(path, follow)
+    for note in folder.notes:
+        logging.warning("%s", note)
     for link, target in folder.outside.items():
         raise InputError(
             f"{os.path.join(path, link)} leads out of {path}, to {target}; add --follow if that is "
@@ -147,5 +155,6 @@ def _listed(path: str, follow: bool) -> list[Source]:
 
 def _is_video_of_images(path: str) -> bool:
     """Whether a local folder holds images, and no video file beside them."""
-    names = [entry.name.lower() for entry in os.scandir(path) if entry.is_file()]
+    with read_errors(epath.Path(path)):
+        names = [entry.name.lower() for entry in os.scandir(path) if entry.is_file()]
     return any(n.endswith(IMAGE_EXTENSIONS) for n in names) and not any(map(is_video, names))

@@ -148,7 +148,7 @@ def read(
         missing=missing,
         unlisted=tuple(path for path in folder.videos if path not in used),
         published_counts=_published_counts(parsed, known),
-        notes=parsed.notes,
+        notes=(*folder.notes, *parsed.notes),
     )
 
 

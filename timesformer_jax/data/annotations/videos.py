@@ -31,12 +31,24 @@ class VideoFolder:
 
     files: all files except images. frame_folders: the folders that hold images. outside: symbolic
     links that lead out of the folder, and what they lead to. `walk` does not enter them.
+    unreadable: the folders that may not be read; what they hold is not listed.
     """
 
     root: epath.Path
     files: frozenset[str]
     frame_folders: frozenset[str]
     outside: Mapping[str, str] = field(default_factory=dict)
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks on the folder for the user, one line each."""
+        if not self.unreadable:
+            return ()
+        return (
+            f"folders of {self.root} that cannot be read, and whose videos are left out:"
+            f" {', '.join(self.unreadable)}; make them readable",
+        )
 
     @cached_property
     def videos(self) -> tuple[str, ...]:
@@ -111,7 +123,9 @@ def walk(videos: Location, follow: bool = False) -> VideoFolder:
         else:
             _walk_disk(os.fspath(root), follow, found)
     frame_folders = frozenset(found.frame_folders - {""})
-    return VideoFolder(root, frozenset(found.files), frame_folders, found.outside)
+    return VideoFolder(
+        root, frozenset(found.files), frame_folders, found.outside, tuple(sorted(found.unreadable))
+    )
 
 
 class _Found:
@@ -121,6 +135,7 @@ class _Found:
         self.files: set[str] = set()
         self.frame_folders: set[str] = set()
         self.outside: dict[str, str] = {}
+        self.unreadable: list[str] = []
 
     def add(self, inside: str, name: str, outside: str | None = None) -> None:
         """Notes a file of the folder `inside`; outside: where it leads to, if that is elsewhere."""
@@ -149,7 +164,9 @@ def _walk_disk(root: str, follow: bool, found: _Found) -> None:
         except PermissionError:
             if not inside:
                 raise
-            continue  # lost+found, and the like
+            if posixpath.basename(inside) != "lost+found":  # which each disk has
+                found.unreadable.append(inside)
+            continue
         for entry in entries:
             if entry.name.startswith("."):
                 continue

@@ -31,7 +31,7 @@ ERRORS: dict[str, type[Exception]] = {
 
 
 def main() -> None:
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, OSError):
         _Server(Connection(int(sys.argv[1])), float(sys.argv[2])).serve()
 
 

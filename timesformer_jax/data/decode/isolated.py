@@ -46,6 +46,9 @@ from timesformer_jax.workers import HANG_SIGNAL, STALL_SECONDS
 # Sampled ticks, or nothing if the sampling failed.
 Sample = Callable[[int, float], np.ndarray]
 
+# Ctrl-C reaches every process of the terminal or notebook; the parent ends its children itself.
+IGNORE_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+
 # Of a stream, the ticks that a child is told at a time.
 TICKS = 32
 
@@ -197,9 +200,7 @@ class _Pool:
 
     @contextlib.contextmanager
     def child(self) -> Iterator[_Child]:
-        with self._lock:
-            child = self._free.pop() if self._free else None
-        child = child or _Child(self._stall_seconds)
+        child = self._take_free() or _Child(self._stall_seconds)
         try:
             yield child
         except VideoError:
@@ -209,6 +210,16 @@ class _Pool:
             child.end()
             raise
         self._put_back(child)
+
+    def _take_free(self) -> _Child | None:
+        """A child that waits; None if all are busy. One that was killed meanwhile is dropped."""
+        with self._lock:
+            while self._free:
+                child = self._free.pop()
+                if child.is_running:
+                    return child
+                child.end()
+        return None
 
     def _put_back(self, child: _Child) -> None:
         if child.ended:
@@ -238,14 +249,18 @@ class _Child:
         self._connection, theirs = Pipe()
         with theirs:
             # -P: modules that lie in the current folder are not imported.
-            command = [sys.executable, "-P", "-c", f"from {SERVER} import main; main()"]
+            code = f"{IGNORE_SIGINT}; from {SERVER} import main; main()"
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(stall_seconds)],
+                [sys.executable, "-P", "-c", code, str(theirs.fileno()), str(stall_seconds)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": _search_path()},
             )
         self.ended = False
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
 
     def decode(self, request: list, sample: Sample | None) -> DecodedClip:
         found = self.ask("clip", *request)

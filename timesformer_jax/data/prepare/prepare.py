@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 
@@ -49,6 +50,9 @@ from timesformer_jax.data.records.split import Reassigned, read_reassigned
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import absolute, disk_errors, locked, write_atomically
 
+# That ask whether a shard is done.
+THREADS = 16
+
 
 def prepare(
     videos: str | os.PathLike,
@@ -75,10 +79,10 @@ def prepare(
     """Prepares a data set: decodes its clips and writes them as TFRecord shards.
 
     If it was interrupted, it continues when it is called again with the same arguments. Missing
-    videos that were added since are prepared then: only the shards they belong to are written
-    again. Labels and splits that `resplit` changed are kept. Clips that are missing or cannot be
-    decoded are left out, and listed in failures.csv.
-    All paths may be on gs://.
+    videos that were added since, and broken ones that were repaired, are prepared then: only the
+    shards they belong to are written again. Labels and splits that `resplit` changed are kept.
+    Clips that are missing or cannot be decoded are left out, and listed in failures.csv. All paths
+    may be on gs://.
 
     Args:
       videos: the folder that holds the video files.
@@ -169,8 +173,7 @@ def _write_output(
             _record_options(output, source.options, listing)
             resplit = _read_resplit(output, listing)
             shards = assign_shards(output, listing.clips, source.options)
-            missing = frozenset(listing.missing)
-            todo = [shard for shard in shards if not shard.is_done(missing)]
+            todo = _unfinished(shards, source.videos, frozenset(listing.missing))
             if (output / INFO_FILE).exists() and not todo:
                 if resplit is not None:
                     raise InputError(
@@ -203,6 +206,14 @@ def _write_output(
                     " run it with --resplit again to take in clips that were added"
                 )
             return summarize(output, clips, labels)
+
+
+def _unfinished(shards: Sequence[Shard], videos: str, missing: frozenset[str]) -> list[Shard]:
+    """The shards that are to be written; the arguments are those of `Shard.is_done`."""
+    # Each asks for the shard and for the files of its failures, and gs:// takes long to answer.
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = pool.map(lambda shard: shard.is_done(videos, missing), shards)
+        return [shard for shard, is_done in zip(shards, done) if not is_done]
 
 
 def _read_resplit(output: epath.Path, listing: Listing) -> Reassigned | None:

@@ -77,22 +77,26 @@ class Shard:
 
         Returns:
           bytes: size of the shard. records: an index row for each record. failures: a row of
-          failures.csv for each clip that is left out.
+          failures.csv for each clip that is left out, and `file`: its video's `_file_version`.
 
         Raises:
           OSError, ValueError: there is none, or it is damaged.
         """
         return json.loads(self.manifest_path.read_text())
 
-    def is_done(self, missing: frozenset[str] = frozenset()) -> bool:
-        """Whether the shard is written, and all of its files that were missing still are.
+    def is_done(self, videos: str, missing: frozenset[str] = frozenset()) -> bool:
+        """Whether the shard is written, and the files of its failures are still what they were.
 
         Args:
+          videos: the folder that the clips' paths are relative to.
           missing: ids of the clips whose file is missing now.
         """
         failures = self._failures()
-        return failures is not None and all(
-            row["id"] in missing for row in failures if row["reason"] == MISSING_FILE
+        return failures is not None and not any(
+            row["id"] not in missing
+            if row["reason"] == MISSING_FILE
+            else _is_changed(os.path.join(videos, row["path"]), row.get("file"))
+            for row in failures
         )
 
     @property
@@ -109,6 +113,25 @@ class Shard:
         except (OSError, ValueError, KeyError):
             return None
         return failures if path.exists() and path.stat().length == num_bytes else None
+
+
+def _file_version(path: str) -> list[int] | None:
+    """Bytes and time of modification, in seconds, of a file or of the files in a folder.
+
+    None if the storage does not tell: the file may be gone.
+    """
+    try:
+        found = epath.Path(path).stat()
+        parts = [file.stat() for file in epath.Path(path).iterdir()] if found.is_directory else []
+    except Exception:  # the back ends of gs:// raise errors of their own kinds
+        return None
+    parts.append(found)
+    return [sum(part.length for part in parts), max(int(part.mtime) for part in parts)]
+
+
+def _is_changed(path: str, version: list[int] | None) -> bool:
+    """Whether a file is another than that of this version; None: unknown, as of old manifests."""
+    return version is not None and _file_version(path) not in (None, version)
 
 
 def assign_shards(output: epath.Path, clips: Sequence[Clip], options: ShardOptions) -> list[Shard]:
@@ -186,7 +209,8 @@ def write_shard(
                         for example, size in encode_clip(videos, clip, classes, options)
                     ]
                 except VideoError as error:
-                    failures.append(failure(clip, str(error)))
+                    version = _file_version(os.path.join(videos, clip.path))
+                    failures.append({**failure(clip, str(error)), "file": version})
                     undecodable += str(error) != MISSING_FILE
                     continue
                 for example, size, record in encoded:
