@@ -42,9 +42,11 @@ low on motion learns it later; these runs do not say that it never does.
 Figure 3 is in [benchmarks.md](benchmarks.md), with times.
 
 Top-1 in percent of 800 validation videos, one centre crop of one clip each: the mean of the seeds,
-and the smallest and the largest; a row without these has one seed so far. *p*, for each task: a
-paired permutation test over the videos against the first row, with the seeds as they are. Of many
-comparisons one in twenty is below 0.05 by chance.
+and the smallest and the largest. Each row is compared with the first of its table, for each task,
+by two tests. *p, videos* is that of these very models: whether they are right equally often, by a
+paired permutation test over the videos. *p, seeds* asks whether other seeds would differ too, by a
+paired t-test over the seeds; three of them show large differences alone. Of many comparisons one in
+twenty is below 0.05 by chance.
 
     .venv/bin/python experiments/run.py all          # trains what has no result yet
 
@@ -162,26 +164,26 @@ def _table(table: Table, results: Results) -> str:
         "row",
         *(PAPERS[recipe] for recipe in table.recipes),
         *(f"{task}, top-1" for task in table.tasks),
-        "p",
     ]
-    head += ["parameters", "MMACs, one view"]
+    head += ["p, videos", "p, seeds", "parameters", "MMACs, one view"]
     lines = [_line(row, table, results) for row in table.rows]
     return markdown_table(head, lines, words=1)
 
 
 def _line(row: Row, table: Table, results: Results) -> list[str]:
     of_tasks = [_runs(results, task, row.name) for task in table.tasks]
-    first = table.rows[0].name
-    compared = [
-        "" if row.name == first else _p(runs, _runs(results, task, first))
-        for task, runs in zip(table.tasks, of_tasks)
-    ]
+    firsts = [_runs(results, task, table.rows[0].name) for task in table.tasks]
+    tests = ["", ""]
+    if row.name != table.rows[0].name and any(of_tasks):
+        tests = [
+            "; ".join(_shown(test(*pair)) for pair in zip(of_tasks, firsts))
+            for test in (_p_of_videos, _p_of_seeds)
+        ]
     costs = ["", ""]
     if runs := next(filter(None, of_tasks), None):
         costs = [f"{runs[0]['parameters']:,}", f"{runs[0]['macs'] / 1e6:.1f}"]
     published = [row.published.get(recipe, "") for recipe in table.recipes]
-    p = "; ".join(p or "-" for p in compared) if any(compared) else ""
-    return [row.name, *published, *map(_accuracy, of_tasks), p, *costs]
+    return [row.name, *published, *map(_accuracy, of_tasks), *tests, *costs]
 
 
 def _accuracy(runs: list[dict]) -> str:
@@ -194,23 +196,35 @@ def _spread(top1: list[float]) -> str:
     return f"{100 * np.mean(top1):.1f}{spread}"
 
 
-def _p(runs: list[dict], others: list[dict]) -> str:
-    """That the two rows are right equally often: a paired permutation test over the videos.
+def _p_of_videos(runs: list[dict], others: list[dict]) -> float | None:
+    """That the models of two rows are right equally often, by a paired permutation test.
 
-    Of each video it takes the share of the seeds that are right. The seeds are taken as they are;
-    their spread is beside it.
+    Of each video it takes the share of the seeds that are right. None without runs.
     """
     seeds = min(len(runs), len(others))
     if not seeds:
-        return ""
+        return None
     ours, theirs = (np.mean([_right(run) for run in r[:seeds]], axis=0) for r in (runs, others))
     if np.array_equal(ours, theirs):
-        return "1"
+        return 1.0
     test = scipy.stats.permutation_test(
         (ours - theirs,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=True,
         rng=np.random.default_rng(0),
     )  # fmt: skip
-    return f"{test.pvalue:.4f}"
+    return float(test.pvalue)
+
+
+def _p_of_seeds(runs: list[dict], others: list[dict]) -> float | None:
+    """That two rows have the same mean over all seeds, by a paired t-test. None below 3 seeds."""
+    seeds = min(len(runs), len(others))
+    ours, theirs = ([run["top1"] for run in r[:seeds]] for r in (runs, others))
+    if seeds < 3 or np.ptp(np.subtract(ours, theirs)) == 0:
+        return None
+    return float(scipy.stats.ttest_rel(ours, theirs).pvalue)
+
+
+def _shown(p: float | None) -> str:
+    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _right(run: dict) -> np.ndarray:

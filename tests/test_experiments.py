@@ -83,7 +83,7 @@ def test_killed_between_runs_it_goes_on(monkeypatch):
     experiments_page.write()
     page = experiments_page.PAGE.read_text()
     assert page.count("## ") == len([t for t in TABLES.values() if t.rows[0].name == "divided"]) + 2
-    assert "| no positions | 75.4 | 45.8 | 60.0 | 60.0 | 1; 1 | 5 | 0.0 |" in page
+    assert "| no positions | 75.4 | 45.8 | 60.0 | 60.0 | 1.000; 1.000 | -; - | 5 | 0.0 |" in page
 
 
 def test_a_row_that_starts_from_another_trains_that_first(monkeypatch):
@@ -142,14 +142,27 @@ def test_an_unknown_table_or_topology_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_p_is_small_for_a_difference_and_not_for_chance():
-    rng = np.random.default_rng(0)
+def runs_of(shares, seed):
+    rng = np.random.default_rng(seed)
+    rights = [rng.uniform(size=800) < share for share in shares]
+    return [
+        {"right": np.packbits(r).tobytes().hex(), "videos": 800, "top1": r.mean()} for r in rights
+    ]
 
-    def runs(share):
-        rights = [rng.uniform(size=800) < share for _ in range(3)]
-        return [{"right": np.packbits(r).tobytes().hex(), "videos": 800} for r in rights]
 
-    same = [float(experiments_page._p(runs(0.8), runs(0.8))) for _ in range(5)]
-    assert float(experiments_page._p(runs(0.8), runs(0.9))) < 0.001
+def test_p_of_videos_is_small_for_a_difference_and_not_for_chance():
+    p = experiments_page._p_of_videos
+    same = [p(runs_of([0.8] * 3, seed), runs_of([0.8] * 3, seed + 9)) for seed in range(5)]
+    assert p(runs_of([0.8] * 3, 0), runs_of([0.9] * 3, 1)) < 0.001
     assert min(same) > 0.001
     assert max(same) > 0.1
+
+
+def test_p_of_seeds_is_that_of_their_differences():
+    """One seed of ten that fell behind proves nothing of the row, though its videos differ."""
+    p = experiments_page._p_of_seeds
+    good, one_low = runs_of([0.9] * 3, 0), runs_of([0.9, 0.9, 0.3], 1)
+    assert p(good, one_low) > 0.3
+    assert experiments_page._p_of_videos(good, one_low) < 0.001
+    assert p(good, runs_of([0.3, 0.31, 0.32], 2)) < 0.01
+    assert p(good[:2], one_low[:2]) is None
