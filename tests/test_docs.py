@@ -94,6 +94,26 @@ def test_links_lead_to_files_and_headings(name):
             assert anchor in anchors(file.read_text()), target
 
 
+def test_the_fields_of_a_config_are_listed_with_their_defaults():
+    from timesformer_jax import recipes
+    from timesformer_jax.recipes.fit import flatten
+
+    def shown(value):
+        value = value if isinstance(value, tuple) else (value,)
+        return ",".join(f"{x:g}" if isinstance(x, float) else str(x) for x in value) or '""'
+
+    def fields(recipe):
+        return {k: shown(v) for k, v in flatten(recipe).items() if not k.startswith("defaults.")}
+
+    listed, paper, own = {}, fields(recipes.kinetics400()), fields(recipes.finetune())
+    for row in PAGES["docs/recipes.md"].split("## Fields")[1].splitlines():
+        if row.startswith("| `"):
+            name, first, second, what = (cell.strip() for cell in row.strip("|").split("|"))
+            assert what, name
+            listed[name.strip("`")] = first.strip("`"), second.strip("`") or first.strip("`")
+    assert listed == {name: (paper[name], own[name]) for name in paper}
+
+
 def test_the_site_has_every_page_once():
     def pages(nav):
         for entry in nav:
