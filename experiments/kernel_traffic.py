@@ -7,7 +7,7 @@ programs are compiled ahead of time for the description of an H100 below. The by
 instruction reads and writes are added; if a fusion only reads slices of an operand, the slices are
 counted. These bytes over the bandwidth of the data sheet predict a time, for memory alone. Nothing
 is run. On a GPU XLA tunes its matrix products and may choose others.
-docs/kernels.md and docs/performance.md have the tables.
+docs/kernels.md and docs/optimisation.md have the tables.
 """
 
 from __future__ import annotations
