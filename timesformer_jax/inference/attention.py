@@ -23,7 +23,7 @@ def trace(
       multilabel: whether a video has any number of the classes.
 
     Returns:
-      (T, H', W') float32, the share of every patch, in sum 1, or all 0 where no gradient is
+      (T, H', W') float32, the share of every patch: sums to 1, or all 0 where no gradient is
       positive; and the probabilities, (classes,) float32.
     """
     found = attention_rollout(model, video, None if target is None else np.array([target]))

@@ -44,7 +44,7 @@ class AttentionMap(NamedTuple):
     """Which patches of a clip the prediction comes from, and the clip itself.
 
     Attributes:
-      heat: (T, H', W') float32, the share of every frame and patch: at least 0, in sum 1 (or all 0,
+      heat: (T, H', W') float32, the share of every frame and patch: at least 0, sums to 1 (all 0
         if no gradient of the target is positive).
       probabilities: (classes,) float32, of this one clip and crop.
       target: the class that attentions are weighted for; None for rollout.
