@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses=2 --dist=worksteal
 SLOW := processes or compiles or training or decodes
 
-.PHONY: train check test fast-tests format lint layers types rooms plan-table tpu-test fuzz benchmarks device dist docs clean
+.PHONY: train check test fast-tests format lint layers types packages plan-table tpu-test fuzz benchmarks device dist docs clean
 
 train: .venv/data
 	$(BIN)/timesformer train --config=configs/demo.py --workdir=runs/demo
@@ -30,15 +30,15 @@ lint: layers
 	$(BIN)/ruff format --check .
 	$(BIN)/python experiments/rooms.py --check
 
-# No room imports from a room above it, and none in a circle.
+# No package imports from a package above it, and none in a circle.
 layers: .venv/test
 	$(BIN)/lint-imports
 
 types: .venv/test
 	$(BIN)/mypy
 
-# The drawing of the rooms in docs/design.md.
-rooms: .venv/test
+# The drawing of the packages in docs/design.md.
+packages: .venv/test
 	$(BIN)/python experiments/rooms.py
 
 # For TPUs, on a machine that needs none; an hour of two cores.

@@ -14,7 +14,7 @@ import hypothesis
 import jaxtyping
 import pytest
 
-# Shapes in signatures are checked while the tests run: before these rooms are imported.
+# Shapes in signatures are checked while the tests run: before these packages are imported.
 jaxtyping.install_import_hook(
     [
         "timesformer_jax.models",
