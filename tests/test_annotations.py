@@ -1,5 +1,7 @@
+import hashlib
 import os
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import hypothesis
 import pytest
@@ -7,6 +9,7 @@ from absl import logging
 from hypothesis import strategies as st
 
 from timesformer_jax.data.annotations import Clip, assign_splits, label_names, read, read_labels
+from timesformer_jax.data.problems import of_clips
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference.sources import find, of_annotations
 
@@ -158,6 +161,17 @@ def test_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch):
         find([str(tmp_path)])
 
 
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path):
+    touch(tmp_path, "cat/a.mp4")
+    odd = os.fsencode(tmp_path) + b"/cat/\xff.mp4"
+    open(odd, "w").close()
+    refused(r"the video cat/\\udcff.mp4 is not UTF-8; rename it", tmp_path)
+    (tmp_path / "clips.csv").write_text("path,label\ncat/a.mp4,x\n")
+    listing = read(tmp_path, tmp_path / "clips.csv")
+    assert listing.unlisted == ("cat/\\udcff.mp4",)
+    assert b"udcff" in listing.report().encode()
+
+
 # ---- csv ----------------------------------------------------------------------------------------
 
 
@@ -227,6 +241,20 @@ def test_rows_that_cannot_be_read(tmp_path, text, message):
     refused(message, tmp_path, table(tmp_path, text))
 
 
+def test_several_labels_of_which_no_clip_has_one(tmp_path):
+    refused(
+        "no clip of .*clips.csv has a label",
+        tmp_path,
+        table(tmp_path, "path,label\na.mp4,;\n"),
+        multilabel=";",
+    )
+
+
+def test_features_take_several_labels_as_text(tmp_path):
+    rows = table(tmp_path, "path,label\na.mp4,x;y\n")
+    assert [source.label for source in of_annotations(str(tmp_path), str(rows))] == ["x;y"]
+
+
 def test_files_that_cannot_be_read(tmp_path):
     refused("cannot read .*nowhere.csv", tmp_path, tmp_path / "nowhere.csv")
     (tmp_path / "latin.csv").write_bytes("path,label\na.mp4,café\n".encode("latin-1"))
@@ -286,6 +314,37 @@ def test_the_split_rule(counts, fraction, data):
     # The result does not depend on the order of the list.
     shuffled = data.draw(st.permutations(clips))
     assert set(assign_splits(shuffled, fraction)) == set(assigned)
+
+
+def test_clips_of_one_file_stay_together_where_a_label_has_others():
+    files = {"long": [f"{i}.mp4" for i in range(8)], "more": ["0.mp4", "more.mp4"]}
+    labels = ("long", "more", "one")
+    clips = [
+        Clip(path, label, 60.0 * labels.index(label) + i, None, "")
+        for label, paths in (files | {"one": ["one.mp4"]}).items()
+        for path in paths
+        for i in range(6)
+    ]
+    assigned = assign_splits(clips, 0.25)
+    assert set(assign_splits(clips[::-1], 0.25)) == set(assigned)
+    in_validation = defaultdict(Counter)
+    for clip in assigned:
+        in_validation[clip.label][clip.path] += clip.split == "validation"
+
+    def first_hash(path):
+        return min(hashlib.sha256(clip.id.encode()).digest() for clip in clips if clip.path == path)
+
+    for label, share in (("long", 2), ("more", 1)):
+        drawn = sorted(files[label], key=first_hash)[:share]
+        assert in_validation[label] == {path: 6 * (path in drawn) for path in files[label]}
+    assert in_validation["one"] == {"one.mp4": 2}  # round(0.25 * 6)
+    [told] = of_clips(assigned, labels)
+    assert told.text.startswith("1 video (one.mp4 of one) with clips in training and in validation")
+    split = {"long": "train", "more": "validation", "one": "train"}
+    [*_, told] = of_clips([replace(c, split=split[c.label]) for c in assigned], labels)
+    assert told.text.startswith("1 video (0.mp4 of long, more) with clips in training and in")
+    given = [replace(clip, drawn=False) for clip in assigned]
+    assert not of_clips(given, labels)
 
 
 def test_given_splits_are_kept(tmp_path):

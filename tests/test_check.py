@@ -654,7 +654,7 @@ def test_a_folder_of_videos_is_checked_without_the_flag(source, tmp_path, monkey
         check([tmp_path / "videos"])
     assert "the packets of 2 clips are read" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"was not written by .*, and holds no videos"):
+    with pytest.raises(InputError, match=r"not written by .*; to check videos give --videos=DIR"):
         check([tmp_path / "empty"])
 
 

@@ -11,6 +11,8 @@ from PIL import Image
 from videos import numbers, write_audio, write_video
 
 from timesformer_jax.data.decode import Timeline, VideoError, VideoFile, decode_clip
+from timesformer_jax.data.decode import container as container_lib
+from timesformer_jax.errors import InputError
 
 B_FRAMES = {"g": "12", "bf": "3"}
 
@@ -299,6 +301,18 @@ def test_a_broken_file_raises_a_video_error_of_one_line(tmp_path, video):
 def test_a_clip_without_a_frame_is_a_video_error(video, start, end):
     with pytest.raises(VideoError, match="no frame from"):
         decode_clip(video, start, end)
+
+
+def test_storage_that_fails_is_no_damage_of_a_video(monkeypatch):
+    """From the first question on, whether the file exists."""
+
+    def fail(path):
+        raise RuntimeError("503 from the bucket\nand more")
+
+    monkeypatch.setattr(container_lib.epath, "Path", fail)
+    message = "^cannot read gs://bucket/a.mp4: 503 from the bucket; run the same command again.*"
+    with pytest.raises(InputError, match=message):
+        decode_clip("gs://bucket/a.mp4")
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "avi", "ts"])

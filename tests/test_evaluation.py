@@ -200,6 +200,19 @@ def test_outputs_are_checked_before_the_work(tmp_path):
             check_outputs([str(tmp_path / path)])
 
 
+def test_an_output_in_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    """A file is written beside the one that it replaces. The tests may run as root."""
+    (tmp_path / "x.csv").touch()
+    closed = str(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: path != closed)
+    with pytest.raises(InputError, match=r"x\.csv may not be written"):
+        check_outputs([str(tmp_path / "x.csv")])
+    closed = str(tmp_path / "x.csv")
+    with pytest.raises(InputError, match=r"x\.csv may not be written"):
+        check_outputs([str(tmp_path / "x.csv")])
+    check_outputs([str(tmp_path / "y.csv")])
+
+
 def test_labels_are_matched_by_name(demo_data):
     split = open_split(demo_data, "validation")
     model = TimeSformerConfig(num_classes=9, hidden_size=16, num_heads=2)
@@ -249,7 +262,13 @@ def test_multi_label_outputs(tmp_path):
     assert found["classes"]["d"] == {"AP": None, "F1": None, "threshold": None, "videos": 0}
     assert found["classes"]["a"]["threshold"] in results.probabilities[truth[:, 0], 0]
     assert found["threshold"] in results.probabilities[truth]
-    assert f"{found['threshold']:.3f} (predict --threshold)" in results.table()
+    lines = [line.split() for line in results.table().splitlines()]
+    printed = {line[0]: float(line[4]) for line in lines[1:4]}
+    [(*_, printed["all"], _, _)] = [line for line in lines if "--threshold)" in line]
+    for name, threshold in printed.items():
+        row = found if name == "all" else found["classes"][name]
+        # As --threshold, what is printed keeps the video whose score it is.
+        assert 0 <= row["threshold"] - float(threshold) < 0.001
     rows = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
     for row, also, true in zip(rows, found["predictions"], truth):
         assert row["labels"] == "; ".join(also["labels"])

@@ -258,3 +258,7 @@ def test_a_page_whose_name_was_not_given_replaces_no_file(
     (tmp_path / "bikes.html").write_text("notes")
     message = refusal("explain", real_videos / "bikes.mp4", "--checkpoint=/nowhere")
     assert message.startswith("bikes.html exists; give --output=bikes.html to replace it")
+    (tmp_path / "bikes.html").unlink()
+    monkeypatch.setattr("os.access", lambda path, mode: path != str(tmp_path))
+    message = refusal("explain", real_videos / "bikes.mp4", "--checkpoint=/nowhere")
+    assert message.startswith("--output=bikes.html may not be written")

@@ -150,7 +150,7 @@ def test_a_sampled_clip_is_taken_as_it_is(checkpoint):
         (np.zeros((2, 4, 24, 24, 3), np.uint8), 30, "list(frames)"),
         (np.zeros((0, 24, 24, 3), np.uint8), 30, "(0, 24, 24, 3)"),
         (np.zeros((9, 24, 24, 3), np.uint8), None, "fps=..."),
-        (np.zeros((9, 24, 24, 3), np.uint8), 0, "fps must be above 0"),
+        (np.zeros((9, 24, 24, 3), np.uint8), 0, "fps=..., above 0; not 0"),
         (b"content", None, "io.BytesIO"),
         (io.StringIO("text"), None, "open(path, 'rb')"),
     ],
@@ -161,6 +161,11 @@ def test_frames_that_cannot_be_used_are_refused_with_what_to_do(predictor, video
         predictor.predict(video, fps=fps)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_part_without_a_frame_is_said_as_of_files():
+    with pytest.raises(tsf.InputError, match=r"^no frame from 5 s to the end: there are 0\.1 s$"):
+        clips_lib.part(np.zeros((4, 24, 24, 3), np.uint8), 30, 5, None)
 
 
 def test_videos_that_cannot_be_decoded_are_named(predictor, good, folder):

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -70,3 +72,27 @@ def test_a_hang_costs_one_item(tmp_path):
     tasks = {"a": ("a", tmp_path / "worked")}
     assert run_tasks(hang, tasks, 1, lambda *_: None, stall_seconds=2) == {"a": "SIGALRM"}
     assert (tmp_path / "worked").exists()  # 3 seconds of work are no hang
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path):
+    """Its workers import the script, and with it start workers."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math\n"
+        "from timesformer_jax.workers import run_tasks\n"
+        "run_tasks(math.hypot, {'a': ()}, 1, lambda *_: None)\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    last = ended.stderr.splitlines()[-1]
+    assert "a worker process could not start, and its error is above" in last
+    assert 'under `if __name__ == "__main__":`' in last
+
+
+def be_killed(crashed):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("kept", "said"), [("", "$"), ("shards", ": shards are kept$")])
+def test_what_is_kept_is_said_where_it_is(kept, said):
+    with pytest.raises(InputError, match=f"was killed .* if it recurs{said}"):
+        run_tasks(be_killed, {"a": ()}, 1, lambda *_: None, kept=kept)

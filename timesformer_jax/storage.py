@@ -36,7 +36,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, path: str):
         self.name = path
         self._opened = ExitStack()
-        with _storage_errors(path):
+        with storage_errors(path):
             self._size = epath.Path(path).stat().length
             self._file = self._opened.enter_context(epath.Path(path).open("rb"))
 
@@ -47,17 +47,17 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        with _storage_errors(self.name):
+        with storage_errors(self.name):
             content = self._file.read(len(buffer))
         buffer[: len(content)] = content
         return len(content)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        with _storage_errors(self.name):
+        with storage_errors(self.name):
             origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._size}
         if offset + origin[whence] < 0:  # a damaged file may ask for this; the storage did not fail
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        with _storage_errors(self.name):
+        with storage_errors(self.name):
             self._file.seek(offset + origin[whence])
             return self._file.tell()
 
@@ -67,7 +67,8 @@ class RemoteFile(io.RawIOBase):
 
 
 @contextmanager
-def _storage_errors(path: str) -> Iterator[None]:
+def storage_errors(path: str) -> Iterator[None]:
+    """Raises what the back end of a remote path raises as an InputError."""
     try:
         yield
     # The errors of TensorFlow and of other back ends have no other base class in common.
@@ -175,7 +176,7 @@ def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
             yield temporary
             try:
                 temporary.copy(path, overwrite=True)
-            except Exception as error:  # of any kind, as in `_storage_errors`
+            except Exception as error:  # of any kind, as in `storage_errors`
                 raise OSError(errno.EIO, first_line(error)) from error
         return
     temporary = path.with_name(part_name(path.name))
@@ -270,9 +271,11 @@ def check_output(
     there = os.path.exists(path)
     if there and source and os.path.exists(source) and os.path.samefile(path, source):
         raise InputError(f"{flag}={path} is the input itself; give another name")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
         raise InputError(f"the folder of {flag}={path} does not exist")
-    if not os.access(path if there else os.path.dirname(os.path.abspath(path)), os.W_OK):
+    # `atomic_path` makes a new file in the folder; one that is protected is not to be replaced.
+    if not all(os.access(each, os.W_OK) for each in (folder, *[path] * there)):
         raise InputError(f"{flag}={path} may not be written; give another path")
 
 

@@ -44,7 +44,7 @@ class WorkerCrash(Exception):
 
 @contextmanager
 def worker_pool(
-    processes: int, reports=None, stall_seconds: float = STALL_SECONDS
+    processes: int, reports=None, stall_seconds: float = STALL_SECONDS, kept: str = ""
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes that are terminated if anything goes wrong.
 
@@ -53,10 +53,11 @@ def worker_pool(
       reports: a SimpleQueue of SPAWN that receives what workers pass to `report_progress`; None:
         reports are dropped.
       stall_seconds: see `still_working`.
+      kept: of the finished work, as of `run_tasks`.
 
     Raises:
       WorkerCrash: a worker crashed, for example by a segmentation fault, or hung.
-      InputError: a worker was killed.
+      InputError: a worker was killed, or could not start.
     """
     pool = _Pool(processes, initializer=_start_worker, initargs=(reports, stall_seconds))
     try:
@@ -70,9 +71,14 @@ def worker_pool(
             pid: names[code] for pid, code in exit_codes.items() if pid and code in names
         }:
             raise WorkerCrash(signals) from error
+        if any((code or 0) > 0 for code in exit_codes.values()):
+            raise InputError(
+                "a worker process could not start, and its error is above; if a script of yours"
+                ' started it, put what the script does under `if __name__ == "__main__":`'
+            ) from error
         raise InputError(
             "a worker process was killed (out of memory?); run the same command again, with"
-            " fewer workers if it recurs: finished shards are kept"
+            f" fewer workers if it recurs{f': {kept} are kept' if kept else ''}"
         ) from error
     except BaseException:
         pool.terminate()
@@ -85,6 +91,7 @@ def run_tasks(
     processes: int,
     on_progress: Callable[[int, int], None],
     stall_seconds: float = STALL_SECONDS,
+    kept: str = "",
 ) -> dict[str, Any]:
     """Runs tasks in worker processes. A crash or a hang costs one item of a task, not the run.
 
@@ -100,12 +107,13 @@ def run_tasks(
       on_progress: called with the numbers of finished items and of failed ones among them, in all
         tasks. What it raises ends the run.
       stall_seconds: of an item without a call of `still_working`, after which it hangs.
+      kept: what is kept of the work if a worker is killed, for the message.
 
     Returns:
       What the function returned for each task, by the task's name.
 
     Raises:
-      InputError: a worker was killed, or crashed while it handled no item.
+      InputError: a worker was killed, could not start, or crashed while it handled no item.
     """
     results: dict[str, Any] = {}
     crashed: dict[str, str] = {}
@@ -114,7 +122,8 @@ def run_tasks(
         remaining = [name for name in tasks if name not in results]
         reports = SPAWN.SimpleQueue()
         try:
-            with worker_pool(min(processes, len(remaining)), reports, stall_seconds) as pool:
+            size = min(processes, len(remaining))
+            with worker_pool(size, reports, stall_seconds, kept) as pool:
                 futures = {pool.submit(function, *tasks[name], crashed): name for name in remaining}
                 while futures:
                     done, _ = wait(futures, POLL_SECONDS, return_when=FIRST_COMPLETED)

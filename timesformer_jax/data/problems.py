@@ -7,11 +7,12 @@ without a clip or with a result that is worth less.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from timesformer_jax.data.annotations import Clip
 from timesformer_jax.data.layout import INFO_FILE
 
 NO_TRAINING = (
@@ -74,20 +75,43 @@ def of_classes(counts: Mapping[str, tuple[int, Any]], labels: Sequence[str]) -> 
     return found
 
 
-def of_clips(clips: Iterable[tuple[str, Sequence[str]]], labels: Sequence[str]) -> list[Problem]:
-    """What is wrong with a list of clips: the split and the labels of each.
+def of_clips(clips: Sequence[Clip], labels: Sequence[str]) -> list[Problem]:
+    """What is wrong with a list of clips.
 
     Args:
-      clips: those that can be used.
+      clips: those that can be used, with their splits.
       labels: class names.
     """
     total: Counter[str] = Counter()
     of_class: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for split, names in clips:
-        total[split] += 1
-        of_class[split].update(names)
+    for clip in clips:
+        total[clip.split] += 1
+        of_class[clip.split].update(clip.names)
     counts = {s: (n, [of_class[s][label] for label in labels]) for s, n in total.items()}
-    return of_classes(counts, labels)
+    return of_classes(counts, labels) + _shared_videos(clips)
+
+
+def _shared_videos(clips: Sequence[Clip]) -> list[Problem]:
+    """The videos whose clips were drawn for training and for validation.
+
+    `assign_splits` does that where all clips of a label are of one video, or those of a video have
+    several labels.
+    """
+    splits, labels = defaultdict(set), defaultdict(set)
+    for clip in clips:
+        if clip.drawn:
+            splits[clip.path].add(clip.split)
+            labels[clip.path].add(clip.label)
+    shared = [path for path in sorted(splits) if len(splits[path]) > 1]
+    if not shared:
+        return []
+    names = some([f"{path} of {', '.join(sorted(labels[path]))}" for path in shared])
+    return [
+        Problem(
+            f"{len(shared)} video{'s' * (len(shared) > 1)} ({names}) with clips in training and in"
+            " validation: add videos of these classes, or give the clips a split"
+        )
+    ]
 
 
 def count_classes(

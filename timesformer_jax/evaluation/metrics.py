@@ -246,16 +246,18 @@ class MultiLabelResults:
 
         F1 is the best one, of predictions with at least the probability beside it.
         """
-        width = max(len("class"), *(len(label) for label in self.labels))
+        width = max(map(len, ("class", *self.labels)))
         lines = [f"{'class':<{width}}  {'videos':>6}  {'AP':>6}  {'F1':>6}  {'from':>6}"]
         columns = (self.truth.sum(axis=0), self.average_precision, *reversed(self.thresholds))
         for label, videos, ap, f1, least in zip(self.labels, *columns):
             if videos:
-                numbers = f"{videos:>6}  {ap:>6.1%}  {f1:>6.1%}  {least:>6.3f}"
+                numbers = f"{videos:>6}  {ap:>6.1%}  {f1:>6.1%}  {_rounded_down(least):>6}"
                 lines.append(f"{label:<{width}}  {numbers}")
         least, f1 = self.common_threshold
         if self.truth.any():
-            lines.append(f"all together: F1 {f1:.1%} from {least:.3f} (predict --threshold)")
+            lines.append(
+                f"all together: F1 {f1:.1%} from {_rounded_down(least)} (predict --threshold)"
+            )
         if len(rows := self.worst(worst)):
             lines += ["", "worst predictions, the largest loss first:"]
             lines += [f"  {self._described(row)}" for row in rows] + [""]
@@ -311,6 +313,12 @@ def best_threshold(truth: np.ndarray, scores: np.ndarray) -> tuple[float, float]
     f1 = 2 * right / (given + truth.sum())
     best = f1.argmax()
     return float(candidates[best]), float(f1[best])
+
+
+def _rounded_down(threshold: float) -> str:
+    """With three decimals, and never more than it is: `predict` is given what is printed."""
+    rounded = round(float(threshold), 3)
+    return f"{rounded if rounded <= threshold else rounded - 0.001:.3f}"
 
 
 def _numbers(names: Iterable[str], values: Iterable[float]) -> dict[str, float | None]:

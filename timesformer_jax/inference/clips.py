@@ -131,16 +131,28 @@ def _in_memory(
                 f"exactly {clip.frames} sampled frames (views=1)"
             )
     else:
-        if not 0 < fps < np.inf:
-            raise InputError(f"fps must be above 0, not {fps}")
-        times = np.arange(len(frames)) / fps
-        inside = (times >= (start or 0)) & (times < (np.inf if end is None else end))
-        if not inside.any():
-            raise InputError(f"no frame from {start or 0:g} s to {end}: there are {times[-1]:g} s")
-        frames, times = frames[inside], times[inside]
+        frames, timeline = part(frames, fps, start, end)
+        times = timeline.times
         ticks = sampling.test_indices(len(frames), fps, clip, views).reshape(-1)
     unique, inverse = np.unique(ticks, return_inverse=True)
     return decode.resize(frames[unique], clip.short_side)[inverse], times[ticks]
+
+
+def part(
+    frames: np.ndarray, fps: float | None, start: float | None, end: float | None
+) -> tuple[np.ndarray, decode.Timeline]:
+    """The frames in memory of [start, end) seconds, and when they are shown.
+
+    Raises:
+      InputError: if there is no rate, it is not above 0, or there is no such frame.
+    """
+    if fps is None or not 0 < fps < np.inf:
+        raise InputError(f"frames in memory need their rate, fps=..., above 0; not {fps}")
+    times = np.arange(len(frames)) / fps
+    inside = (times >= (start or 0)) & (times < (np.inf if end is None else end))
+    if not inside.any():
+        raise InputError(f"{decode.no_frame(start, end)}: there are {times[-1]:g} s")
+    return frames[inside], decode.Timeline(times[inside], np.arange(inside.sum()), fps)
 
 
 def checked_frames(frames: Any) -> np.ndarray:

@@ -78,9 +78,9 @@ def explain(
     Raises:
       InputError: if there is no such class, or a file cannot be read or written.
     """
+    output = output or _default_output(file)
     for flag, path in (("--output", output), ("--video", video)):
         storage.check_output(flag, path, source=file)
-    output = output or _default_output(file)
     clock = Clock()
     predictor = Predictor(checkpoint, 1, 1, attention_kernels)
     chosen = named.get("class")

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from timesformer_jax.data import annotations as annotations_lib
-from timesformer_jax.data.annotations.custom import read_folders
+from timesformer_jax.data.annotations.custom import ONE_LABEL, read_folders
 from timesformer_jax.data.annotations.files import read_errors
 from timesformer_jax.data.annotations.videos import (
     IMAGE_EXTENSIONS,
@@ -97,7 +97,15 @@ def of_annotations(
       follow: accept clips that lie outside of the folder.
     """
     names = None if labels is None else annotations_lib.read_labels(labels)
-    listing = annotations_lib.read(folder, annotations, names, dataset=dataset, follow=follow)
+    listing = annotations_lib.read(
+        folder,
+        annotations,
+        names,
+        dataset=dataset,
+        follow=follow,
+        # Here the label is a column of text, of however many labels.
+        multilabel=None if dataset else ONE_LABEL,
+    )
     for note in listing.notes:
         logging.warning("%s", note)
     return [

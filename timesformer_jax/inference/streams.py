@@ -18,7 +18,7 @@ from timesformer_jax.data.decode import Stream, StreamedClip, Timeline
 from timesformer_jax.data.input import sampling
 from timesformer_jax.errors import InputError
 from timesformer_jax.inference.clip_model import ClipInputs
-from timesformer_jax.inference.clips import FPS_OF_FILE, Video, checked_frames, is_file
+from timesformer_jax.inference.clips import FPS_OF_FILE, Video, checked_frames, is_file, part
 
 T = TypeVar("T")
 
@@ -75,15 +75,8 @@ class _InMemory:
         start: float | None,
         end: float | None,
     ):
-        frames = checked_frames(frames)
-        if fps is None or not 0 < fps < np.inf:
-            raise InputError(f"frames in memory need their rate, fps=..., above 0; not {fps}")
-        times = np.arange(len(frames)) / fps
-        inside = (times >= (start or 0)) & (times < (np.inf if end is None else end))
-        if not inside.any():
-            raise InputError(f"no frame from {start or 0:g} s to {end}: there are {times[-1]:g} s")
-        self._frames, self._sample, self._short_side = frames[inside], sample, short_side
-        self.timeline = Timeline(times[inside], np.arange(inside.sum()), fps)
+        self._frames, self.timeline = part(checked_frames(frames), fps, start, end)
+        self._sample, self._short_side = sample, short_side
 
     def __iter__(self) -> Iterator[StreamedClip]:
         for ticks in self._sample(self.timeline):

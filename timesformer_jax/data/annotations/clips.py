@@ -116,23 +116,32 @@ def assign_splits(clips: Sequence[Clip], validation_fraction: float) -> list[Cli
 
     A split that this function drew before, of another list of clips, is drawn again.
 
-    A clip with several labels counts for the one that the fewest clips have. The n clips of a label
-    are sorted by a hash of their ids, and the first round(fraction * n) are
-    for validation: of two or more clips at least one, and not all. So the result is the same on
-    every machine, and independent of the order of the names.
+    A clip with several labels counts for the one that the fewest clips have. The clips of a label
+    that are of one file stay together. The n files of a label are sorted by a hash of their clips'
+    ids, and the first round(fraction * n) are for validation: of two or more files at least one,
+    and not all. Where all clips of a label are of one file, they are drawn one by one. So the
+    result is the same on every machine, and independent of the order of the names.
     """
     count = Counter(name for clip in clips for name in clip.names)
-    unassigned = defaultdict(list)
+    unassigned: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    first: dict[str, bytes] = {}  # of each file: if it has clips of several labels, they go alike
     for clip in clips:
         if not clip.split or clip.drawn:
             rarest = min(clip.names, key=lambda name: (count[name], name), default="")
-            unassigned[rarest].append(clip.id)
-    validation = set()
-    for ids in unassigned.values():
-        share = round(validation_fraction * len(ids))
+            unassigned[rarest][clip.path].append(clip.id)
+            key = clip_hash(clip.id)
+            first[clip.path] = min(first.get(clip.path, key), key)
+    validation: set[str] = set()
+    for by_file in unassigned.values():
+        drawn = [by_file[path] for path in sorted(by_file, key=first.__getitem__)]
+        if len(drawn) == 1:
+            drawn = [[clip] for clip in sorted(drawn[0], key=clip_hash)]
+        share = round(validation_fraction * len(drawn))
         if validation_fraction > 0:
-            share = min(max(share, 1), len(ids) - 1)
-        validation.update(sorted(ids, key=clip_hash)[:share])
+            share = min(max(share, 1), len(drawn) - 1)
+        validation.update(*drawn[:share])
     return [
         clip
         if clip.split and not clip.drawn

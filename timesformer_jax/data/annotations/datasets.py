@@ -23,6 +23,7 @@ from timesformer_jax.data.annotations.files import AnnotationFiles, Location, an
 from timesformer_jax.data.annotations.listing import Listing
 from timesformer_jax.data.annotations.videos import VideoFolder, walk
 from timesformer_jax.errors import InputError, did_you_mean
+from timesformer_jax.storage import as_text
 
 # Arguments: the folder of videos, the annotations, and the label names or None.
 Reader = Callable[[VideoFolder, AnnotationFiles, Sequence[str] | None], ParsedAnnotations]
@@ -118,8 +119,8 @@ def read(
       multilabel: for a csv, what separates several labels in its column; see `custom.read_csv`.
 
     Raises:
-      InputError: a path that leads out of the folder, no clips, an invalid row, a label that is
-        not allowed, a clip listed twice.
+      InputError: a path that leads out of the folder, no clips, no labels, an invalid row, a label
+        that is not allowed, a clip listed twice, a file's name that is not UTF-8.
     """
     ranges.check("validation_fraction", validation_fraction)
     known = published_dataset(dataset)
@@ -135,6 +136,8 @@ def read(
         _require_inside(parsed.rows, folder, videos)
     order = parsed.labels if labels is None else tuple(labels)
     clips = sorted(_valid_clips(parsed.rows, labels), key=lambda clip: clip.id)
+    if not any(clip.names for clip in clips):
+        raise InputError(f"no clip of {files.where if files else videos} has a label; give some")
     missing = tuple(clip.id for clip in clips if not folder.contains(clip.path))
     if files is not None and len(missing) == len(clips):
         raise _none_here_error(clips, files, videos)
@@ -146,7 +149,7 @@ def read(
         clips=tuple(clips),
         labels=order or label_names(clips),
         missing=missing,
-        unlisted=tuple(path for path in folder.videos if path not in used),
+        unlisted=tuple(as_text(path) for path in folder.videos if path not in used),
         published_counts=_published_counts(parsed, known),
         notes=(*folder.notes, *parsed.notes),
     )
@@ -215,6 +218,12 @@ def _valid_clips(rows: Sequence[Row], labels: Sequence[str] | None) -> list[Clip
     allowed = None if labels is None else frozenset(labels)
     seen: dict[str, str] = {}
     for where, clip in rows:
+        try:
+            clip.path.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the name of the video {as_text(clip.path)} is not UTF-8; rename it"
+            ) from error
         for name in clip.names:
             if len(name.splitlines()) != 1:
                 raise InputError(f"{where}: the label {name!r} is not one line; rename it")

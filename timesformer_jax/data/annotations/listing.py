@@ -16,7 +16,7 @@ class Listing:
     clips: sorted by id, including those whose file is missing.
     labels: the label map; the class is the position.
     missing: ids of the clips whose file is not in the folder.
-    unlisted: video files in the folder that no clip uses, relative to it.
+    unlisted: video files in the folder that no clip uses, relative to it, `storage.as_text`.
     published_counts: clips of each split that the publisher states; empty for custom data.
     notes: more remarks for the user, one line each.
     """

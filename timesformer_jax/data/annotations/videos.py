@@ -11,7 +11,7 @@ from etils import epath
 
 from timesformer_jax.data.annotations.files import Location, read_errors
 from timesformer_jax.errors import InputError
-from timesformer_jax.storage import is_remote
+from timesformer_jax.storage import as_text, is_remote
 
 VIDEO_EXTENSIONS = (
     *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
@@ -47,7 +47,7 @@ class VideoFolder:
             return ()
         return (
             f"folders of {self.root} that cannot be read, and whose videos are left out:"
-            f" {', '.join(self.unreadable)}; make them readable",
+            f" {', '.join(map(as_text, self.unreadable))}; make them readable",
         )
 
     @cached_property

@@ -4,7 +4,7 @@ import os
 
 from etils import epath
 
-from timesformer_jax.data.annotations.videos import VIDEO_EXTENSIONS, walk
+from timesformer_jax.data.annotations.videos import walk
 from timesformer_jax.data.layout import INFO_FILE, MANIFESTS, OPTIONS_FILE, index_path
 from timesformer_jax.data.problems import RUN_AGAIN
 from timesformer_jax.errors import InputError
@@ -26,8 +26,7 @@ def require_prepared(folder: str | os.PathLike) -> None:
         raise InputError(f"there is no folder {root}; give one that `timesformer prepare` wrote")
     if not _is_written(root):
         raise InputError(
-            f"{root} was not written by `timesformer prepare`, and holds no videos"
-            f" ({', '.join(VIDEO_EXTENSIONS)}); give the one or the other"
+            f"{root} was not written by `timesformer prepare`; to check videos give --videos=DIR"
         )
     if not (root / INFO_FILE).exists():
         manifests = root / MANIFESTS

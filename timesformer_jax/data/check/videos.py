@@ -87,7 +87,7 @@ def check_videos(
         unusable.append(Problem("no clip can be used", True))
         return _summary(listing, results, decode_fraction), unusable
     drawn = assign_splits(usable, validation_fraction)
-    few = of_clips(((clip.split, clip.names) for clip in drawn), listing.labels)
+    few = of_clips(drawn, listing.labels)
     return _summary(listing, results, decode_fraction), few + unusable
 
 

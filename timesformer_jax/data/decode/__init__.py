@@ -14,7 +14,7 @@ from timesformer_jax.data.decode.isolated import (
 from timesformer_jax.data.decode.scaling import resize
 from timesformer_jax.data.decode.stream import ClipStream, Gap, StreamedClip
 from timesformer_jax.data.decode.timeline import Timeline, equal_pieces
-from timesformer_jax.data.decode.video import VideoFile
+from timesformer_jax.data.decode.video import VideoFile, no_frame
 
 __all__ = [
     "MISSING_FILE",
@@ -34,6 +34,7 @@ __all__ = [
     "equal_pieces",
     "isolated",
     "isolated_for",
+    "no_frame",
     "open_stream",
     "read_info",
     "resize",

@@ -18,7 +18,7 @@ from etils import epath
 from timesformer_jax.data.annotations.videos import IMAGE_EXTENSIONS
 from timesformer_jax.data.decode.limits import DECODERS, DEMUXERS, SOUND_DECODERS, Limits
 from timesformer_jax.errors import InputError, first_line
-from timesformer_jax.storage import RemoteFile, is_remote
+from timesformer_jax.storage import RemoteFile, is_remote, storage_errors
 
 # The frame rate of a folder of images, which has no header. The public copies of
 # Something-Something were extracted at this rate.
@@ -142,9 +142,12 @@ class _Source:
 
 
 def _open_remote(path: str) -> io.BufferedReader:
-    if not (file := epath.Path(path)).exists():
+    with storage_errors(path):
+        file = epath.Path(path)
+        length = file.stat().length if file.exists() else None
+    if length is None:
         raise VideoError(MISSING_FILE)
-    if file.stat().length == 0:
+    if length == 0:
         raise VideoError("empty file")
     # FFmpeg makes small reads at scattered places, and a request takes as long as 1 MiB does.
     return io.BufferedReader(RemoteFile(path), READ_BUFFER_BYTES)

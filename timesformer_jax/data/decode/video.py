@@ -121,7 +121,7 @@ class VideoFile:
                 found = times[-1] + 1 / self.info.fps - begin
                 _check_complete(found, min(self._duration, until) - begin, "s")
         if not len(times):
-            raise VideoError(_no_frame(start, end))
+            raise VideoError(no_frame(start, end))
         if (hours := (times[-1] - times[0]) / 3600) > self._limits.hours:
             raise VideoError(f"lasts {hours:.3g} hours; at most {self._limits.hours:g} are read")
         return Timeline.from_times(times, self.info.fps, fps, self._limits.frames)
@@ -329,7 +329,8 @@ def _check_complete(found: float, expected: float, unit: str) -> None:
         raise VideoError(f"truncated: {found:.4g} {unit} of {expected:.4g}")
 
 
-def _no_frame(start: float | None, end: float | None) -> str:
+def no_frame(start: float | None, end: float | None) -> str:
+    """Says that the part [start, end) of a video, in seconds, has no frame."""
     if start is None and end is None:
         return "no frame"
     until = "the end" if end is None else f"{end:g} s"

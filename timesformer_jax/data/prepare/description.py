@@ -136,5 +136,5 @@ def summarize(output: epath.Path, clips: Sequence[Clip], labels: Sequence[str]) 
         failures=sum(len(manifest["failures"]) for manifest in manifests),
         num_bytes=sum(manifest["bytes"] for manifest in manifests),
         table=class_table(clips, labels),
-        problems=tuple(of_clips(((clip.split, clip.names) for clip in clips), labels)),
+        problems=tuple(of_clips(clips, labels)),
     )

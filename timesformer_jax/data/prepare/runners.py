@@ -57,7 +57,8 @@ def _write_locally(
     tasks = {shard.name: (shard, *source) for shard in shards}
     num_clips = sum(len(shard.clips) for shard in shards)
     with tqdm(total=num_clips, unit="clip", desc="preparing") as bar:
-        run_tasks(write_shard, tasks, processes, partial(_show_progress, bar, max_failures))
+        on_progress = partial(_show_progress, bar, max_failures)
+        run_tasks(write_shard, tasks, processes, on_progress, kept="finished shards")
 
 
 def _show_progress(bar: tqdm, max_failures: int | None, finished: int, failed: int) -> None:

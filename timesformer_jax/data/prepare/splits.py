@@ -109,7 +109,7 @@ def class_table(clips: Sequence[Clip], labels: Sequence[str]) -> str:
     ]
     fewest = sorted(rows, key=lambda row: row[1:])[:SHOWN_CLASSES]
     shown = rows if len(rows) <= MAX_CLASSES else fewest
-    width = max(len("class"), *(len(label) for label in labels))
+    width = max(map(len, ("class", *labels)))
     lines = [f"  {'class':<{width}}" + "".join(f"  {split:>10}" for split in splits)]
     for label, *row in shown:
         lines.append(f"  {label:<{width}}" + "".join(f"  {count:>10}" for count in row))
