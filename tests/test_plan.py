@@ -39,6 +39,7 @@ from timesformer_jax.planning.program import build
 from timesformer_jax.planning.report import as_json, as_text
 from timesformer_jax.planning.roofline import roofline, sent
 from timesformer_jax.planning.topology import open_topology
+from timesformer_jax.ranges import RANGES, Range
 
 pytestmark = pytest.mark.compiles
 
@@ -258,23 +259,25 @@ def test_the_backward_pass_is_given_what_jax_says_it_saves(capsys):
     start=st.integers(1, 500),
     silent=st.booleans(),
     line=st.booleans(),
+    most=st.sampled_from([3000, 1 << 40]),
 )
 def test_the_search_finds_the_last_batch_that_fits_in_few_trials(
-    slope, base, bend, limit, unit, start, silent, line
+    slope, base, bend, limit, unit, start, silent, line, most
 ):
     tried = []
 
     def needed(batch):
         tried.append(batch)
+        assert batch <= most
         value = base + slope * batch * (1 if line else (batch / 100 + 1) ** bend)
         return math.inf if silent and value > limit else value
 
     empty = base if line else base / 2
-    found = largest(needed, limit, unit, start * unit, empty)
+    found, trials = largest(needed, limit, unit, start * unit, empty, most), len(tried)
     assert found % unit == 0
-    assert needed(found + unit) > limit
+    assert found + unit > most or needed(found + unit) > limit
     assert found == 0 or needed(found) <= limit
-    tried = tried[:-2]
+    tried = tried[:trials]
     assert len(tried) == len(set(tried))
     if line and not silent:  # start, where the line meets the limit, and the next
         assert len(tried) <= 2 + math.ceil(math.log(max(found / unit, 1) / start + 1, 4)) + 1
@@ -292,6 +295,12 @@ def test_find_batch_finds_the_edge_of_a_given_memory():
     assert fits(found.largest_batch)
     assert not fits(found.largest_batch + 8)
     assert f"largest batch that fits: {found.largest_batch}" in as_text(found)
+
+
+def test_a_search_ends_at_the_longest_clip_that_a_config_can_have(monkeypatch):
+    monkeypatch.setitem(RANGES, "frames", Range(1, 64, whole=True))
+    config = tiny(**{"batch_size": 8, "model.depth": 1, "model.hidden_size": 16})
+    assert make_plan(config, "h100:8", find_frames=True, memory=100.0).longest_clip == 64
 
 
 def test_a_batch_that_never_fits_compiled():

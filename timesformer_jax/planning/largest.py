@@ -7,7 +7,12 @@ from collections.abc import Callable
 
 
 def largest(
-    needed: Callable[[int], float], limit: float, multiple: int, start: int, empty: float
+    needed: Callable[[int], float],
+    limit: float,
+    multiple: int,
+    start: int,
+    empty: float,
+    most: int,
 ) -> int:
     """The largest multiple of `multiple` that needs at most `limit` bytes; 0 if there is none.
 
@@ -22,17 +27,19 @@ def largest(
       multiple: sizes are multiples of this.
       start: the size to try first.
       empty: bytes that are needed by nothing at all.
+      most: no larger size is tried.
     """
     known = {0: empty}  # by size over `multiple`
     low, high = 0, None  # the largest that fits, the smallest that does not
-    trial = max(1, start // multiple)
-    while high is None or high - low > 1:
+    bound = most // multiple
+    trial = min(max(1, start // multiple), bound)
+    while low < bound and (high is None or high - low > 1):
         known[trial] = needed(trial * multiple)
         if known[trial] <= limit:
             low = trial
         else:
             high = trial
-        trial = _next(known, limit, low, high)
+        trial = min(_next(known, limit, low, high), bound)
     return low * multiple
 
 

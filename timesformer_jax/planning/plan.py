@@ -24,6 +24,7 @@ from timesformer_jax.planning.memory import Memory, compiled_memory, counted_mem
 from timesformer_jax.planning.program import Program, batch_size_of, build
 from timesformer_jax.planning.roofline import Roofline, roofline
 from timesformer_jax.planning.topology import Topology, open_topology
+from timesformer_jax.ranges import RANGES
 from timesformer_jax.training.optimizer import trained
 
 if TYPE_CHECKING:
@@ -212,11 +213,13 @@ def _searched(
     empty = plan.counted.memory.parameters + plan.counted.memory.optimizer
     if find_batch and limit is not None:
         of_batch = functools.partial(needed, frames)
-        batch = largest(of_batch, limit, program.batch_multiple, batch_size, empty)
+        most = int(RANGES["batch_size"].high)
+        batch = largest(of_batch, limit, program.batch_multiple, batch_size, empty, most)
     if find_frames and limit is not None:
         of_frames = functools.partial(needed, batch_tried=batch_size)
         multiple = FRAMES_STEP * program.mesh.shape["sequence"]
-        longest = largest(of_frames, limit, multiple, frames, empty)
+        most = int(RANGES["frames"].high)
+        longest = largest(of_frames, limit, multiple, frames, empty, most)
     return dataclasses.replace(plan, largest_batch=batch, longest_clip=longest)
 
 
