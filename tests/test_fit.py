@@ -118,6 +118,30 @@ def test_a_preset_brings_the_checkpoint_of_its_size(recipe, model, pretrained):
     assert config.model.num_classes == recipe().model.num_classes
 
 
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "clip"),
+    [
+        (recipes.kinetics400("timesformer_base"), "model=timesformer_l", (96, 3)),
+        (recipes.kinetics400("timesformer_l"), "model=timesformer_base", (8, 48)),
+        (recipes.kinetics400("timesformer_base"), "model=timesformer_hr", (16, 16)),
+        (recipes.kinetics400("timesformer_base"), "model=timesformer_l,frames=32", (32, 8)),
+        (recipes.demo(), "model=timesformer_base", (8, 2)),
+    ],
+)
+def test_the_clips_of_a_preset_span_the_time_of_the_recipes(recipe, arguments, clip):
+    config = with_arguments(recipe, arguments)
+    assert (config.clip.frames, config.clip.frame_stride) == clip
+
+
+def test_the_checkpoint_and_the_data_still_decide_on_the_stride_of_a_preset():
+    config = with_arguments(recipes.finetune(), "model=timesformer_l")
+    model, clip = TimeSformerConfig(num_frames=96), ClipSpec(frames=96, frame_stride=4)
+    assert changed(fit.to_checkpoint(config, "x.pth", model, clip, is_image_model=False)) == {
+        "clip.frame_stride": 4
+    }
+    assert fitted(config, clips([4.0] * 40), ("a",))[1]["clip.frame_stride"] == 1
+
+
 def test_a_checkpoint_changes_no_field_of_the_papers_recipes():
     config = recipes.kinetics400()
     assert fit.to_checkpoint(config, "x.pth", SMALL, CLIP, is_image_model=False) == []

@@ -256,6 +256,33 @@ def test_invalid_arguments_are_refused(arguments, said):
 
 
 @pytest.mark.parametrize(
+    ("name", "pretrained"),
+    [
+        ("k400_base:model=timesformer_vit_l,init=imagenet21k",
+         "timm/vit_large_patch16_224.augreg_in21k"),
+        ("k400_base:model=timesformer_vit_s,patch_size=32",
+         "timm/vit_small_patch32_224.augreg_in21k"),
+        ("k400_base:patch_size=8", "timm/vit_base_patch8_224.augreg_in21k"),
+        ("demo:patch_size=4", ""),
+        ("from_scratch_small:patch_size=16", ""),
+        ("from_scratch_small:backbone=vit_s,init=imagenet1k,patch_size=16",
+         "timm/vit_small_patch16_224.augreg_in1k"),
+    ],
+)  # fmt: skip
+def test_the_image_vit_has_the_sizes_of_the_model(name, pretrained):
+    assert config_of(*name.split(":")).pretrained == pretrained
+
+
+@pytest.mark.parametrize(
+    "name", ["k400_base:backbone=vit_l,init=imagenet1k", "k400_base:patch_size=14",
+             "demo:init=imagenet21k"],
+)  # fmt: skip
+def test_without_an_image_vit_of_its_sizes_an_ablation_is_refused(name):
+    with pytest.raises(InputError, match=r"no ViT of \d+ channels, .*: give init=scratch, and"):
+        config_of(*name.split(":"))
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "parameters", "gmacs"),
     [
         # ViTs at 224 x 224 with 1000 classes: parameters as published with their weights.

@@ -58,3 +58,13 @@ class ClipSpec:
             raise InputError("mean and std need three numbers each")
         ranges.check("clip.mean", self.mean, "mean")
         ranges.check("clip.std", self.std, "std")
+
+    def with_frames(self, frames: int) -> ClipSpec:
+        """The clip with another number of frames, which span the same time.
+
+        Raises:
+          InputError: if no clip has so many frames.
+        """
+        ranges.check("frames", frames)
+        stride = max(round(self.frames * self.frame_stride / frames), 1)
+        return dataclasses.replace(self, frames=frames, frame_stride=stride)

@@ -101,8 +101,8 @@ def ablate(
 
     Args:
       config: changed in place.
-      model: a preset: its sizes, its clips' length and size, and config.pretrained with them. The
-        attention scheme and the classes are still the recipe's.
+      model: a preset: its sizes, its clips' frames and size, and config.pretrained with them. The
+        time that a clip spans, the attention scheme and the classes are still the recipe's.
       attention: the attention scheme (table 1).
       position_embedding: "none", "space" or "space_time" (table 4).
       frames: frames of a clip that spans the same time as the recipe's: twice the frames, half the
@@ -110,24 +110,23 @@ def ablate(
       frame_stride: distance between the frames, if the clip should span another time.
       crop: side of a clip, in pixels (figure 5). The range of the short side is in proportion to
         the crop: the release's range for 448 above 224, else its range for 224.
-      patch_size: 16 or 32.
+      patch_size: side of a patch, in pixels.
       backbone: "vit_s", "vit_b" or "vit_l".
-      init: "imagenet21k", "imagenet1k" or "scratch". Together with patch_size and backbone it
-        determines config.pretrained.
+      init: "imagenet21k", "imagenet1k" or "scratch"; by default the first, but "scratch" for
+        a recipe without config.pretrained. The image ViT has the model's sizes.
       train_fraction: fraction of the training videos of each class (figure 4).
 
     Raises:
-      InputError: if a value is invalid.
+      InputError: if a value is invalid, or no image ViT of the sizes is published.
     """
     if model is not None:
-        _set_model(config, model)
+        _set_model(config, model, frames)
+    elif frames is not None:
+        _set_frames(config, frames)
     if attention is not None:
         config.model.attention = attention
     if position_embedding is not None:
         config.model.position_embedding = position_embedding
-    if frames is not None:
-        span = config.clip.frames * config.clip.frame_stride
-        config.clip.frames, config.clip.frame_stride = frames, max(round(span / max(frames, 1)), 1)
     if frame_stride is not None:
         config.clip.frame_stride = frame_stride
     if crop is not None:
@@ -141,10 +140,14 @@ def ablate(
     return config
 
 
-def _set_model(config: ConfigDict, name: str) -> None:
+def _set_model(config: ConfigDict, name: str, frames: int | None) -> None:
     """Sets the fields of a preset, and the checkpoint that such a model starts from."""
     fields = dataclasses.asdict(preset(name))
-    config.clip.frames = fields.pop("num_frames")
+    own = fields.pop("num_frames")
+    is_automatic = "clip.frame_stride" in fit.automatic(config)
+    _set_frames(config, own if frames is None else frames)
+    if is_automatic:  # the checkpoint and the data know more than this recipe
+        fit.make_automatic(config, ["clip.frame_stride"])
     _set_crop(config, fields.pop("image_size"))
     for kept in ("num_classes", "attention", "dtype", "remat", "scan_layers"):
         del fields[kept]
@@ -152,17 +155,21 @@ def _set_model(config: ConfigDict, name: str) -> None:
     if config.pretrained in RELEASED.values():
         config.pretrained = RELEASED.get(name, "")
     elif config.pretrained:
-        config.pretrained = _image_vit_of(name)
+        config.pretrained = _image_vit_of(config.model)
 
 
-def _image_vit_of(name: str) -> str:
-    """The image ViT with the sizes of a preset; "" if there is none."""
-    ours = preset(name)
+def _image_vit_of(model: ConfigDict, images: str = "in21k") -> str:
+    """The image ViT with the sizes of a model; "" if none is published."""
     for vit, size in BACKBONES.values():
         theirs = preset(vit)
-        if (ours.hidden_size, ours.depth) == (theirs.hidden_size, theirs.depth):
-            return image_vit(size, ours.patch_size)
+        if (model.hidden_size, model.depth) == (theirs.hidden_size, theirs.depth):
+            return image_vit(size, model.patch_size, images)
     return ""
+
+
+def _set_frames(config: ConfigDict, frames: int) -> None:
+    clip = ClipSpec(**config.clip).with_frames(frames)
+    config.clip.frames, config.clip.frame_stride = clip.frames, clip.frame_stride
 
 
 def _set_crop(config: ConfigDict, crop: int) -> None:
@@ -184,9 +191,17 @@ def _set_backbone(
         config.model.update(
             {name: getattr(vit, name) for name in ("hidden_size", "depth", "num_heads")}
         )
+    if init is None and not config.pretrained:
+        return
     images = _known("init", init or "imagenet21k", INITS)
-    size = BACKBONES[backbone or "vit_b"][1]
-    config.pretrained = images and image_vit(size, config.model.patch_size, images)
+    config.pretrained = images and _image_vit_of(config.model, images)
+    if images and not config.pretrained:
+        model = config.model
+        raise InputError(
+            f"no ViT of {model.hidden_size} channels, {model.depth} blocks and patches of "
+            f"{model.patch_size} is published for ImageNet-{images.removeprefix('in')}: give "
+            "init=scratch, and --config.pretrained=PATH for weights of your own"
+        )
 
 
 def _known(argument: str, value: str, known: dict[str, Any]) -> Any:

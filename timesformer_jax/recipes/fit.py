@@ -172,7 +172,7 @@ def to_checkpoint(
     frames = taken.get("clip.frames", fields["clip.frames"])
     if not is_image_model and frames != clip.frames and "clip.frame_stride" in automatic_fields:
         # Another number of frames, which somebody set, spans the checkpoint's time.
-        taken["clip.frame_stride"] = max(round(clip.frames * clip.frame_stride / frames), 1)
+        taken["clip.frame_stride"] = clip.with_frames(frames).frame_stride
     said = [f"{name} {_text(value)}" for name, value in taken.items()]
     crop = taken.get("clip.crop", fields["clip.crop"])
     if "data.short_side_range" in automatic_fields and crop != fields["clip.crop"]:

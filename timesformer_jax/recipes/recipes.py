@@ -169,14 +169,29 @@ def _on_dataset(config: ConfigDict, dataset: str, classes: int) -> ConfigDict:
     return config
 
 
+# The patch sizes of timm's image ViTs for 224 x 224 pixels.
+_PUBLISHED = {
+    ("small", "in21k"): (16, 32),
+    ("base", "in21k"): (8, 16, 32),
+    ("large", "in21k"): (16, 32),
+    ("small", "in1k"): (16,),
+    ("base", "in1k"): (16, 32),
+}
+
+
 def image_vit(size: str = "base", patch_size: int = 16, images: str = "in21k") -> str:
     """The name, on the Hugging Face Hub, of the image ViT that a video model starts from.
 
     Args:
       size: "small", "base" or "large".
-      patch_size: 16 or 32.
+      patch_size: side of a patch, in pixels.
       images: "in21k" or "in1k", what it was trained on.
+
+    Returns:
+      The name; "" if there is no such ViT.
     """
+    if patch_size not in _PUBLISHED.get((size, images), ()):
+        return ""
     weights = "orig" if (size, patch_size) == ("large", 32) else "augreg"  # there is no other
     return f"timm/vit_{size}_patch{patch_size}_224.{weights}_{images}"
 
