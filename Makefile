@@ -28,7 +28,7 @@ format: .venv/test
 lint: layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python experiments/rooms.py --check
+	$(BIN)/python experiments/packages.py --check
 
 # No package imports from a package above it, and none in a circle.
 layers: .venv/test
@@ -39,7 +39,7 @@ types: .venv/test
 
 # The drawing of the packages in docs/design.md.
 packages: .venv/test
-	$(BIN)/python experiments/rooms.py
+	$(BIN)/python experiments/packages.py
 
 # For TPUs, on a machine that needs none; an hour of two cores.
 plan-table: .venv-tpu/installed

@@ -1,6 +1,6 @@
 """Draws the packages of timesformer_jax into docs/design.md: their lines, and what each imports.
 
-    python experiments/rooms.py [--check]
+    python experiments/packages.py [--check]
 
 The order is that of the layers in pyproject.toml, the imports are those of the code. With --check
 nothing is written, and the exit status is 1 if the page's packages or imports are not the code's
