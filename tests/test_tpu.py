@@ -116,6 +116,11 @@ def test_loops_count_as_often_as_they_run(plan):
     assert scanned["total"] == pytest.approx(unrolled["total"], rel=0.4)
 
 
+def test_frames_that_cannot_be_cut_in_blocks_compile(plan):
+    found = plan("v5e:1x1", "--quick", **SMALL | {"batch_size": 1, "clip.crop": 480})
+    assert "spatial attention" in {k["part"] for k in found["cycles"]["kernels"]}
+
+
 def test_a_program_sums_no_gradient_twice(plan):
     found = plan("v5e:2x2", "--quick", **SMALL)
     summed = sum(c["num_bytes"] * c["count"] for c in found["compiled"]["collectives"])

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from timesformer_jax.models.ops.kernels import tpu_heads, tpu_joint, tpu_spatial
+from timesformer_jax.models.ops.kernels.tpu_blocks import Sequence
 
 pytestmark = pytest.mark.compiles
 
@@ -197,6 +198,37 @@ def test_frames_larger_than_the_memory_cannot_be_split_into_sequences():
     shape = (1, 2, 3136, 3, 12, 64)
     assert tpu_spatial.unsupported(shape, "bfloat16") is None
     assert "memory" in tpu_spatial.unsupported(shape, "bfloat16", sequences=56)
+
+
+@hypothesis.given(
+    f=st.integers(1, 32),
+    n=st.integers(1, 2500),
+    d=st.sampled_from([16, 32, 64, 80, 96, 120, 128]),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    has_cls=st.booleans(),
+)
+@hypothesis.example(1, 30 * 30, 64, "bfloat16", True)
+@hypothesis.example(8, 26 * 26, 64, "bfloat16", True)
+@hypothesis.example(8, 14 * 14, 120, "bfloat16", True)
+def test_a_frame_is_cut_only_where_whole_registers_of_its_rows_are_left(f, n, d, dtype, has_cls):
+    """The compiler for TPUs refuses to copy other numbers of rows out of a block."""
+    for block in Sequence(f, n, has_cls, 16, d, jnp.dtype(dtype)).blocks:
+        assert block.rows == n or n % block.rows % 8 == block.rows % 8 == 0
+
+
+@pytest.mark.parametrize("frames", [1, 8])
+@pytest.mark.parametrize("side", [29, 30, 31, 33, 34, 35, 38, 42, 45])
+def test_frames_that_cannot_be_cut_are_whole(side, frames):
+    shape, dtype = (1, 8, side**2, 3, 12, 64), jnp.dtype("bfloat16")
+    q, k = Sequence(frames, side**2, True, 12, 64, dtype).blocks
+    assert (q.frames, q.rows) == (k.frames, k.rows) == (1, side**2)
+    assert tpu_spatial.unsupported(shape, dtype, frames) is None
+
+
+@pytest.mark.parametrize(("n", "h", "d"), [(900, 16, 120), (4489, 12, 64)])
+def test_frames_that_can_neither_be_cut_nor_be_whole_are_refused(n, h, d):
+    assert "multiples of 8" in tpu_spatial.unsupported((1, 1, n, 3, h, d), "bfloat16")
+    assert tpu_spatial.unsupported((1, 1, n - n % 8, 3, h, d), "bfloat16") is None
 
 
 def test_wrong_sequences_are_refused():

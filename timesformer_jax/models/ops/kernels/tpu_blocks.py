@@ -224,6 +224,21 @@ class Sequence(NamedTuple):
         """Of queries and of keys: those with the fewest products, of the size of a step."""
         return _choose_blocks(self, tpu_heads.STEP_LOGITS)
 
+    def logits(self, q: Block, k: Block) -> int:
+        """Of a step, for all heads of a slab."""
+        return self.query_lanes(q) * self.key_rows(k) * len(self.per_slab)
+
+    @property
+    def vmem(self) -> int:
+        """Bytes of the backward kernel, about, beside the gradient that waits.
+
+        Of its compiler's count: 21 arrays of a block in the dtype, two of each that is copied among
+        them, 4 in float32, and 9 of the logits of some queries.
+        """
+        q, k = self.blocks
+        of_arrays = self.query_lanes(q) * self.slab * (21 * self.dtype.itemsize + 4 * 4)
+        return of_arrays + 9 * 4 * self.key_rows(k) * tpu_heads.QUERIES
+
     def items(self) -> list[tuple[Head, slice]]:
         """The work of a step: a head and a chunk of queries each."""
         lanes = tpu_heads.chunks(self.query_lanes(self.blocks[0]))
@@ -234,16 +249,14 @@ class Sequence(NamedTuple):
 def _choose_blocks(sequence: Sequence, step_logits: int) -> tuple[Block, Block]:
     f, n, has_cls = sequence[:3]
     heads = len(sequence.per_slab)
-    # With a token, 112 rows fill one register of 128 lanes, 240 two.
-    cut = [Block(1, rows, f, n, has_cls) for rows in range(LANES - 16, 2048, LANES) if rows < n]
+    # With a token, 112 rows fill one register of 128 lanes, 240 two. The gradient of a frame's last
+    # rows is copied by itself, as whole registers of 8 rows: other frames are not cut.
+    sizes = (rows for rows in range(LANES - 16, 2048, LANES) if rows < n and n % rows % 8 == 0)
+    cut = [Block(1, rows, f, n, has_cls) for rows in sizes]
     counts = {pl.cdiv(f, frames) for frames in range(1, f + 1)}
     whole = [Block(pl.cdiv(f, count), n, f, n, has_cls) for count in counts]
+    smallest = min(cut + whole, key=lambda block: block.tokens)
     options = [block for block in cut + whole if block.tokens <= 2048]
-    smallest = min(options, key=lambda block: block.tokens)
-
-    def logits(blocks: tuple[Block, Block]) -> int:
-        q, k = blocks
-        return sequence.query_lanes(q) * sequence.key_rows(k) * heads
 
     def cost(blocks: tuple[Block, Block]) -> int:
         """Rows that the matrix unit streams, forward and backward, and 8,000 for each step."""
@@ -253,7 +266,7 @@ def _choose_blocks(sequence: Sequence, step_logits: int) -> tuple[Block, Block]:
         step = heads * of_head * sequence.query_lanes(q) // LANES + 8_000
         return q.total * k.total * step
 
-    pairs = [(q, k) for q in options for k in options if logits((q, k)) <= step_logits]
+    pairs = [(q, k) for q in options for k in options if sequence.logits(q, k) <= step_logits]
     return min(pairs, key=cost, default=(smallest, smallest))
 
 

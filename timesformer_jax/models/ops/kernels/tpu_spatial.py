@@ -10,7 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from timesformer_jax.models.ops.kernels import tpu_frame, tpu_joint
+from timesformer_jax.models.ops.kernels import tpu_frame, tpu_heads, tpu_joint
+from timesformer_jax.models.ops.kernels.tpu_blocks import Sequence
 from timesformer_jax.models.ops.kernels.tpu_heads import LANES
 
 
@@ -34,7 +35,20 @@ def unsupported(
         return f"{t} frames are not a multiple of {frames}"
     if sequences > 1 and not tpu_frame.fits(n, sequences, h, d, dtype):
         return f"{sequences} sequences of {n} patches exceed the memory of a core"
+    if sequences > 1 or _in_one_step(frames, n, 1, h, d, dtype):
+        return None
+    sequence = Sequence(frames, n, True, h, d, jnp.dtype(dtype))
+    waiting = min(sequence.resident_bytes, tpu_joint.RESIDENT)
+    is_small = sequence.logits(*sequence.blocks) <= tpu_heads.STEP_LOGITS
+    if not is_small and sequence.vmem + waiting > tpu_heads.VMEM:
+        return f"frames of {n} patches exceed the memory of a core; it cuts multiples of 8 only"
     return None
+
+
+def _in_one_step(frames: int, n: int, c: int, heads: int, d: int, dtype: Any) -> bool:
+    """Whether a sequence is one frame, of n patches and c tokens, that a step takes whole."""
+    sizes = n, c, heads, d, dtype
+    return frames == 1 and tpu_frame.fits(*sizes) and tpu_frame.is_small(*sizes)
 
 
 def attention(
@@ -72,9 +86,8 @@ def attention(
     if cls is not None and cls.shape[1] != t // frames * count:
         raise ValueError(f"{cls.shape[1]} tokens for {t // frames} x {count} sequences")
     tokens = 0 if cls is None else count
-    sizes = n, tokens, heads, width // 3 // heads, patches.dtype
-    one_step = frames == 1 and tpu_frame.fits(*sizes) and tpu_frame.is_small(*sizes)
-    if one_step or sequences is not None:
+    in_one_step = _in_one_step(frames, n, tokens, heads, width // 3 // heads, patches.dtype)
+    if in_one_step or sequences is not None:
         cls = None if cls is None else cls.reshape(b, t, count, width)
         out, cls_out = tpu_frame.attention(patches, cls, heads, sequences, interpret)
     else:
