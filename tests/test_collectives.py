@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from timesformer_jax.planning.collectives import Collective, collectives
+from timesformer_jax.planning.hlo import parse, repeated
 
 pytestmark = pytest.mark.compiles
 
@@ -63,6 +64,29 @@ def test_a_loop_counts_as_often_as_it_runs():
         Collective("all-reduce", size, ("a",), 15),
         Collective("all-reduce", size, ("b",), 3),
     ]
+
+
+def test_what_loops_repeat_is_a_share_of_what_is_written():
+    def steps(x, length):
+        return jax.lax.fori_loop(0, length, lambda i, x: jnp.sin(x @ x), x)
+
+    def share(length):
+        compiled = jax.jit(functools.partial(steps, length=length)).lower(jnp.ones((64, 64)))
+        return repeated(parse(compiled.compile()))
+
+    assert share(1) == 0
+    assert 2 < share(5) < 4  # four times what the body writes, of which a copy outside is less
+    drawn = jax.jit(lambda x, key: jnp.sin(x @ x) + jax.random.uniform(key, (64,)))
+    text = drawn.lower(jnp.ones((1024, 64, 64)), jax.random.key(0)).compile().as_text()
+    assert "while" in text
+    assert repeated(parse(text)) < 0.001
+
+
+def test_a_loop_of_unknown_length_repeats_without_end():
+    def double(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: 2 * x, x)
+
+    assert repeated(parse(jax.jit(double).lower(jnp.ones(8)).compile())) == float("inf")
 
 
 def test_one_device_sends_nothing():

@@ -438,6 +438,14 @@ def test_the_largest_batch_of_inference_is_of_videos():
     assert make_plan(other, "h100:8", work="inference", memory=0.1).fits
 
 
+def test_costs_that_a_compiler_counts_once_a_loop_are_not_reported():
+    """Blocks of a long attention, which no field of the config names."""
+    changes = {"model.attention": "joint", "clip.frames": 64, "clip.crop": 64, "model.depth": 1}
+    found = make_plan(tiny(**changes), "cpu:8", work="inference", memory=1.0)
+    assert (found.compiled.flops, found.compiled.moved) == (None, None)
+    assert "a compiled program with loops: its FLOPs and traffic are not counted" in as_text(found)
+
+
 def test_an_unknown_work_is_refused():
     with pytest.raises(tsf.InputError, match="--work=testing: there are training and inference"):
         make_plan(tiny(), "cpu:8", work="testing")

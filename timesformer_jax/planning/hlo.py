@@ -133,6 +133,29 @@ def _trip_count(attributes: str, module: Module) -> int | None:
     return None
 
 
+# What these do writes nothing, or is written by what they call.
+_WRITE_NOTHING = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
+    *("while", "call", "conditional"),
+)
+
+
+def repeated(module: Module) -> float:
+    """The bytes that loops write after their first iteration, over all others.
+
+    Returns:
+      0 without loops; inf if the text does not say how often one of them runs.
+    """
+    once = again = 0.0
+    for instruction, times, known in executed(module):
+        if not known:
+            return math.inf
+        if instruction.opcode not in _WRITE_NOTHING:
+            written = num_bytes(instruction.shape)
+            once, again = once + written, again + (times - 1) * written
+    return again / once if once else 0.0
+
+
 # Shapes: `f32[16,768]{1,0:T(8,128)}`, or a tuple of them in parentheses.
 
 

@@ -19,6 +19,7 @@ from timesformer_jax.errors import InputError
 from timesformer_jax.models.costs import macs
 from timesformer_jax.planning.collectives import Collective, collectives
 from timesformer_jax.planning.cycles import Cycles, count_cycles
+from timesformer_jax.planning.hlo import parse, repeated
 from timesformer_jax.planning.largest import largest
 from timesformer_jax.planning.memory import Memory, compiled_memory, counted_memory
 from timesformer_jax.planning.program import Program, batch_size_of, build
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 # An option of the TPU compiler: a fifth of the time for the divided model, the same FLOPs.
 _QUICK = {"exec_time_optimization_effort": -1.0}
 
+
+# Loops that write less are passed over: a CPU draws random numbers in loops.
+_RANDOM_NUMBERS = 0.01
 
 FRAMES_STEP = 8  # the longest clip is a multiple of this, on each device that shares it
 
@@ -182,7 +186,7 @@ def make_plan(
         limit=limit,
         needed=needed,
         counted=counted,
-        compiled=_compiled(target.chip, program, found) if found else None,
+        compiled=_compiled(target.chip, program, found, text) if found and text else None,
         cycles=_cycles(target, program, text) if text else None,
         text=text,
         compile_seconds=seconds,
@@ -254,8 +258,11 @@ def _compile(program: Program, options: dict) -> tuple[jax.stages.Compiled | Non
     return compiled, compiled_memory(program, compiled).total
 
 
-def _compiled(chip: Chip | None, program: Program, compiled: jax.stages.Compiled) -> Estimate:
-    costs = {} if program.has_loops else compiled.cost_analysis() or {}
+def _compiled(
+    chip: Chip | None, program: Program, compiled: jax.stages.Compiled, text: str
+) -> Estimate:
+    has_loops = repeated(parse(text)) > _RANDOM_NUMBERS
+    costs = {} if has_loops else compiled.cost_analysis() or {}
     memory, exchanged = compiled_memory(program, compiled), collectives(compiled, program.mesh)
     flops, moved = costs.get("flops"), costs.get("bytes accessed")
     return _estimate(chip, program, memory, flops, moved, exchanged)

@@ -79,11 +79,6 @@ class Program(NamedTuple):
         """Every batch size must be a multiple of this."""
         return self.parts * math.prod(self.mesh.shape[axis] for axis in BATCH_SPEC[0])
 
-    @property
-    def has_loops(self) -> bool:
-        """Whether the program contains a loop: scanned layers, or parts of a batch."""
-        return self.model.scan_layers or self.parts > 1
-
     def lower(self) -> jax.stages.Lowered:
         with jax.set_mesh(self.mesh), tuning.using(self.kernels):
             held = self.state if self.work == "training" else self.state.params

@@ -120,7 +120,7 @@ def assumptions(plan: Plan) -> list[str]:
     ]
     if program.train == "all":
         lines[0] += ", forward 3 times"
-    if program.has_loops and plan.compiled:
+    if plan.compiled and plan.compiled.flops is None:
         lines.append("a compiled program with loops: its FLOPs and traffic are not counted")
     if plan.quick:
         lines.append(
