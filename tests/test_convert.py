@@ -109,8 +109,13 @@ def test_metadata_of_our_own_checkpoints_is_kept(tmp_path):
     # Another length and another head change what the metadata says of them.
     convert(source, tmp_path / "c", num_frames=16, num_classes=2)
     metadata = checkpoints.load_parameters(tmp_path / "c")[0]
-    assert (metadata.clip.frames, metadata.clip.frame_stride, metadata.labels) == (16, 16, ())
+    assert (metadata.clip.frames, metadata.clip.frame_stride, metadata.labels) == (16, 2, ())
     assert (metadata.model.num_frames, metadata.model.num_classes) == (16, 2)
+
+
+def test_another_number_of_frames_spans_the_same_time_or_is_the_papers():
+    assert read(DIVIDED, num_heads=4).clip.frame_stride == 64  # of 4 frames, as the paper's 256
+    assert read(DIVIDED, num_heads=4, num_frames=96).clip.frame_stride == 4
 
 
 def test_any_number_of_labels_stays_with_a_model(tmp_path):
@@ -213,7 +218,7 @@ def test_options_are_checked(tmp_path):
         "field": ({"num_frame": 8}, "no model field 'num_frame'; did you mean 'num_frames'?"),
         "fixed": (
             {"patch_size": 16, "depth": 5},
-            "patch_size is 8, not 16, depth is 3, not 5, which cannot be resized",
+            "patch_size is 8, not 16, depth is 3, not 5, which cannot be changed",
         ),
         "scheme": ({"attention": "joint"}, "a divided model cannot become a joint one"),
         "heads": ({"num_heads": 5}, "hidden_size 48 is not divisible by num_heads 5"),
@@ -221,6 +226,16 @@ def test_options_are_checked(tmp_path):
     }.values():
         with pytest.raises(tsf.InputError, match=re.escape(message)):
             convert(DIVIDED, tmp_path / "out", **options)
+
+
+def test_heads_that_a_checkpoint_tells_are_not_changed(tmp_path):
+    ours = native(tmp_path / "a", tiny())
+    for form in ("hf", "release"):
+        convert(ours, tmp_path / form, to=form)
+    for path in (ours, tmp_path / "hf", tmp_path / "release"):
+        assert read(path, num_heads=2).config.num_heads == 2
+        assert "num_heads is 2, not 4, which cannot be changed" in error(path, num_heads=4)
+    assert read(DIVIDED, num_heads=2).config.num_heads == 2  # it tells none
 
 
 # What can be wrong with a file.

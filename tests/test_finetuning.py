@@ -17,11 +17,14 @@ from tensorboard.backend.event_processing import event_file_loader
 
 from timesformer_jax.checkpoints import convert
 from timesformer_jax.checkpoints import store as checkpoints
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.data.demo import motion
 from timesformer_jax.data.input import pipeline
 from timesformer_jax.data.records.open import open_split
-from timesformer_jax.models.timesformer import with_parameters
+from timesformer_jax.errors import InputError
+from timesformer_jax.models.timesformer import TimeSformerConfig, with_parameters
 from timesformer_jax.recipes import fit, load
+from timesformer_jax.training import resume
 from timesformer_jax.transforms.preprocess import preprocess
 
 pytestmark = [pytest.mark.processes, pytest.mark.training]
@@ -196,12 +199,26 @@ def test_a_license_stays_with_what_is_trained_from_it(
         ),
         (  # 24 is not divisible by 5
             {"model.hidden_size": 30, "model.num_heads": 5},
-            "hidden_size is 24, not 30, which cannot be resized; ask for the checkpoint's own: ",
+            "hidden_size is 24, not 30, which cannot be changed; ask for the checkpoint's own: ",
         ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(arguments, refusal, change, said):
     assert said in refusal(*arguments(**change))
+
+
+def test_heads_that_a_checkpoint_tells_are_those_of_the_run(vit, tmp_path):
+    convert.convert(vit, tmp_path / "ours", num_heads=2, attention="divided")
+    config = load("finetune")
+    config.pretrained = str(tmp_path / "ours")
+    source = resume.open_pretrained(config)
+    fit.apply(config, fit.to_checkpoint(config, "", source.config, source.clip, False))
+    assert config.model.num_heads == 2
+    config.model.num_heads = 3  # somebody sets it
+    model = TimeSformerConfig(**config.model.to_dict() | {"num_classes": 5})
+    metadata = CheckpointMetadata(model, source.clip, (), {})
+    with pytest.raises(InputError, match=r"num_heads is 2, not 3, .*: pass --config.model.num_h"):
+        resume.initial_parameters(config, metadata, resume.open_pretrained(config))
 
 
 def test_predicting_and_evaluating_converted_weights(

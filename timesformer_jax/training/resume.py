@@ -139,7 +139,7 @@ def open_pretrained(config: ConfigDict) -> Checkpoint | None:
     source, heads = convert.open_checkpoint(found), config.model.num_heads
     decided = "model.num_heads" not in fit.automatic(config)
     same_width = source.config.hidden_size == config.model.hidden_size
-    if decided and same_width and source.config.num_heads != heads:  # few files tell theirs
+    if decided and same_width and source.config.num_heads != heads:  # unless the file tells its own
         source = convert.open_checkpoint(found, heads)
     return source
 

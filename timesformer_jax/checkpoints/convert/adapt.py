@@ -121,8 +121,10 @@ def _adapt_embeddings(
 
 def _adapt_clip(clip: ClipSpec, source: TimeSformerConfig, target: TimeSformerConfig) -> ClipSpec:
     if target.num_frames != source.num_frames:
-        stride = frame_stride(target.num_frames)
-        clip = dataclasses.replace(clip, frames=target.num_frames, frame_stride=stride)
+        is_papers = clip.frame_stride == frame_stride(source.num_frames)
+        clip = clip.with_frames(target.num_frames)
+        if is_papers:
+            clip = dataclasses.replace(clip, frame_stride=frame_stride(target.num_frames))
     if target.image_size != source.image_size:
         short_side = max(clip.short_side, target.image_size)
         clip = dataclasses.replace(clip, crop=target.image_size, short_side=short_side)

@@ -32,6 +32,7 @@ class Checkpoint:
       step_folder: of a checkpoint of our own.
       is_image_model: whether the file holds an image model, which has no temporal parameters.
       has_head: whether the file has a classifier; otherwise a new one was drawn.
+      tells_heads: whether the file tells config.num_heads; otherwise it was given or assumed.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Checkpoint:
     step_folder: epath.Path | None = None
     is_image_model: bool = False
     has_head: bool = True
+    tells_heads: bool = True
 
     @property
     def metadata(self) -> CheckpointMetadata:

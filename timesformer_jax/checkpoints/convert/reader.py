@@ -34,7 +34,7 @@ _FIXED = ("patch_size", "hidden_size", "depth", "mlp_ratio")
 
 
 class SizeMismatch(InputError):
-    """The arrays of a checkpoint do not fit the requested model.
+    """A checkpoint does not fit the requested model.
 
     Attributes:
       found: the fields that differ, with the checkpoint's values.
@@ -44,7 +44,7 @@ class SizeMismatch(InputError):
         differ = ", ".join(
             f"{name} is {value}, not {requested[name]}" for name, value in found.items()
         )
-        super().__init__(f"its {differ}, which cannot be resized; ask for the checkpoint's own")
+        super().__init__(f"its {differ}, which cannot be changed; ask for the checkpoint's own")
         self.found = found
 
 
@@ -115,7 +115,8 @@ def _check_options(resize: str, overrides: dict[str, Any]) -> None:
 
 
 def _target(source: Checkpoint, overrides: dict[str, Any]) -> TimeSformerConfig:
-    fixed = {name: getattr(source.config, name) for name in _FIXED if name in overrides}
+    names = (*_FIXED, "num_heads") if source.tells_heads else _FIXED
+    fixed = {name: getattr(source.config, name) for name in names if name in overrides}
     if found := {name: value for name, value in fixed.items() if value != overrides[name]}:
         raise SizeMismatch(found, overrides)
     if source.is_image_model and "attention" not in overrides:
@@ -151,7 +152,7 @@ def _read_external(found: Located, num_heads: int | None, allow_nonfinite: bool)
         format = _detect(file)
         file = file._replace(arrays=format.normalise(file.arrays))
         fields = format.config_fields(file)
-        heads = num_heads or fields.get("num_heads") or _default_heads(path, fields["hidden_size"])
+        heads = fields.get("num_heads") or num_heads or _default_heads(path, fields["hidden_size"])
         is_image_model = "attention" not in fields
         config = TimeSformerConfig(**{"attention": "space"} | fields | {"num_heads": heads})
         params = _to_our_names(file.arrays, format, config, has_head="num_classes" in fields)
@@ -184,6 +185,7 @@ def _read_external(found: Located, num_heads: int | None, allow_nonfinite: bool)
         or file.metadata.get("config", {}).get("problem_type") == hf.MULTILABEL,
         is_image_model=is_image_model,
         has_head="num_classes" in fields,
+        tells_heads="num_heads" in fields,
     )
 
 
