@@ -206,6 +206,16 @@ def with_gaps(t, grid):
     return 2 * schemes.by_frame(t, grid)
 
 
+def by_half(t, grid):
+    """At every position the frames of each half of the clip."""
+    half = np.arange(t)[:, None] * 2 // t
+    return half * grid[0] * grid[1] + schemes.by_position(t, grid)
+
+
+def reversed_(t, grid):
+    return schemes.by_position(t, grid)[:, ::-1]
+
+
 @pytest.mark.parametrize(
     ("layers", "says"),
     [
@@ -213,6 +223,10 @@ def with_gaps(t, grid):
         ((schemes.TEMPORAL,), "no layer of scheme 'new' joins the classification token"),
         ((AttentionLayer("gaps", with_gaps),), "without gaps"),
         ((AttentionLayer("flat", lambda t, grid: np.zeros(t, int)),), "patches"),
+        ((AttentionLayer("rows", schemes.by_clip, within="frame"),), "has within='frame'; set"),
+        ((AttentionLayer("halves", by_half, within="position"),), "has within='position'; set"),
+        ((AttentionLayer("back", reversed_, within="position"),), "has within='position'; set"),
+        ((AttentionLayer("all", schemes.by_clip, within="video"),), "has within='video'; set"),
     ],
 )
 def test_a_scheme_that_cannot_work_is_refused_in_a_line(layers, says):

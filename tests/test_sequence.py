@@ -26,6 +26,7 @@ from timesformer_jax.distributed import sequence
 from timesformer_jax.distributed.mesh import put_batch
 from timesformer_jax.distributed.sharding import spec
 from timesformer_jax.evaluation.step import make_probabilities
+from timesformer_jax.models import schemes
 from timesformer_jax.models.attention import Tokens
 from timesformer_jax.models.schemes import SCHEMES
 from timesformer_jax.models.timesformer import abstract, with_parameters
@@ -128,6 +129,19 @@ def test_a_block_of_every_scheme_can_be_shared_and_computes_the_same(scheme):
     by = Counter(layer.within for layer in config.scheme.layers)
     expected = 4 * by["position"] + 2 * by["clip"], 2 * by["clip"]
     assert exchanged(exchanges, config, 8) == expected
+
+
+def test_temporal_attention_that_follows_from_its_partition_can_be_shared(monkeypatch):
+    """Devices add positions to those of an odd number."""
+    time = schemes.TIME._replace(attention_fn=None)
+    monkeypatch.setitem(SCHEMES, "stated", schemes.Scheme((time,)))
+    config = tiny("stated", num_heads=4, image_size=12)
+    assert math.prod(config.grid) % 2
+    found, _ = block(config, SEQUENCE)
+    expected, _ = block(config, ONE)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected
+    )
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -89,8 +89,9 @@ class AttentionLayer(NamedTuple):
         as in the release, which has it after temporal attention. Every layer of a block but one has
         it. It starts at zero in the release's init, so that a video model starts as the image model
         it is made from.
-      within: what each of its sequences lies within: "frame", "position", or "clip" for neither.
-        Devices that share a clip compute it by frames, by positions, or by heads.
+      within: "frame" if each of its sequences lies in one frame, "position" if the partition is
+        `by_position`, else "clip". Devices that share a clip compute it by frames, by positions, or
+        by heads.
       every: the distance between the blocks that have the layer: 1 for all, 2 for the first, the
         third and so on.
       width: of its queries, keys and values, and its number of heads, over those of the model.
@@ -115,9 +116,11 @@ class AttentionLayer(NamedTuple):
             return padding.attend(qkv, grid, self.partition, self.within)
 
         def attend(*qkv: Any) -> Any:
-            if self.attention_fn is None:
-                return attention.over_partition(Tokens(*qkv), grid, self.partition)[:2]
-            return self.attention_fn(Tokens(*qkv), grid)[:2]
+            if self.attention_fn is not None:
+                return self.attention_fn(Tokens(*qkv), grid)[:2]
+            if self.within == "position":  # to which devices that share a clip may have added some
+                return attention.over_time(Tokens(*qkv), grid)[:2]
+            return attention.over_partition(Tokens(*qkv), grid, self.partition)[:2]
 
         qkv = qkv[:2]
         return Tokens(*(sequence.by_heads(attend, *qkv) if self.within == "clip" else attend(*qkv)))
@@ -183,7 +186,8 @@ def register_scheme(name: str, scheme: Scheme) -> Scheme:
 
     Raises:
       InputError: if the name is taken, a layer's name is used twice, no layer joins the
-        classification token, or a partition does not number the patches from 0 without gaps.
+        classification token, a partition does not number the patches from 0 without gaps, or its
+        sequences do not lie within what the layer states.
     """
     if SCHEMES.get(name, scheme) != scheme:
         raise InputError(f"there is an attention scheme {name!r} already; choose another name")
@@ -245,4 +249,16 @@ def _check_partition(scheme: str, layer: AttentionLayer) -> None:
         raise InputError(
             f"the partition of layer {layer.name!r} of scheme {scheme!r} must return (frames, "
             f"patches) integers from 0 without gaps, not shape {number.shape} of {used[:5]}..."
+        )
+    frames = by_frame(t, grid)
+    holds = {
+        "clip": True,
+        "frame": all(len(np.unique(frames[number == which])) == 1 for which in used),
+        "position": np.array_equal(number, by_position(t, grid)),
+    }
+    if not holds.get(layer.within, False):
+        raise InputError(
+            f"layer {layer.name!r} of scheme {scheme!r} has within={layer.within!r}; set 'frame' "
+            "if each of its sequences lies in one frame, 'position' if its partition is "
+            "by_position, else 'clip'"
         )
