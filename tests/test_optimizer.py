@@ -98,6 +98,30 @@ def test_the_papers_steps():
     np.testing.assert_allclose(rates, [5e-3, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "factors", "expected"),
+    [
+        ((2, 4), (0.5, 0.0), [1, 1, 0.5, 0.5, 0, 0]),
+        ((1, 3, 4), (0.5, 0.0, 0.25), [1, 0.5, 0.5, 0, 0.25, 0.25]),
+        ((1.6, 2.4), (0.1, 0.01), [1, 1, 0.01, 0.01, 0.01, 0.01]),  # both at step 2
+        ((), (), [1] * 6),
+    ],
+)
+def test_a_factor_is_of_the_first_rate(epochs, factors, expected):
+    config = recipes.kinetics400().optimizer
+    config.decay_epochs, config.decay_factors = epochs, factors
+    schedule = jax.jit(learning_rate(config, 64, steps_per_epoch=1))
+    np.testing.assert_allclose([schedule(i) for i in range(6)], 0.005 * np.array(expected))
+
+
+@pytest.mark.parametrize("epochs", [(14.0, 11.0), (11.0,)])
+def test_impossible_decays_give_a_one_line_error(epochs):
+    config = recipes.kinetics400().optimizer
+    config.decay_epochs = epochs
+    with pytest.raises(InputError, match="must be equally many, and the epochs ascending, not"):
+        learning_rate(config, 64, steps_per_epoch=100)
+
+
 def test_the_rate_follows_the_batch():
     schedule = learning_rate(recipes.kinetics400().optimizer, 16, steps_per_epoch=100)
     assert float(schedule(0)) == pytest.approx(0.005 / 4)
@@ -122,11 +146,12 @@ def test_cosine_without_warmup_starts_at_the_peak_without_warnings(caplog):
     assert not caplog.records
 
 
-def test_a_warmup_as_long_as_the_run_gives_a_one_line_error():
+@pytest.mark.parametrize(("warmup", "steps"), [(1.0, 100), (0.6, 1)])
+def test_a_warmup_as_long_as_the_run_gives_a_one_line_error(warmup, steps):
     config = recipes.demo()
-    config.epochs, config.optimizer.warmup_epochs = 1, 1.0
+    config.epochs, config.optimizer.warmup_epochs = 1, warmup
     with pytest.raises(InputError, match="warmup_epochs=0 for none"):
-        learning_rate(config.optimizer, 32, steps_per_epoch=100)
+        learning_rate(config.optimizer, 32, steps_per_epoch=steps)
 
 
 @pytest.mark.parametrize("layer_decay", [0.0, 1.1, -1.0, float("nan")])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 
@@ -37,28 +39,35 @@ def learning_rate(config: ConfigDict, batch_size: int, steps_per_epoch: int) -> 
             config.learning_rate, config.reference_batch_size, peak, batch_size,
         )  # fmt: skip
     if config.schedule == "step":
-        if len(config.decay_epochs) != len(config.decay_factors):
-            raise InputError("optimizer.decay_epochs and decay_factors must be equally many")
-        # optax wants each factor relative to the previous one.
-        factors = (1.0, *config.decay_factors)
-        ratios = {
-            round(epoch * steps_per_epoch): factors[i + 1] / factors[i]
-            for i, epoch in enumerate(config.decay_epochs)
-        }
-        return optax.piecewise_constant_schedule(peak, ratios)
+        return _steps(config, peak, steps_per_epoch)
     if config.schedule == "cosine":
-        if not 0 <= config.warmup_epochs < config.epochs:
-            raise InputError(
-                f"optimizer.warmup_epochs is {config.warmup_epochs:g} and must be less than the "
-                f"{config.epochs} epochs; pass --config.optimizer.warmup_epochs=0 for none"
-            )
         warmup, total = (
             round(epochs * steps_per_epoch) for epochs in (config.warmup_epochs, config.epochs)
         )
+        if not 0 <= warmup < total:
+            raise InputError(
+                f"optimizer.warmup_epochs={config.warmup_epochs:g} is {warmup} steps and must be "
+                f"less than optimizer.epochs={config.epochs:g}, which is {total}; pass "
+                "--config.optimizer.warmup_epochs=0 for none, or more epochs"
+            )
         if not warmup:  # optax warns of a warm-up of no steps
             return optax.cosine_decay_schedule(peak, total)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total)
     raise InputError(f"optimizer.schedule must be step or cosine, not {config.schedule!r}")
+
+
+def _steps(config: ConfigDict, peak: float, steps_per_epoch: int) -> optax.Schedule:
+    """The schedule "step" of `learning_rate`."""
+    epochs, factors = tuple(config.decay_epochs), (1.0, *config.decay_factors)
+    if len(factors) != 1 + len(epochs) or list(epochs) != sorted(epochs):
+        raise InputError(
+            "optimizer.decay_epochs and decay_factors must be equally many, and the epochs "
+            f"ascending, not {epochs} and {factors[1:]}"
+        )
+    # optax multiplies by ratios of factors, which cannot fall to zero.
+    starts = np.array([round(epoch * steps_per_epoch) for epoch in epochs], np.int32)
+    rates = peak * np.array(factors, np.float32)
+    return lambda step: jnp.asarray(rates)[jnp.sum(step >= starts)]
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
