@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.training import throughput
 from timesformer_jax.training.throughput import Profile, Throughput
@@ -36,7 +37,7 @@ def step(timed, clock, wait, compute):
 
 def test_steps_are_timed_without_compilation_and_evaluation(clock):
     mesh = types.SimpleNamespace(devices=np.array(jax.devices()[:4]))
-    timed = Throughput(MODEL, 32, mesh)
+    timed = Throughput(MODEL, ClipSpec(), "all", 32, mesh)
     step(timed, clock, wait=7, compute=100)  # compiles
     assert timed.scalars() == {}
     assert timed.clips_per_second() is None
@@ -70,7 +71,7 @@ def test_steps_are_timed_without_compilation_and_evaluation(clock):
 )
 def test_mfu_is_of_the_devices_stated_peak(kind, dtype, peak, clock):
     model = dataclasses.replace(MODEL, dtype=dtype)
-    timed = Throughput(model, 32, mesh_of(kind, 4))
+    timed = Throughput(model, ClipSpec(), "all", 32, mesh_of(kind, 4))
     step(timed, clock, wait=0, compute=9)
     step(timed, clock, wait=0, compute=0.5)
     found = timed.scalars()
@@ -78,6 +79,18 @@ def test_mfu_is_of_the_devices_stated_peak(kind, dtype, peak, clock):
         assert "mfu" not in found
     else:
         assert found["mfu"] == pytest.approx(6 * 195.83e9 * 32 / 0.5 / (4 * peak), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("trained", "frames", "gflops"),
+    # Beside the token, all of divided attention's products but those along time grow with the clip.
+    [("all", 8, 6 * 195.83), ("head", 8, 2 * 195.83), ("all", 16, 12 * 195.83)],
+)
+def test_mfu_is_of_what_is_computed(trained, frames, gflops, clock):
+    timed = Throughput(MODEL, ClipSpec(frames=frames), trained, 32, mesh_of("TPU v5 lite", 1))
+    step(timed, clock, wait=0, compute=9)
+    step(timed, clock, wait=0, compute=0.5)
+    assert timed.scalars()["mfu"] == pytest.approx(gflops * 1e9 * 32 / 0.5 / 197e12, rel=1e-2)
 
 
 def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from timesformer_jax import storage
 from timesformer_jax.benchmark import report
@@ -43,10 +42,10 @@ from timesformer_jax.distributed.mesh import make_mesh
 from timesformer_jax.errors import InputError
 from timesformer_jax.models import tuning
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.models.costs import macs, parameter_count
+from timesformer_jax.models.costs import flops, macs, parameter_count
 from timesformer_jax.models.ops.kernels import select
 from timesformer_jax.models.presets import preset
-from timesformer_jax.models.timesformer import TimeSformer, with_parameters
+from timesformer_jax.models.timesformer import abstract, parameters, with_parameters
 from timesformer_jax.training.optimizer import make_optimizer
 from timesformer_jax.training.step import abstract_state, init_state, make_train_step
 from timesformer_jax.transforms.preprocess import preprocess
@@ -189,23 +188,23 @@ def inference(
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     clip = ClipSpec(frames=config.num_frames, crop=config.image_size)
 
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: TimeSformer(config, rngs=nnx.Rngs(0))))
-
-    def logits(state: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
-        return nnx.merge(graph, state)(preprocess(batch["frames"], batch["crop_boxes"], clip))
+    def logits(params: dict, batch: dict[str, jax.Array]) -> jax.Array:
+        clips = preprocess(batch["frames"], batch["crop_boxes"], clip)
+        return with_parameters(config, params)(clips)
 
     def start(compiled: jax.stages.Compiled) -> Callable[[int], Any]:
-        model = with_parameters(config, random_parameters(config))
-        state = jax.device_put(nnx.state(model))
+        params = jax.device_put(random_parameters(config))
         batches = random_batches(config, batch_size)
-        return lambda i: compiled(state, batches[i % INPUT_SETS])
+        return lambda i: compiled(params, batches[i % INPUT_SETS])
 
     def lower() -> jax.stages.Lowered:
         with jax.set_mesh(mesh):
-            return jax.jit(logits).lower(abstract, batch_shapes(config, batch_size))
+            return jax.jit(logits).lower(
+                parameters(abstract(config)), batch_shapes(config, batch_size)
+            )
 
     choose = functools.partial(choose_kernels, config, batch_size, mesh, gradients=False)
-    return Program(2 * macs(config) * batch_size, batch_size, choose, lower, start)
+    return Program(flops(config) * batch_size, batch_size, choose, lower, start)
 
 
 def training(
@@ -235,7 +234,8 @@ def training(
             return step.lower(target, batch_shapes(config, batch_size))
 
     choose = functools.partial(choose_kernels, config, batch_size, mesh, gradients=True)
-    return Program(6 * macs(config) * batch_size, batch_size, choose, lower, start)
+    count = flops(config, trained="all") * batch_size
+    return Program(count, batch_size, choose, lower, start)
 
 
 def choose_kernels(

@@ -1,7 +1,7 @@
 """What a model costs, computed from its config alone: parameters, comparisons, products.
 
 A number here is for the forward pass of one view of one clip. `macs` are multiply-accumulates: one
-is two FLOPs, and a training step costs about three times the forward pass. The paper's "TFLOPs" are
+is two FLOPs (`flops`). The paper's "TFLOPs" are
 multiply-accumulates over three crops, `3 * macs(config) / 1e12`.
 """
 
@@ -94,6 +94,26 @@ def macs(
     mlp = tokens * 2 * d * config.mlp_size
     embedding = patches * 3 * config.patch_size**2 * d
     return embedding + attentions + config.depth * mlp + d * config.num_classes
+
+
+def flops(
+    config: TimeSformerConfig,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    trained: str = "none",
+) -> int:
+    """FLOPs of one clip (one view): two for each of its `macs`.
+
+    What remat computes again does not count.
+
+    Args:
+      frames, height, width: as of `macs`.
+      trained: "all" for a training step, whose backward pass costs twice the forward pass; "head",
+        whose backward pass is negligible; or "none".
+    """
+    return (6 if trained == "all" else 2) * macs(config, frames, height, width)
 
 
 def _attentions(config: TimeSformerConfig) -> list[AttentionLayer]:

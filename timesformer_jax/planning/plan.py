@@ -16,7 +16,7 @@ from timesformer_jax.distributed.device_memory import required_bytes
 from timesformer_jax.distributed.hardware import GIB, Chip, Torus, measured_host_rate
 from timesformer_jax.distributed.mesh import BATCH_SPEC
 from timesformer_jax.errors import InputError
-from timesformer_jax.models.costs import macs
+from timesformer_jax.models.costs import flops
 from timesformer_jax.planning.collectives import Collective, collectives
 from timesformer_jax.planning.cycles import Cycles, count_cycles
 from timesformer_jax.planning.hlo import parse, repeated
@@ -282,9 +282,9 @@ def _counted(chip: Chip | None, program: Program) -> Estimate:
 
 def model_flops(program: Program) -> float:
     """FLOPs of the model for one step, on one chip."""
-    forward = macs(program.model, program.clip.frames, program.clip.crop, program.clip.crop)
-    passes = 3 if program.train == "all" else 1  # the backward pass of the head is negligible
-    return passes * 2 * forward * program.clips / program.mesh.devices.size
+    clip = program.clip
+    each = flops(program.model, clip.frames, clip.crop, clip.crop, trained=program.train)
+    return each * program.clips / program.mesh.devices.size
 
 
 def _estimate(

@@ -14,7 +14,7 @@ from timesformer_jax.distributed.hardware import GIB, measured_host_rate
 from timesformer_jax.distributed.mesh import batch_rows
 from timesformer_jax.host_memory import physical_memory
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.models.costs import macs, parameter_count
+from timesformer_jax.models.costs import flops, parameter_count
 
 # A run on a CPU that takes longer is asked whether it is meant.
 LONG_SECONDS = 1800
@@ -55,11 +55,11 @@ def announce(
     _tell_input(config, train, evaluation, mesh)
     if device.platform != "cpu":
         return
-    passes = 3 if config.optimizer.trainable == "all" else 1
-    flops = 2 * passes * macs(model, clip.frames, clip.crop, clip.crop) * config.batch_size
-    if flops * len(steps) < SMALL_FLOPS:
+    each = flops(model, clip.frames, clip.crop, clip.crop, trained=config.optimizer.trainable)
+    step_flops = each * config.batch_size
+    if step_flops * len(steps) < SMALL_FLOPS:
         return
-    seconds = flops / measured_host_rate(model.dtype)
+    seconds = step_flops / measured_host_rate(model.dtype)
     expected = (
         f"at best {seconds:.2g} s a step on this CPU, {duration(seconds * len(steps))} in all"
     )

@@ -107,7 +107,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
             run.config, run.metadata.model, run.train_split, run.eval_split, run.mesh,
             range(step, total),
         )  # fmt: skip
-        throughput = Throughput(run.metadata.model, run.config.batch_size, run.mesh)
+        throughput = Throughput(
+            run.metadata.model, run.metadata.clip, run.config.optimizer.trainable,
+            run.config.batch_size, run.mesh,
+        )  # fmt: skip
         state, step = _train_steps(run, outputs, state, position, throughput)
         checkpoints.wait()
         results = _evaluate(run, outputs, state, step, config.eval.views, config.eval.crops)
@@ -261,7 +264,10 @@ def _validate(run: Run, outputs: Outputs, state: TrainState, step: int, bar: tqd
 def _evaluate(
     run: Run, outputs: Outputs, state: TrainState, step: int, views: int, crops: int
 ) -> Results | MultiLabelResults:
-    """Evaluates a state that is saved, so that a signal may end the run after any batch."""
+    """Evaluates a state that is saved.
+
+    A signal therefore ends a run of one process after any batch; several finish the evaluation.
+    """
     return evaluate(
         state.best_params,
         run.metadata.model,

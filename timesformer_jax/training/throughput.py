@@ -12,33 +12,37 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed.hardware import chip_of
 from timesformer_jax.models.config import TimeSformerConfig
-from timesformer_jax.models.costs import macs
+from timesformer_jax.models.costs import flops
 
 
 class Throughput:
     """Times the steps between two reports, without the first step of a process, which compiles.
 
-    Model FLOP utilisation (MFU) is 6 x MACs FLOPs a clip (2 a MAC forward, twice as many backward;
-    what `remat` recomputes does not count) divided by the dense peak of all devices for
-    `model.dtype`. It is reported for the devices in `distributed.hardware` only.
+    Model FLOP utilisation (MFU) is the FLOPs of the model (`costs.flops`) divided by the dense peak
+    of all devices for `model.dtype`. It is reported for the devices in `distributed.hardware` only.
 
     Args:
-      model: what is trained.
+      model, clip: what is trained, and the clips that it sees.
+      trained: which parameters, "all" or "head".
       batch_size: clips a step, of all devices together.
       mesh: the devices.
     """
 
-    def __init__(self, model: TimeSformerConfig, batch_size: int, mesh: Mesh):
+    def __init__(
+        self, model: TimeSformerConfig, clip: ClipSpec, trained: str, batch_size: int, mesh: Mesh
+    ):
         self._batch_size, self._devices = batch_size, mesh.devices.size
-        self._flops, self._peak = 6 * macs(model) * batch_size, None
+        each = flops(model, clip.frames, clip.crop, clip.crop, trained=trained)
+        self._flops, self._peak = each * batch_size, None
         if chip := chip_of(mesh.devices.flat[0]):
             rate = getattr(chip, model.dtype)
             self._peak = rate * self._devices
             logging.info(
-                "MFU counts 6 x MACs FLOPs a clip against %d x %g TFLOP/s (%s, %s, dense)",
-                self._devices, rate / 1e12, chip.kind, model.dtype,
+                "MFU counts %.4g GFLOPs a clip against %d x %g TFLOP/s (%s, %s, dense)",
+                each / 1e9, self._devices, rate / 1e12, chip.kind, model.dtype,
             )  # fmt: skip
         self._compiled = self._told = False
         self._steps = self._all_steps = 0
