@@ -53,7 +53,7 @@ def string(name: str, default: str | None, text: str) -> Define:
 
 
 def integer(name: str, default: int | None, text: str) -> Define:
-    """A whole number, in the range that `ranges.RANGES` gives for the name, and from `minimum`."""
+    """A whole number, in the range that `ranges.RANGES` gives for the name."""
     return _number(name, default, text, int, RANGES[name])
 
 
@@ -111,8 +111,8 @@ def strings(name: str, text: str) -> Define:
     return _define(flags.DEFINE_list, name, None, text)
 
 
-def _define(kind: Callable, name: str, default: Any, text: str, **more: Any) -> Define:
-    return lambda values: kind(name, default, text, flag_values=values, **more)
+def _define(kind: Callable, name: str, default: Any, text: str) -> Define:
+    return lambda values: kind(name, default, text, flag_values=values)
 
 
 def parse(name: str, command: Command, values: FlagValues, words: Sequence[str]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import jax
 from timesformer_jax.distributed.hardware import CHIPS, Chip, Torus
 from timesformer_jax.errors import InputError, did_you_mean, install
 
-# The chips of a TPU host. For a smaller slice the compiler is told that the host has fewer.
 # Beyond the largest slices; each virtual device of a CPU takes threads of its own.
 MAX_DEVICES = 16_384
 
+# The chips of a TPU host. For a smaller slice the compiler is told that the host has fewer.
 _HOST = (2, 2, 1)
 
 # The TPU compiler assumes that it runs on a TPU host. Without these it would ask the network for

@@ -17,10 +17,10 @@ from timesformer_jax import storage
 from timesformer_jax.checkpoints.run_files import CURVES as PICTURE
 from timesformer_jax.errors import InputError
 
-# In a workdir.
 # Of scalars, before the slash of their names; in the order of the columns.
 GROUPS = ("train", "validation", "final")
 
+# In a workdir.
 TENSORBOARD, TABLE = "tensorboard", "curves.csv"
 
 
