@@ -5,6 +5,7 @@ import functools
 import json
 import threading
 import time
+import types
 
 import forked
 import jax
@@ -15,11 +16,16 @@ from conftest import environment, tiny_run
 from flax import nnx
 from meshes import mesh_of
 
+from timesformer_jax import recipes
 from timesformer_jax.benchmark import model, programs
 from timesformer_jax.benchmark.machine import DevicePeak
+from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.cli.main import load_command
+from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.distributed import hosts
 from timesformer_jax.errors import InputError
+from timesformer_jax.evaluation import multi_view
+from timesformer_jax.inference import clip_model
 from timesformer_jax.inference.predict import Predictor
 from timesformer_jax.models import attention, tuning
 from timesformer_jax.models.config import TimeSformerConfig
@@ -27,7 +33,7 @@ from timesformer_jax.models.ops.kernels import cache, measure, registry, select
 from timesformer_jax.models.ops.kernels.registry import Case, Kernel
 from timesformer_jax.models.schemes import SCHEMES, AttentionLayer, Scheme, by_row
 from timesformer_jax.models.timesformer import TimeSformer, abstract
-from timesformer_jax.training import loop
+from timesformer_jax.training import loop, run
 
 pytestmark = pytest.mark.compiles
 
@@ -343,6 +349,24 @@ def test_what_is_tried_is_what_the_model_asks_for(scheme, axes, monkeypatch):
     assert all(gradients for _, gradients in asked)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "kinds"),
+    [("divided", {"spatial"}), ("axial", {"rows", "columns", "spatial"}), ("joint", set())],
+)
+def test_of_clips_that_are_filled_up_attention_within_frames_is_tried(scheme, kinds, monkeypatch):
+    for_every_kind(monkeypatch)
+    asked = pretended(monkeypatch, "other")
+    config = dataclasses.replace(SMALL, attention=scheme)
+    tuning.choose_kernels(config, 4, 3, 56, gradients=True, masked=True)
+    assert {case.kind for case, _ in asked} == kinds
+    with tuning.using("other"):
+        if kinds:
+            tuning.choose_kernels(config, 4, 3, 56, gradients=True, masked=True)
+        else:
+            with pytest.raises(InputError, match="not for clips that are filled up"):
+                tuning.choose_kernels(config, 4, 3, 56, gradients=True, masked=True)
+
+
 def test_the_choice_is_used_and_said_once(monkeypatch, caplog):
     caplog.set_level("INFO")
     used = []
@@ -440,6 +464,33 @@ def test_a_kernel_may_be_named(monkeypatch):
 
 
 # ---- of the commands ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("short", ["mask", "repeat"])
+def test_every_program_says_whether_its_clips_are_filled_up(short, monkeypatch):
+    clip = ClipSpec(frames=3, crop=56, short=short)
+    metadata = CheckpointMetadata(SMALL, clip, ("a", "b", "c", "d", "e"), {})
+    mesh, said = mesh_of((1, 1, 1, 1)), []
+
+    class AskedError(Exception):
+        """Ends the program where it asks for kernels."""
+
+    def asked(*_, masked, **__):
+        said.append(masked)
+        raise AskedError
+
+    monkeypatch.setattr(tuning, "choose_kernels", asked)
+    config = recipes.demo()
+    frames, boxes = np.zeros((3, 56, 56, 3), np.uint8), np.array([[0.0, 0.0, 56.0]])
+    predictor = clip_model.ClipModel(metadata, {}, 1, 1, "auto")
+    for program in (
+        lambda: run.choose_kernels(types.SimpleNamespace(config=config, metadata=metadata)),
+        lambda: multi_view.evaluate({}, SMALL, clip, None, mesh, batch_size=1),
+        lambda: predictor.classify([(frames, boxes)]),
+    ):
+        with pytest.raises(AskedError):
+            program()
+    assert said == [short == "mask"] * 3
 
 
 @pytest.mark.training

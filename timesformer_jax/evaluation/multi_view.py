@@ -67,7 +67,9 @@ def evaluate(
     """
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         clips = batch_size * clips_a_row(views) * crops
-        tuning.choose_kernels(model, clips, clip.frames, clip.crop, gradients=False)
+        tuning.choose_kernels(
+            model, clips, clip.frames, clip.crop, gradients=False, masked=clip.short == "mask"
+        )
     step = make_step(model, clip, mesh, split.targets is not None)
     rows = batch_rows(mesh, batch_size)
     batches = eval_batches(split, clip, batch_size=batch_size, views=views, crops=crops, rows=rows)

@@ -139,7 +139,9 @@ class ClipModel:
     def _choose_kernels(self, clips: int) -> None:
         if clips not in self._tuned:
             spec, model = self._metadata.clip, self._metadata.model
-            tuning.choose_kernels(model, clips, spec.frames, spec.crop, gradients=False)
+            tuning.choose_kernels(
+                model, clips, spec.frames, spec.crop, gradients=False, masked=spec.short == "mask"
+            )
             self._tuned.add(clips)
 
     # ---- programs: (n * C, T, S, S, 3) normalised to outputs of n clips -------------------------

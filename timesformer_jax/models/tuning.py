@@ -41,7 +41,13 @@ Found = dict[Case, measure.Implementation]
 
 
 def choose_kernels(
-    model: TimeSformerConfig, clips: int, frames: int, side: int, *, gradients: bool
+    model: TimeSformerConfig,
+    clips: int,
+    frames: int,
+    side: int,
+    *,
+    gradients: bool,
+    masked: bool = False,
 ) -> list[dict[str, Any]]:
     """Chooses the kernels of a program that is traced after this, for the current mesh.
 
@@ -53,6 +59,8 @@ def choose_kernels(
       clips: how many go through the model at a time, on all devices together.
       frames, side: of a clip, the side in pixels.
       gradients: whether the program needs gradients of the attentions, as training does.
+      masked: whether the program gives the model `valid_frames`: attention across frames, which
+        leaves the padding out, has no kernels.
 
     Returns:
       The entries of `ops.kernels.cache` that the choice was made from.
@@ -64,9 +72,10 @@ def choose_kernels(
     name = select.attention_kernels.value
     if name == "xla" or (name == "auto" and _device() is None):
         return []
-    found = _attentions(model, clips, frames, side)
+    found = _attentions(model, clips, frames, side, masked)
     if name != "auto":
-        _check(name, found)
+        _check(name, found, masked)
+    if name != "auto" or not found:
         return []
     names = {case: _candidates(case) for case in found}
     entries = _measured(found, names, gradients) if jax.process_index() == 0 else {}
@@ -91,26 +100,34 @@ def _device() -> jax.Device | None:
     return next(alike, None)
 
 
-def _attentions(model: TimeSformerConfig, clips: int, frames: int, side: int) -> Found:
-    """Every attention of the model, on one device, with its formulation "xla"."""
+def _attentions(
+    model: TimeSformerConfig, clips: int, frames: int, side: int, masked: bool
+) -> Found:
+    """Every attention that may have a kernel, on one device, with its formulation "xla"."""
     # All blocks have the same.
     block = dataclasses.replace(model, depth=1, remat="none", scan_layers=False)
     video = jax.ShapeDtypeStruct((clips, frames, side, side, 3), jnp.float32)
+    valid = jax.ShapeDtypeStruct((clips,), jnp.int32) if masked else None
+
+    def run(model: Any, video: jax.Array, valid: jax.Array | None) -> jax.Array:
+        return model(video, valid_frames=valid)
+
     recorder = select.Recorder()
     with select.recorder(recorder):
-        nnx.eval_shape(lambda model, video: model(video), abstract(block), video)
+        nnx.eval_shape(run, abstract(block), video, valid)
     return recorder.found
 
 
-def _check(name: str, found: Found) -> None:
+def _check(name: str, found: Found, masked: bool) -> None:
     """Raises InputError unless a kernel has an attention of the model, and can compute it."""
     for case in found:
         select.select_implementation(case)
     if not any(name in KERNELS[case.kind] for case in found):
         kinds = ", ".join(kind for kind, kernels in KERNELS.items() if name in kernels)
-        raise InputError(
-            f"attention_kernels={name} is for {kinds} attention, which this model does not have"
-        )
+        why = "which this model does not have"
+        if masked:
+            why += ", or not for clips that are filled up (clip.short=mask)"
+        raise InputError(f"attention_kernels={name} is for {kinds} attention, {why}; use auto")
 
 
 def _candidates(case: Case) -> list[str]:

@@ -126,6 +126,7 @@ def choose_kernels(run: Run) -> None:
     tuning.choose_kernels(
         run.metadata.model, config.batch_size // config.accumulate_steps, clip.frames, clip.crop,
         gradients=config.optimizer.trainable == "all",  # the head's need no attention's
+        masked=clip.short == "mask",
     )  # fmt: skip
 
 
