@@ -477,6 +477,30 @@ def test_a_file_that_cannot_be_written_gives_a_one_line_error(tmp_path, monkeypa
     assert not compiled  # it is refused before the work
 
 
+@pytest.mark.parametrize(
+    ("name", "clip", "said"),
+    [
+        ("facebook/timesformer-hr-finetuned-k600", (16, 16, 448), "as the checkpoint facebook/"),
+        ("TimeSformer_divST_96x32_224_HowTo100M.pyth", (96, 32, 224), "as the checkpoint TimeS"),
+        ("someone/timesformer", (8, 32, 224), "someone/timesformer is not here: the recipe's own"),
+    ],
+)
+def test_a_published_model_is_planned_without_a_download(name, clip, said, monkeypatch, caplog):
+    def seen(config, *_, **__):
+        ours = config.clip
+        assert (ours.frames, ours.frame_stride, ours.crop) == clip
+        assert (config.model.num_frames, config.model.image_size) == (clip[0], clip[2])
+        raise tsf.InputError("seen")
+
+    caplog.set_level("INFO", logger="absl")
+    monkeypatch.setattr(command, "make_plan", seen)
+    config = recipes.finetune()
+    config.pretrained = name
+    with pytest.raises(tsf.InputError, match="seen"):
+        plan(config, "h100:8")
+    assert said in caplog.text
+
+
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(

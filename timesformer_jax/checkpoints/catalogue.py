@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.models.config import TimeSformerConfig
@@ -41,6 +42,15 @@ class Pretrained:
     top5: float | None = None
     downloads: bool = True
 
+    @property
+    def model(self) -> TimeSformerConfig | None:
+        """The config of a video model; None for an image model."""
+        if self.clip is None:
+            return None
+        return TimeSformerConfig(
+            num_classes=self.classes, num_frames=self.clip.frames, image_size=self.clip.crop
+        )
+
     def __str__(self) -> str:
         """One line for a table."""
         clip = "image" if self.clip is None else _clip_text(self.clip)
@@ -74,16 +84,12 @@ def authors_model(config: TimeSformerConfig) -> Pretrained | None:
     Args:
       config: of a video model under the authors' names.
     """
-    base = TimeSformerConfig()
-    backbone = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "attention")
-    if any(getattr(config, field) != getattr(base, field) for field in backbone):
-        return None
-    shape = config.num_classes, config.num_frames, config.image_size
-    for known in _VIDEO_MODELS:
-        assert known.clip is not None
-        if (known.classes, known.clip.frames, known.clip.crop) == shape:
-            return known
-    return None
+    fields = (
+        "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "attention",
+        "num_classes", "num_frames", "image_size",
+    )  # fmt: skip
+    shape = operator.attrgetter(*fields)
+    return next((known for known in _VIDEO_MODELS if shape(known.model) == shape(config)), None)
 
 
 def by_name(name: str) -> Pretrained | None:

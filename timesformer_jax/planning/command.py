@@ -60,17 +60,25 @@ def plan(
 
 
 def _as_trained(config: ConfigDict) -> ConfigDict:
-    """The config with the shape of its pretrained checkpoint, if this is a file or folder here."""
-    from timesformer_jax.checkpoints import convert  # the planner itself reads no checkpoints
+    """The config with the shape of its pretrained checkpoint.
+
+    This is a file or folder here, or a published video model; nothing is downloaded.
+    """
+    from timesformer_jax.checkpoints import catalogue, convert  # the planner itself reads none
     from timesformer_jax.checkpoints.sources import locate
     from timesformer_jax.recipes import fit
 
-    if not config.pretrained or not storage.absolute(config.pretrained).exists():
+    if not (name := config.pretrained):
         return config
-    source = convert.open_checkpoint(locate(config.pretrained))
-    changes = fit.to_checkpoint(
-        config, source.path, source.config, source.clip, source.is_image_model
-    )
+    if storage.absolute(name).exists():
+        source = convert.open_checkpoint(locate(name))
+        found = source.path, source.config, source.clip, source.is_image_model
+    elif (known := catalogue.by_name(name.partition("@")[0])) and known.clip and known.model:
+        found = name, known.model, known.clip, False
+    else:
+        logging.info("%s is not here: the recipe's own shape is planned", name)
+        return config
+    changes = fit.to_checkpoint(config, *found)
     for change in changes:
         logging.info("%s", change.reason)
     config = copy.deepcopy(config)
