@@ -15,6 +15,7 @@ from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.cli.help import WAY
 from timesformer_jax.cli.main import load_command, main
 from timesformer_jax.data.records.open import open_split
+from timesformer_jax.errors import DeviceLost
 from timesformer_jax.tensorflow_messages import hide_tensorflow_messages
 
 DEMO = REPOSITORY / "configs" / "demo.py"
@@ -46,6 +47,19 @@ def test_errors_are_one_line(arguments, said, timesformer, tmp_path):
     assert line.startswith("error: ")
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_a_kernel_made_useless_is_one_line(monkeypatch, capsys):
+    def lose():
+        raise DeviceLost("TPU v5 lite does not answer after the temporal attention 'flash'")
+
+    monkeypatch.setattr("timesformer_jax.cli.main.load_command", lambda words: lose)
+    monkeypatch.setattr("timesformer_jax.cli.log.set_up", lambda program: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["timesformer", "train"])
+    assert ended.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "error: TPU v5 lite does not answer after the temporal attention 'flash'"
 
 
 def test_only_messages_of_tensorflow_are_hidden(capfd):

@@ -21,6 +21,13 @@ class PartlyDone(Exception):
     """
 
 
+class DeviceLost(RuntimeError):
+    """A kernel ran for the first time, and the device has not answered since.
+
+    The command line prints the message, one line, and exits with status 1.
+    """
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line: without a file's name that Python adds, and without
     TensorFlow's name of the operation."""

@@ -15,7 +15,7 @@ from timesformer_jax.cli import help as help_texts
 from timesformer_jax.cli import log
 from timesformer_jax.cli.commands import COMMANDS
 from timesformer_jax.cli.flags import parse
-from timesformer_jax.errors import InputError, PartlyDone, did_you_mean, install
+from timesformer_jax.errors import DeviceLost, InputError, PartlyDone, did_you_mean, install
 from timesformer_jax.tensorflow_messages import hide_tensorflow_messages
 
 # Reasons why a path that a person gave cannot be opened. Others are not theirs to put right.
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
       SystemExit: with status 2 for an error in the input, 1 if the work was done except for some
-        inputs, 130 after Ctrl-C, and 141 if the reader of the output has closed it. After SIGTERM,
-        training exits with 143.
+        inputs, or a kernel made the device useless, 130 after Ctrl-C, and 141 if the reader of the
+        output has closed it. After SIGTERM, training exits with 143.
     """
     argv = list(sys.argv if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except InputError as e:
         _fail(str(e))
-    except PartlyDone as e:
+    except (PartlyDone, DeviceLost) as e:
         _fail(str(e), status=1)
     except KeyboardInterrupt:
         sys.exit(130)

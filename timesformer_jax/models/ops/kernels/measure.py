@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from timesformer_jax.errors import DeviceLost
 from timesformer_jax.models.ops.kernels import cache
 from timesformer_jax.models.ops.kernels.registry import KERNELS, Case
 from timesformer_jax.models.ops.kernels.select import is_long
@@ -39,10 +40,6 @@ UNFINISHED = "the process that tried it did not go on"
 Implementation = Callable[[Tokens, Grid], Tokens]
 Arrays = tuple[Tokens, Tokens]  # the projections, and the gradient of the attended values
 T = TypeVar("T")
-
-
-class DeviceLost(RuntimeError):
-    """A kernel ran for the first time, and the device has not answered since."""
 
 
 def fastest(
