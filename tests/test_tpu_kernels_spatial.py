@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from test_costs import equations
 
-from timesformer_jax.models.ops.kernels import tpu_heads, tpu_joint, tpu_spatial
+from timesformer_jax.models.ops.kernels import tpu_heads, tpu_joint, tpu_spatial, tpu_temporal
 from timesformer_jax.models.ops.kernels.tpu_blocks import Sequence
 
 pytestmark = pytest.mark.compiles
@@ -245,6 +246,33 @@ def lowered(function, *shapes):
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+
+
+KERNELS = {
+    "spatial": tpu_spatial.attention,
+    "joint": functools.partial(tpu_spatial.attention, frames=2),
+    "temporal": tpu_temporal.attention,
+}
+
+
+@pytest.mark.parametrize("attention", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("precision", [None, "bfloat16", "high", "highest", "TF32_TF32_F32"])
+def test_products_have_a_precision_that_the_compiler_knows(precision, attention):
+    """That is one pass for bfloat16, and one or all for float32."""
+
+    def loss(patches):
+        return attention(patches, None, 2)[0].astype(jnp.float32).sum()
+
+    full = precision not in (None, "bfloat16")
+    for dtype, expected in (
+        (jnp.bfloat16, jax.lax.Precision.DEFAULT),
+        (jnp.float32, jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT),
+    ):
+        with jax.default_matmul_precision(precision):
+            program = jax.make_jaxpr(jax.grad(loss))(jnp.zeros((1, 2, 8, 384), dtype))
+        products = [e for e in equations(program) if e.primitive.name == "dot_general"]
+        assert products
+        assert {e.params["precision"] for e in products} == {(expected, expected)}
 
 
 @pytest.mark.parametrize(

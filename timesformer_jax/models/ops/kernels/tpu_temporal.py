@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from timesformer_jax.models.ops.kernels import tpu_temporal_running
-from timesformer_jax.models.ops.kernels.tpu_heads import LANES, tile_rows
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, NN, NT, dot, tile_rows
 from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     VMEM,
     WORDS,
@@ -35,7 +35,6 @@ from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     Buffers,
     Plan,
     Tile,
-    dot,
     each_position,
     head_product,
     in_turn,
@@ -301,7 +300,7 @@ def _forward(how: Plan, groups: list) -> Generator[None, None, list]:
     def result(
         weights: tuple[Logits, Float[Array, "1 q"]], v_t: Float[Array, "d k"]
     ) -> Float[Array, "d q"]:
-        return dot(v_t, weights[0].astype(dtype), 1, 0) * (1 / weights[1])
+        return dot(v_t, weights[0].astype(dtype), NN) * (1 / weights[1])
 
     found = yield from stage(logits, heads, q, k)
     v_t = [x for group in groups for x in transposed_heads(how, group[2])]
@@ -341,9 +340,9 @@ def _backward(how: Plan, groups: list) -> Generator[None, None, list]:
     ) -> tuple[Float[Array, "d q"], Float[Array, "d k"], Float[Array, "d k"]]:
         weights, logits_bar = saved
         return (
-            dot(k_t, logits_bar, 1, 0) * scale,
-            dot(q_t, logits_bar, 1, 1) * scale,
-            dot(g_t, weights, 1, 1),
+            dot(k_t, logits_bar, NN) * scale,
+            dot(q_t, logits_bar, NT) * scale,
+            dot(g_t, weights, NT),
         )
 
     found = yield from stage(products, heads, q, k, v, g)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt32
 
-from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, round_up
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, LOG2_E, NT, dot, round_up
 
 VMEM = 60 * 2**20  # a v5p has 64 MiB, a v5e and a v6e 128
 WORDS = 8  # rows of 32 bits in a tile
@@ -178,12 +178,12 @@ def head_product(
     products is 128 wide: fewer channels would take no less time, and would have to be moved first.
     """
     if how.channels == how.slab:
-        return dot(a, b, 1, 1)
+        return dot(a, b, NT)
     first, end = head * how.channels, (head + 1) * how.channels
     lane_rows = slice(first // LANES * LANES, min(pl.cdiv(end, LANES) * LANES, how.slab))
     first, end = first - lane_rows.start, end - lane_rows.start
     only = keep(b[:, lane_rows], lambda _, lane: (lane >= first) & (lane < end))
-    return dot(a[:, lane_rows], only, 1, 1)
+    return dot(a[:, lane_rows], only, NT)
 
 
 def stage(run: Callable, *lists: list) -> Generator[None, None, list]:
@@ -220,18 +220,6 @@ def each_position(how: Plan, run: Callable[[Any], Iterator[None]], apart: int = 
         in_turn([run(step * how.at_once + i) for i in range(how.at_once)], apart)
 
     jax.lax.fori_loop(0, WORDS // how.at_once, some, None)
-
-
-def dot(a: Float[Array, "_ _"], b: Float[Array, "_ _"], i: int, j: int) -> Float[Array, "_ _"]:
-    """The product over axis i of a and axis j of b, in float32.
-
-    Of float32 arrays it has the precision that `jax.default_matmul_precision` sets: by default one
-    pass of bfloat16, as in the rest of the model.
-    """
-    precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
-    return jax.lax.dot_general(
-        a, b, (([i], [j]), ([], [])), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def transposed_heads(how: Plan, x: Float[Array, "rows slab"]) -> list[Float[Array, "d rows"]]:

@@ -20,14 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from timesformer_jax.models.ops.kernels.tpu_heads import LANES, tile_rows
+from timesformer_jax.models.ops.kernels.tpu_heads import LANES, NN, NT, dot, tile_rows
 from timesformer_jax.models.ops.kernels.tpu_temporal_parts import (
     VMEM,
     WORDS,
     Arrays,
     Buffers,
     Plan,
-    dot,
     each_position,
     head_product,
     pack,
@@ -298,7 +297,7 @@ def _take_keys(
         for h, v_t in enumerate(heads):
             keep, exponentials = weights[p * cut.heads + h]
             at = (position, slice(h * how.channels, (h + 1) * how.channels))
-            weighted[at] = weighted[at] * keep + dot(v_t, exponentials, 1, 0)
+            weighted[at] = weighted[at] * keep + dot(v_t, exponentials, NN)
 
 
 def _backward(cut: Blocks, *refs: Any) -> None:
@@ -395,6 +394,6 @@ def _sum_gradients(
         for h in heads:
             weights, logits_bar = saved[p * cut.heads + h]
             at = (word * values + p, slice(h * how.channels, (h + 1) * how.channels))
-            sums[0, *at] += dot(x_ts[p][h], logits_bar, 1, 0 if as_queries else 1)
+            sums[0, *at] += dot(x_ts[p][h], logits_bar, NN if as_queries else NT)
             if not as_queries:
-                sums[1, *at] += dot(do_ts[p][h], weights, 1, 1)
+                sums[1, *at] += dot(do_ts[p][h], weights, NT)
