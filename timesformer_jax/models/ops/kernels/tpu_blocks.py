@@ -350,14 +350,15 @@ def mask(block: Block, i: Any, s: Float[Array, "k q"]) -> Float[Array, "k q"]:
 def call(
     kernel: Any, name: str, sequence: Sequence, grid: tuple, inputs: list, in_specs: list,
     outputs: list, out_specs: list, scratch: list, products: int, interpret: Any,
+    completes: bool = False,
 ) -> tuple:  # fmt: skip
-    """Runs a kernel; inputs and outputs that are None stay so. The last input is the first output.
+    """Runs a kernel; inputs and outputs that are None stay so.
 
-    That is so where the kernel completes an array.
+    Args:
+      completes: whether the first output is the last input, which the kernel completes in place.
     """
     present = [(x, spec) for x, spec in zip(inputs, in_specs) if x is not None]
     made = [(x, spec) for x, spec in zip(outputs, out_specs) if x is not None]
-    completes = len(inputs) == 12 and inputs[-1] is not None
 
     def body(*refs: Any) -> None:
         refs = iter(refs)

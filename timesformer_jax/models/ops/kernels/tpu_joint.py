@@ -233,6 +233,7 @@ def _run_backward(
         ],
         products=5 if wants_q and wants_k else 3 if wants_q else 4,
         interpret=interpret,
+        completes=before is not None,
     )  # fmt: skip
     return d_patches, d_cls
 
