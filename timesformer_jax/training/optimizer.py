@@ -65,9 +65,16 @@ def _steps(config: ConfigDict, peak: float, steps_per_epoch: int) -> optax.Sched
             f"ascending, not {epochs} and {factors[1:]}"
         )
     # optax multiplies by ratios of factors, which cannot fall to zero.
-    starts = np.array([round(epoch * steps_per_epoch) for epoch in epochs], np.int32)
-    rates = peak * np.array(factors, np.float32)
-    return lambda step: jnp.asarray(rates)[jnp.sum(step >= starts)]
+    first, *rates = (np.float32(peak * factor) for factor in factors)
+    starts = [round(epoch * steps_per_epoch) for epoch in epochs]
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        rate = jnp.asarray(first)
+        for start, after in zip(starts, rates):
+            rate = jnp.where(step >= start, after, rate)
+        return rate
+
+    return schedule
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
