@@ -7,7 +7,7 @@
 At the demo's scale it trains every row of a table (`paper_tables.TABLES`) with every seed on two
 embedded tasks. After each run it writes docs/experiments.json, which says what is done: killed and
 started again it goes on, in the middle of a run too. At the end it writes docs/experiments.md and
-its pictures. A run takes about a minute of one CPU core; all 231 took 3.2 processor hours.
+its pictures. A run takes about a minute of one CPU core; all 231 took 3.1 processor hours.
 
 At the paper's scale it prints the command of each row's training, with what `timesformer plan` says
 of its time on --topology, and writes them to experiments.sh in --workdir. TPUs need the compiler,
