@@ -1,5 +1,6 @@
 """A program that does not fit the memory of a device: what is said, and what is tried."""
 
+import json
 import math
 
 import jax
@@ -10,6 +11,7 @@ from conftest import tiny_run
 import timesformer_jax as tsf
 from timesformer_jax.checkpoints.metadata import CheckpointMetadata
 from timesformer_jax.checkpoints.store import save_parameters
+from timesformer_jax.cli.main import load_command
 from timesformer_jax.clip_spec import ClipSpec
 from timesformer_jax.data.records.open import open_split
 from timesformer_jax.distributed import device_memory
@@ -55,6 +57,20 @@ def test_what_xla_says_becomes_one_line_with_what_to_do():
         too_large()
 
 
+def test_it_becomes_one_line_whether_or_not_the_program_ran_asynchronously():
+    for kind in (jax.errors.JaxRuntimeError, ValueError):
+        with pytest.raises(InputError, match="lower it"), device_memory.memory_advice("lower it"):
+            raise kind("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+
+def test_what_is_said_already_is_not_said_again():
+    with (
+        pytest.raises(InputError, match=r"^lower this .RESOURCE_EXHAUSTED.$"),
+        device_memory.memory_advice("lower that"),
+    ):
+        raise InputError("lower this (RESOURCE_EXHAUSTED)")
+
+
 def test_other_errors_remain_what_they_are():
     with (
         pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
@@ -94,6 +110,11 @@ def test_prediction_says_what_to_lower(monkeypatch, refusal, real_videos, checkp
     assert "too small: lower --batch_size" in said
 
 
+def refused():
+    """The TPU compiler's answer to a program that does not fit."""
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.")
+
+
 @pytest.fixture
 def effort(monkeypatch):
     """What the option of the TPU compiler is set to; JAX believes that it has a TPU."""
@@ -108,16 +129,28 @@ def test_for_a_tpu_it_is_compiled_again_so_that_it_needs_less(effort):
 
     def fits_with_less(x):
         efforts.append(effort())
-        return x + 1 if effort() < 0 else too_large()
+        return x + 1 if effort() < 0 else refused()
 
     program = device_memory.compiled_to_fit(fits_with_less)
     assert [program(1), program(2)] == [2, 3]
     assert efforts == [0.0, -1.0, -1.0]
 
 
+def test_training_goes_on_with_a_program_that_needs_less(monkeypatch, effort, demo_data, tmp_path):
+    make = run.make_train_step
+
+    def make_large(*arguments, **named):
+        step = make(*arguments, **named)
+        return lambda *inputs: step(*inputs) if effort() < 0 else refused()
+
+    monkeypatch.setattr(run, "make_train_step", make_large)
+    load_command(tiny_run(demo_data, tmp_path / "run", epochs=1))()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 8
+
+
 def test_for_a_tpu_it_is_compiled_twice_at_most(effort):
     tried = []
-    program = device_memory.compiled_to_fit(lambda: tried.append(effort()) or too_large())
+    program = device_memory.compiled_to_fit(lambda: tried.append(effort()) or refused())
     for _ in range(2):
         with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
             program()
@@ -126,7 +159,7 @@ def test_for_a_tpu_it_is_compiled_twice_at_most(effort):
 
 def test_for_other_devices_it_is_not_compiled_again():
     tried = []
-    program = device_memory.compiled_to_fit(lambda: tried.append(1) or too_large())
+    program = device_memory.compiled_to_fit(lambda: tried.append(1) or refused())
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         program()
     assert tried == [1]

@@ -12,10 +12,17 @@ import jax
 from absl import logging
 
 from timesformer_jax.distributed.hardware import GIB
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
+
+# The option exec_time_optimization_effort of the TPU compiler: it takes less time and less memory,
+# and the program runs longer.
+LEAST_EFFORT = -1.0
+
+# What XLA raises; the second where a program ran asynchronously on a CPU.
+ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 
 
-def required_bytes(error: jax.errors.JaxRuntimeError) -> float | None:
+def required_bytes(error: Exception) -> float | None:
     """The bytes that a program needs at least, from the error that says that it does not fit.
 
     inf if the error does not say; None for any other error.
@@ -39,10 +46,12 @@ def memory_advice(advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as e:
+    except InputError:
+        raise
+    except ERRORS as e:
         if required_bytes(e) is None:
             raise
-        kind, said = jax.devices()[0].device_kind, str(e).splitlines()[0]
+        kind, said = jax.devices()[0].device_kind, first_line(e)
         raise InputError(f"the memory of {kind} is too small: {advice} ({said})") from e
 
 
@@ -61,9 +70,9 @@ def compiled_to_fit(program: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             logging.warning(
                 "the program does not fit the memory of the device; it is compiled again, with"
-                " less optimisation, so that it needs less: %s", str(e).splitlines()[0],
+                " less optimisation, so that it needs less: %s", first_line(e),
             )  # fmt: skip
-            jax.config.update("jax_exec_time_optimization_effort", -1.0)
+            jax.config.update("jax_exec_time_optimization_effort", LEAST_EFFORT)
             return program(*arguments)
 
     return call
