@@ -29,6 +29,7 @@ import numpy as np
 from docs_tables import DOCS, markdown_table, replace_table
 from ml_collections import ConfigDict
 
+from timesformer_jax.distributed.device_memory import LEAST_EFFORT
 from timesformer_jax.distributed.hardware import GIB
 from timesformer_jax.planning.memory import compiled_memory, counted_memory
 from timesformer_jax.planning.program import build
@@ -133,7 +134,7 @@ def plan(topology: str, frames: int, remat: str) -> dict[str, Any]:
     config.model.scan_layers = len(target.devices) > 1
     program = build(config, target.devices, 1)
     if target.compiles:
-        quick = {"exec_time_optimization_effort": -1.0}
+        quick = {"exec_time_optimization_effort": LEAST_EFFORT}
         needed = compiled_memory(program, program.lower().compile(compiler_options=quick))
     else:
         needed = counted_memory(program, target.chip)

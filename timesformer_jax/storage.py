@@ -275,7 +275,7 @@ def check_output(
     if not os.path.isdir(folder):
         raise InputError(f"the folder of {flag}={path} does not exist")
     # `atomic_path` makes a new file in the folder; one that is protected is not to be replaced.
-    if not all(os.access(each, os.W_OK) for each in (folder, *[path] * there)):
+    if not os.access(folder, os.W_OK) or (there and not os.access(path, os.W_OK)):
         raise InputError(f"{flag}={path} may not be written; give another path")
 
 

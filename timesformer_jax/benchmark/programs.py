@@ -14,6 +14,7 @@ import numpy as np
 from timesformer_jax.benchmark.machine import DevicePeak, rates
 from timesformer_jax.distributed.device_memory import required_bytes
 from timesformer_jax.distributed.hardware import GIB
+from timesformer_jax.errors import first_line
 from timesformer_jax.models.config import TimeSformerConfig
 from timesformer_jax.models.timesformer import abstract
 from timesformer_jax.models.timesformer import parameters as parameters_of
@@ -90,7 +91,7 @@ def measure_program(program: Program, peak: DevicePeak, seconds: float) -> dict[
         timing = time_runs(program.start(compiled), jax.block_until_ready, SECONDS)
     except jax.errors.JaxRuntimeError as e:
         if (needed := required_bytes(e)) is None:
-            return {"status": "failed", "reason": str(e).splitlines()[0]} | found
+            return {"status": "failed", "reason": first_line(e)} | found
         return _does_not_fit(needed, peak) | found
     flops, after = rates(program.flops, timing), _peak_bytes()
     return found | {

@@ -66,15 +66,15 @@ def compiled_memory(program: Program, compiled: jax.stages.Compiled) -> Memory:
 def counted_memory(program: Program, chip: Chip | None = None) -> Memory:
     """Memory counted from the config, without a compiler.
 
-    Args:
-      program: what is counted.
-      chip: that it is for; None: of the program's devices.
-
     Activations are the gradients, the clips after preprocessing and all residuals that the forward
     pass saves for the backward pass; of inference, which has no gradients, those of one block at a
     time. A compiler recomputes some of them and pads others. They are divided by the sequence axis;
     division by the tensor axis is not counted. Attention is that of XLA on GPUs: a kernel, which a
     GPU that is there may choose, saves less.
+
+    Args:
+      program: what is counted.
+      chip: that it is for; None: that of the program's devices.
     """
     params, optimizer, inputs = _arguments(program)
     frames, side = program.clip.frames, program.clip.crop

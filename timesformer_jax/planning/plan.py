@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 from absl import logging
 
-from timesformer_jax.distributed.device_memory import required_bytes
+from timesformer_jax.distributed.device_memory import LEAST_EFFORT, required_bytes
 from timesformer_jax.distributed.hardware import GIB, Chip, Torus, measured_host_rate
 from timesformer_jax.distributed.mesh import BATCH_SPEC
 from timesformer_jax.errors import InputError
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # An option of the TPU compiler: a fifth of the time for the divided model, the same FLOPs.
-_QUICK = {"exec_time_optimization_effort": -1.0}
-
+_QUICK = {"exec_time_optimization_effort": LEAST_EFFORT}
 
 # Loops that write less are passed over: a CPU draws random numbers in loops.
 _RANDOM_NUMBERS = 0.01

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 from timesformer_jax.distributed.hardware import CHIPS, Chip, Torus
-from timesformer_jax.errors import InputError, did_you_mean, install
+from timesformer_jax.errors import InputError, did_you_mean, first_line, install
 
 # Beyond the largest slices; each virtual device of a CPU takes threads of its own.
 MAX_DEVICES = 16_384
@@ -101,7 +101,7 @@ def _tpus(name: str, size: str) -> list[jax.Device]:
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **part)
     except (jax.errors.JaxRuntimeError, ValueError) as e:
-        said = str(e).splitlines()[0]
+        said = first_line(e)
         raise InputError(
             f"the TPU compiler knows no --topology={name} ({said}); sides are even, "
             f"{name.partition(':')[0]}:{'2x2x1' if len(sides) == 3 else '2x2'} for one"

@@ -20,7 +20,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from timesformer_jax import storage
 from timesformer_jax.data.check.report import format_table
 from timesformer_jax.distributed import hosts
-from timesformer_jax.errors import InputError
+from timesformer_jax.errors import InputError, first_line
 from timesformer_jax.recipes import fit
 from timesformer_jax.training.loop import Preempted, train
 
@@ -52,7 +52,7 @@ def sweep(configs: Mapping[str, ConfigDict], workdir: str | os.PathLike, **proce
                 results[name] = train(config, workdir / name)
             # The second is what an accelerator's lack of memory raises, among others.
             except (InputError, jax.errors.JaxRuntimeError) as e:
-                failed[name] = str(e).partition("\n")[0]
+                failed[name] = first_line(e)
                 logging.error("%s failed: %s", name, e)
             except Preempted as e:
                 if jax.process_index() == 0:

@@ -46,12 +46,10 @@ from timesformer_jax.data.prepare.runners import (
 )
 from timesformer_jax.data.prepare.shards import Shard, ShardOptions, assign_shards, find_lost
 from timesformer_jax.data.prepare.splits import draw_splits, fingerprint, reassigned_clips
+from timesformer_jax.data.records.access import READ_THREADS
 from timesformer_jax.data.records.split import Reassigned, read_reassigned
 from timesformer_jax.errors import InputError
 from timesformer_jax.storage import absolute, disk_errors, locked, write_atomically
-
-# That ask whether a shard is done.
-THREADS = 16
 
 
 def prepare(
@@ -211,7 +209,7 @@ def _write_output(
 def _unfinished(shards: Sequence[Shard], videos: str, missing: frozenset[str]) -> list[Shard]:
     """The shards that are to be written; the arguments are those of `Shard.is_done`."""
     # Each asks for the shard and for the files of its failures, and gs:// takes long to answer.
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
         done = pool.map(lambda shard: shard.is_done(videos, missing), shards)
         return [shard for shard, is_done in zip(shards, done) if not is_done]
 
